@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make demo` and `make test`. The rest are habits.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+SEED ?= 0
+
+.PHONY: demo test check format clean
+
+# The stamp is newer than pyproject.toml exactly when what it lists is installed.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## pretrain a small XCiT on the shipped images, score it, draw its attention
+	$(BIN)/xdino demo --run $(DEMO) --seed $(SEED)
+
+test: $(VENV)/.installed  ## every test, on two cores in minutes
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## lint, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""What judges a frozen backbone: k-NN, linear probes, class-attention maps."""

@@ -1,0 +1,118 @@
+"""torch.distributed where a launcher set it up, and the same calls with one process and none.
+
+A launcher (torchrun, SLURM through `xdino submit`) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+and MASTER_PORT; nothing here patches, prints or guesses.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+
+
+def is_active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_active() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def start(device: torch.device) -> bool:
+    """Join the process group that the environment describes; False where there is none."""
+    if is_active() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return True
+
+
+def stop() -> None:
+    if is_active():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if is_active():
+        dist.barrier()
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes."""
+    if world_size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any process: how all of them stop at the same iteration."""
+    if world_size() == 1:
+        return flag
+    x = torch.tensor(float(flag), device=device)
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return bool(x.item())
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the images of all processes, on any device.
+
+    torch's own SyncBatchNorm is faster but does not run on the CPU, where two processes must give
+    what one gives.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and world_size() > 1):
+            return super().forward(input)
+        dims = [0, *range(2, input.ndim)]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        local = torch.stack((x.mean(dims), x.square().mean(dims)))
+        # Every process holds equally many images, so the mean of means is the mean.
+        mean, square = dist_nn.all_reduce(local) / world_size()
+        var = square - mean.square()
+        if self.track_running_stats and self.running_mean is not None:
+            with torch.no_grad():
+                count = x.numel() // x.shape[1] * world_size()
+                momentum = 0.1 if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                unbiased = var * (count / max(count - 1, 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
+                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(input.dtype)
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm of `module` see all processes' images; names and state are kept."""
+    if world_size() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = GlobalBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            new.load_state_dict(child.state_dict())
+            new.train(child.training)
+            for target, origin in zip(new.parameters(), child.parameters(), strict=True):
+                target.requires_grad_(origin.requires_grad)
+            setattr(module, name, new.to(device))
+        else:
+            synchronise_batch_norm(child, device)
+    return module

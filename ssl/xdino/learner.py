@@ -1,0 +1,167 @@
+"""Everything that learns, and one optimisation step (DINO, algorithm 1).
+
+Letters: G global views, V views, B images, K prototypes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from xdino import distributed, optim
+from xdino.errors import RunFailed, UsageError, nearest
+from xdino.loss import DINOLoss, dino_loss
+from xdino.schedules import StepSettings
+from xdino.student_teacher import MultiCropNetwork, update_teacher
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The loss of a step, and what was asked to be diagnosed (names as in metrics.jsonl)."""
+
+    loss: float
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """Student, teacher, loss with its centre, optimiser and gradient scaler of a run.
+
+    Args:
+        student: trained by gradient, in training mode.
+        teacher: follows the student (`student_teacher.make_teacher`).
+        loss: holds the centre.
+        optimiser: "adamw", "sgd" or "lars".
+        clip: largest gradient norm of one parameter tensor; 0 for none.
+        precision: "fp32", "bf16" or "fp16" (with a gradient scaler).
+    """
+
+    def __init__(
+        self,
+        student: MultiCropNetwork,
+        teacher: MultiCropNetwork,
+        loss: DINOLoss,
+        optimiser: str = "adamw",
+        clip: float = 3.0,
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if precision not in AUTOCAST:
+            raise UsageError(f'no precision is called "{precision}": {nearest(precision, AUTOCAST)}')
+        self.device = torch.device(device)
+        self.student, self.teacher = student.to(self.device), teacher.to(self.device)
+        self.loss = loss.to(self.device)
+        for network in (self.student, self.teacher):
+            distributed.synchronise_batch_norm(network, self.device)
+        self.optimiser = optim.build(optimiser, self.student)
+        self.clip = clip
+        self.autocast = AUTOCAST[precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._student: nn.Module = self.student
+        if distributed.world_size() > 1:
+            # Buffers need no broadcast: the BatchNorms see all processes, so they agree already.
+            self._student = DistributedDataParallel(self.student, broadcast_buffers=False)
+
+    def step(
+        self,
+        micro_batches: Iterable[Sequence[Tensor]],
+        settings: StepSettings,
+        count: int = 1,
+        diagnose: bool = False,
+    ) -> StepResult:
+        """One optimisation step: gradients of `count` micro-batches, then one update of everything.
+
+        Optimiser, centre and teacher each move once, whatever `count` is.
+
+        Args:
+            micro_batches: `count` lists of crop groups, one group a resolution, each
+                `[V_r, B, C, h, w]`; the first group holds the global views, which the teacher sees.
+            settings: what the schedules say of this step.
+            diagnose: also measure teacher entropy and the rest, at the cost of a pass over the
+                targets.
+
+        Raises:
+            RunFailed: the loss is not finite on some process. Nothing was updated on any.
+        """
+        optim.set_step(self.optimiser, settings.lr, settings.weight_decay)
+        self.optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        entropy = torch.zeros((), device=self.device)
+        batch_mean = torch.zeros_like(self.loss.centre[0])
+        for i, groups in enumerate(micro_batches, start=1):
+            with self._accumulating(i < count):
+                with self._precision():
+                    with torch.no_grad():
+                        teacher_logits = self.teacher(groups[:1])
+                    targets = self.loss.targets(teacher_logits, settings.teacher_temp)
+                    student_logits = self._student(groups)
+                    loss = dino_loss(student_logits, targets, self.loss.student_temp) / count
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+            batch_mean += teacher_logits.mean(dim=(0, 1), dtype=batch_mean.dtype) / count
+            if diagnose:
+                entropy += torch.special.entr(targets).sum(-1).mean() / count
+
+        # One question to the device a step: a loss that is not finite must stop every process
+        # before anything is spoilt.
+        value = distributed.mean(total).item()
+        if not math.isfinite(value):
+            raise RunFailed(
+                f"the loss became {value}; lower optim.lr or optim.clip_grad, or train in fp32 "
+                "(train.precision)"
+            )
+        self.loss.update_centre(batch_mean)
+        self._update_student(settings.freeze_last_layer)
+        update_teacher(self.teacher, self.student, settings.momentum)
+        return StepResult(value, self._diagnose(value, entropy) if diagnose else {})
+
+    def _update_student(self, freeze_last_layer: bool) -> None:
+        if self.clip > 0:
+            self.scaler.unscale_(self.optimiser)
+            optim.clip_each(self.student.parameters(), self.clip)
+        if freeze_last_layer:
+            optim.drop_gradients(self.student.head.last_layer)  # type: ignore[arg-type]
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+
+    def _diagnose(self, loss: float, entropy: Tensor) -> dict[str, float]:
+        teacher_entropy = distributed.mean(entropy).item()
+        return {
+            "teacher_entropy": teacher_entropy,  # nats; ln K when the teacher says nothing
+            "kl": loss - teacher_entropy,  # nats; cross-entropy = entropy + divergence
+            "centre_norm": self.loss.centre.norm().item(),
+        }
+
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged between processes with the last micro-batch only."""
+        if more and isinstance(self._student, DistributedDataParallel):
+            return self._student.no_sync()
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> dict[str, object]:
+        """All state as tensors and plain types."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "centre": self.loss.centre,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Restore what `state_dict` gave, strictly."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.loss.load_state_dict({"centre": state["centre"]})
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,74 @@
+"""The DINO loss and its centre (arXiv 2104.14294, equations 1, 3 and 4).
+
+Letters: G global views, V views in all (the global ones first), B images, K prototypes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xdino import distributed
+
+
+def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
+    """Cross-entropy between each teacher view and every other student view (equation 3).
+
+    As nested loops:
+
+        for g in global views:
+            for v in all views but g:
+                loss += mean over images of  -sum_k teacher_probs[g] * log_softmax(student[v] / temp)
+        loss /= number of (g, v) pairs
+
+    The cross-entropy is linear in the targets, so each student view meets the sum of its targets
+    once: V log-softmaxes instead of G * (V - 1).
+
+    Args:
+        student_logits: `[V, B, K]`.
+        teacher_probs: `[G, B, K]`, rows that sum to one; view g of the teacher is view g of the student.
+
+    Returns:
+        A scalar in the logits' precision, at least float32.
+    """
+    G, (V, B, _) = len(teacher_probs), student_logits.shape
+    total = teacher_probs.sum(dim=0)  # [B, K]
+    log_p = F.log_softmax(student_logits / student_temp, dim=-1)
+    loss = -((total - teacher_probs) * log_p[:G]).sum() - (total * log_p[G:]).sum()
+    return loss / (B * G * (V - 1))
+
+
+class DINOLoss(nn.Module):
+    """`dino_loss` with its one piece of state: the centre of the teacher's outputs, `[1, K]`.
+
+    The caller decides when the centre moves: `update_centre` once per optimisation step, after the
+    loss, as published.
+    """
+
+    centre: Tensor
+
+    def __init__(
+        self, prototypes: int, student_temp: float = 0.1, centre_momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.centre_momentum = centre_momentum
+        self.register_buffer("centre", torch.zeros(1, prototypes))
+
+    @torch.no_grad()
+    def targets(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+        """Centred and sharpened teacher probabilities (equation 1 with the centre): `[G, B, K]`."""
+        return F.softmax((teacher_logits - self.centre) / teacher_temp, dim=-1)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+        """Student `[V, B, K]` and teacher logits `[G, B, K]` -> the loss. Leaves the centre alone."""
+        targets = self.targets(teacher_logits, teacher_temp)
+        return dino_loss(student_logits, targets, self.student_temp)
+
+    @torch.no_grad()
+    def update_centre(self, batch_mean: Tensor) -> None:
+        """Move the centre (equation 4) towards the mean teacher logits of this process, `[K]`.
+
+        The mean is averaged over all processes, which hold equally many images each.
+        """
+        mean = distributed.mean(batch_mean.to(self.centre.dtype))
+        self.centre.lerp_(mean.view(1, -1), 1 - self.centre_momentum)

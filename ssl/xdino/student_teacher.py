@@ -1,0 +1,48 @@
+"""Multi-crop networks and the teacher that follows the student (DINO, section 3.1, algorithm 1).
+
+Letters: V views, B images, K prototypes, D width.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class MultiCropNetwork(nn.Module):
+    """A backbone run once per crop resolution, and a head run once on all class tokens.
+
+    Resolutions stay apart because BatchNorm takes its statistics per forward pass: joining them
+    would be another method.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, groups: Sequence[Tensor]) -> Tensor:
+        """Crops grouped by resolution, each `[V_r, B, C, h, w]` -> logits `[V, B, K]`."""
+        B = groups[0].shape[1]
+        features = torch.cat([self.backbone(crops.flatten(0, 1)) for crops in groups])  # [V * B, D]
+        logits = self.head(features)
+        return logits.view(-1, B, logits.shape[-1])
+
+
+def make_teacher(student: MultiCropNetwork, backbone: nn.Module) -> MultiCropNetwork:
+    """A copy of the student around `backbone` (the same network without drop path), never trained.
+
+    It stays in training mode: its BatchNorms normalise by their own batch, and their running
+    statistics come from the teacher's own global crops, as published.
+    """
+    teacher = MultiCropNetwork(backbone, copy.deepcopy(student.head))
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    return teacher.train()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, over parameters only."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -1,0 +1,363 @@
+"""Cross-Covariance Image Transformer (El-Nouby et al., 2021, arXiv 2106.09681).
+
+Attention between channels instead of between tokens (XCA, section 3.2) costs linearly in the number
+of tokens; a pair of depthwise convolutions (LPI, section 3.3) lets neighbouring patches talk; two
+class-attention layers (CaiT, arXiv 2103.17239) gather the patches into one class token.
+
+Parameters carry the published names, so published weights load strictly. Two things differ from the
+published code without changing its numbers: only the class token's query is computed in class
+attention, and the last class-attention layer does not carry the patch tokens that nobody reads.
+
+Letters: B images, N patch tokens, D width, H heads, d = D / H channels a head, (h, w) patch grid.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xdino.errors import UsageError, nearest
+
+LAYER_NORM_EPS = 1e-6
+# Widths of the stem's stride-2 convolutions as fractions of embed_dim. Patch 4 is ours, for small
+# images; 8 and 16 are the published stems.
+STEM_FRACTIONS = {4: (2, 1), 8: (4, 2, 1), 16: (8, 4, 2, 1)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the paper's table of models (table 1; eta and tokens_norm from the released code)."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    eta: float
+    tokens_norm: bool
+
+
+VARIANTS = {
+    "nano_12": Variant(128, 12, 4, 1.0, False),
+    "tiny_12": Variant(192, 12, 4, 1.0, True),
+    "small_12": Variant(384, 12, 8, 1.0, True),
+    "tiny_24": Variant(192, 24, 4, 1e-5, True),
+    "small_24": Variant(384, 24, 8, 1e-5, True),
+    "medium_24": Variant(512, 24, 8, 1e-5, True),
+    "large_24": Variant(768, 24, 16, 1e-5, True),
+}
+NAMES = tuple(f"xcit_{size}_p{patch}" for size in VARIANTS for patch in (16, 8, 4))
+
+
+@functools.lru_cache(maxsize=64)
+def fourier_features(h: int, w: int, channels: int, device: torch.device) -> Tensor:
+    """Sines and cosines of the patch coordinates, float32 `[h * w, 2 * channels]`.
+
+    Coordinates run over (0, 2 pi], rows first; wavelengths grow geometrically up to 10,000
+    (Vaswani et al., 2017, section 3.5, in two dimensions as in DETR). Always float32, as published.
+    """
+
+    def encode(count: int) -> Tensor:  # [count, channels]
+        position = torch.arange(1, count + 1, dtype=torch.float32, device=device)
+        position = position / (count + 1e-6) * (2 * math.pi)
+        exponent = 2 * (torch.arange(channels, dtype=torch.float32, device=device) // 2) / channels
+        angle = position[:, None] / 10000**exponent
+        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
+
+    rows = encode(h)[:, None].expand(h, w, channels)
+    columns = encode(w)[None].expand(h, w, channels)
+    return torch.cat((rows, columns), dim=2).reshape(h * w, 2 * channels)
+
+
+class FourierPositionalEncoding(nn.Module):
+    """Learned projection of Fourier features of the grid: any height and width."""
+
+    def __init__(self, embed_dim: int, channels: int = 32) -> None:
+        super().__init__()
+        self.channels = channels
+        self.token_projection = nn.Conv2d(2 * channels, embed_dim, kernel_size=1)
+
+    def forward(self, h: int, w: int) -> Tensor:
+        """The encoding `[1, h * w, D]`, the same for every image."""
+        weight = self.token_projection.weight
+        features = fourier_features(h, w, self.channels, weight.device).to(weight.dtype)
+        return F.linear(features, weight.flatten(1), self.token_projection.bias)[None]
+
+
+class ConvPatchEmbed(nn.Module):
+    """Patches by a pyramid of stride-2 3x3 convolutions, BatchNorm after each, GELU between."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        if patch_size not in STEM_FRACTIONS:
+            raise UsageError(f"patch_size must be 4, 8 or 16, got {patch_size}")
+        fractions = STEM_FRACTIONS[patch_size]
+        if embed_dim % fractions[0]:
+            raise UsageError(
+                f"embed_dim must be a multiple of {fractions[0]} at patch_size {patch_size}, "
+                f"got {embed_dim}"
+            )
+        layers: list[nn.Module] = []
+        width = in_chans
+        for fraction in fractions:
+            if layers:
+                layers.append(nn.GELU())
+            out = embed_dim // fraction
+            conv = nn.Conv2d(width, out, kernel_size=3, stride=2, padding=1, bias=False)
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(out)))
+            width = out
+        self.proj = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, int, int]:
+        """`[B, C, H, W]` -> tokens `[B, N, D]` and the grid (h, w)."""
+        x = self.proj(images)
+        h, w = x.shape[2:]
+        return x.flatten(2).transpose(1, 2), h, w
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear, on each token by itself."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class XCA(nn.Module):
+    """Cross-covariance attention (equation 4): softmax(K^T Q / tau) over the channels of a head."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 4, 1)  # each [B, H, d, N]
+        q = F.normalize(q, dim=-1)
+        k = F.normalize(k, dim=-1)
+        attention = (q @ k.transpose(-2, -1) * self.temperature).softmax(dim=-1)  # [B, H, d, d]
+        x = (attention @ v).permute(0, 3, 1, 2).reshape(B, N, D)
+        return self.proj(x)
+
+
+class LPI(nn.Module):
+    """Local patch interaction: two depthwise 3x3 convolutions with GELU and BatchNorm between."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        B, N, D = x.shape
+        x = x.transpose(1, 2).reshape(B, D, h, w)
+        x = self.conv2(self.bn(F.gelu(self.conv1(x))))
+        return x.reshape(B, D, N).transpose(1, 2)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole images `[B, ...]`."""
+    if rate == 0.0 or not training:
+        return x
+    keep = 1.0 - rate
+    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+    return x * mask.div_(keep)
+
+
+class XCABlock(nn.Module):
+    """XCA, then LPI, then MLP, each a residual branch scaled per channel (LayerScale)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, eta: float, drop_path_rate: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = XCA(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.local_mp = LPI(dim)
+        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma3 = nn.Parameter(eta * torch.ones(dim))
+        self.drop_path_rate = drop_path_rate
+
+    def _residual(self, x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
+        return x + drop_path(gamma * branch, self.drop_path_rate, self.training)
+
+    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        x = self._residual(x, self.attn(self.norm1(x)), self.gamma1)
+        x = self._residual(x, self.local_mp(self.norm3(x), h, w), self.gamma3)
+        return self._residual(x, self.mlp(self.norm2(x)), self.gamma2)
+
+
+class ClassAttention(nn.Module):
+    """The class token asks, every token answers (CaiT, section 3.2)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 1 + N, D]` -> the new class token `[B, 1, D]` and its weights `[B, H, 1 + N]`."""
+        B, M, D = x.shape
+        H, d = self.num_heads, D // self.num_heads
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, :1], weight[:D], bias[:D]).view(B, 1, H, d).transpose(1, 2)
+        kv = F.linear(x, weight[D:], bias[D:]).view(B, M, 2, H, d)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each [B, H, 1 + N, d]
+        attention = (q @ k.transpose(-2, -1) * d**-0.5).softmax(dim=-1)  # [B, H, 1, 1 + N]
+        token = (attention @ v).transpose(1, 2).reshape(B, 1, D)
+        return self.proj(token), attention.squeeze(2)
+
+
+class ClassAttentionBlock(nn.Module):
+    """Class attention and an MLP on the class token alone.
+
+    The published block also adds the normalised patch tokens to themselves, twice; the next layer
+    reads them, so it is kept. `tokens_norm` says whether its second norm covers the patches too.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, eta: float, tokens_norm: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
+        self.tokens_norm = tokens_norm
+
+    def forward(self, x: Tensor, keep_patches: bool) -> tuple[Tensor, Tensor]:
+        """`[B, 1 + N, D]` -> tokens (`[B, 1, D]` unless `keep_patches`) and weights `[B, H, 1 + N]`."""
+        normed = self.norm1(x)
+        token, attention = self.attn(normed)
+        token = self.norm2(x[:, :1] + self.gamma1 * token)
+        token = token + self.gamma2 * self.mlp(token)
+        if not keep_patches:
+            return token, attention
+        patches = x[:, 1:] + self.gamma1 * normed[:, 1:]
+        if self.tokens_norm:
+            patches = self.norm2(patches)
+        return torch.cat((token, 2 * patches), dim=1), attention
+
+
+class XCiT(nn.Module):
+    """The backbone: images of any size `[B, in_chans, H, W]` -> normalised class token `[B, D]`.
+
+    Args:
+        patch_size: 16, 8 (published) or 4.
+        eta: initial value of LayerScale.
+        tokens_norm: whether class attention's second norm covers the patch tokens.
+        drop_path_rate: the same in every XCA block, none in class attention, as published.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 8,
+        eta: float = 1.0,
+        tokens_norm: bool = True,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        mlp_ratio: float = 4.0,
+        class_attention_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise UsageError(
+                f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+            )
+        if depth < 1 or in_chans < 1:
+            raise UsageError(f"depth and in_chans must be at least 1, got {depth} and {in_chans}")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise UsageError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.patch_embed = ConvPatchEmbed(patch_size, in_chans, embed_dim)
+        self.pos_embeder = FourierPositionalEncoding(embed_dim)  # the published spelling
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            XCABlock(embed_dim, num_heads, mlp_ratio, eta, drop_path_rate) for _ in range(depth)
+        )
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassAttentionBlock(embed_dim, num_heads, mlp_ratio, eta, tokens_norm)
+            for _ in range(class_attention_layers)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid (h, w) that the stem makes of an image of this size in pixels."""
+        for layer in self.patch_embed.proj:
+            if isinstance(layer, nn.Sequential):
+                height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
+
+    def patch_tokens(self, images: Tensor) -> tuple[Tensor, int, int]:
+        """Patch tokens before class attention `[B, N, D]` (those for dense tasks), and the grid."""
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}"
+            )
+        x, h, w = self.patch_embed(images)
+        x = x + self.pos_embeder(h, w)
+        for block in self.blocks:
+            x = block(x, h, w)
+        return x, h, w
+
+    def _gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Patch tokens `[B, N, D]` -> class token `[B, D]` and each layer's weights."""
+        x = torch.cat((self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches), 1)
+        maps = []
+        for i, block in enumerate(self.cls_attn_blocks, start=1):
+            x, attention = block(x, keep_patches=i < len(self.cls_attn_blocks))
+            maps.append(attention)
+        return self.norm(x[:, 0]), maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the class token after the final norm, `[B, D]`."""
+        return self._gather(self.patch_tokens(images)[0])[0]
+
+    @torch.no_grad()
+    def class_attention(self, images: Tensor) -> list[Tensor]:
+        """Softmax weights of each class-attention layer, `[B, H, 1 + N]`, entry 0 the class token."""
+        return self._gather(self.patch_tokens(images)[0])[1]
+
+
+def arguments(name: str) -> dict[str, float]:
+    """The constructor arguments behind a name such as "xcit_small_12_p16"."""
+    if name not in NAMES:
+        raise UsageError(f'no XCiT is called "{name}": {nearest(name, NAMES)}')
+    size, patch = name.removeprefix("xcit_").rsplit("_p", 1)
+    return {"patch_size": int(patch), **vars(VARIANTS[size])}
+
+
+def build(name: str, **overrides: float) -> XCiT:
+    """An XCiT by its published name, "xcit_small_12_p16"; any constructor argument overrides.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one.
+    """
+    return XCiT(**{**arguments(name), **overrides})  # type: ignore[arg-type]

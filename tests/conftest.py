@@ -1,0 +1,47 @@
+"""What several subjects' tests share: golden vectors and how to compare with them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], tuple[dict[str, Tensor], dict]]:
+    """golden(name) -> (tensors, configuration) of one published-code vector."""
+    facts = json.loads((GOLDEN / "golden.json").read_text())
+
+    def load(name: str) -> tuple[dict[str, Tensor], dict]:
+        return load_file(GOLDEN / f"{name}.safetensors"), facts[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def schedules_golden() -> list[dict]:
+    return json.loads((GOLDEN / "golden.json").read_text())["schedules"]
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[..., None]:
+    """agree(name, ours, theirs, tolerance): max|a-b| / max|b| within tolerance."""
+
+    def check(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+        assert ours.shape == theirs.shape, f"{name}: {ours.shape} against {theirs.shape}"
+        ours, theirs = ours.detach().double(), theirs.double()
+        scale = theirs.abs().max().clamp_min(1e-30)
+        error = ((ours - theirs).abs().max() / scale).item()
+        assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
