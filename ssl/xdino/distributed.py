@@ -5,6 +5,7 @@ and MASTER_PORT; nothing here patches, prints or guesses.
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,15 @@ def mean(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x / world_size()
+
+
+def gather(value: Any) -> list[Any]:
+    """One plain value of every process, in order of rank, on all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def any_true(flag: bool, device: torch.device) -> bool:
@@ -106,7 +116,11 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             new = GlobalBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+                child.num_features,
+                child.eps,
+                child.momentum,
+                child.affine,
+                child.track_running_stats,
             )
             new.load_state_dict(child.state_dict())
             new.train(child.training)

@@ -28,3 +28,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f'did you mean "{close[0]}"?'
     return "choose one of " + ", ".join(choices) if choices else "there is none to choose from"
+
+
+class Stopped(Exception):
+    """A signal ended a run after its state was saved. Exit code 75."""

@@ -39,6 +39,7 @@ class Learner:
         optimiser: "adamw", "sgd" or "lars".
         clip: largest gradient norm of one parameter tensor; 0 for none.
         precision: "fp32", "bf16" or "fp16" (with a gradient scaler).
+        global_views: how many views of the first resolution the teacher sees.
     """
 
     def __init__(
@@ -50,9 +51,12 @@ class Learner:
         clip: float = 3.0,
         precision: str = "fp32",
         device: torch.device | str = "cpu",
+        global_views: int = 2,
     ) -> None:
         if precision not in AUTOCAST:
-            raise UsageError(f'no precision is called "{precision}": {nearest(precision, AUTOCAST)}')
+            raise UsageError(
+                f'no precision is called "{precision}": {nearest(precision, AUTOCAST)}'
+            )
         self.device = torch.device(device)
         self.student, self.teacher = student.to(self.device), teacher.to(self.device)
         self.loss = loss.to(self.device)
@@ -60,6 +64,7 @@ class Learner:
             distributed.synchronise_batch_norm(network, self.device)
         self.optimiser = optim.build(optimiser, self.student)
         self.clip = clip
+        self.global_views = global_views
         self.autocast = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._student: nn.Module = self.student
@@ -80,7 +85,7 @@ class Learner:
 
         Args:
             micro_batches: `count` lists of crop groups, one group a resolution, each
-                `[V_r, B, C, h, w]`; the first group holds the global views, which the teacher sees.
+                `[V_r, B, C, h, w]`; the first group begins with the global views.
             settings: what the schedules say of this step.
             diagnose: also measure teacher entropy and the rest, at the cost of a pass over the
                 targets.
@@ -97,7 +102,7 @@ class Learner:
             with self._accumulating(i < count):
                 with self._precision():
                     with torch.no_grad():
-                        teacher_logits = self.teacher(groups[:1])
+                        teacher_logits = self.teacher([groups[0][: self.global_views]])
                     targets = self.loss.targets(teacher_logits, settings.teacher_temp)
                     student_logits = self._student(groups)
                     loss = dino_loss(student_logits, targets, self.loss.student_temp) / count

@@ -59,7 +59,9 @@ class DINOLoss(nn.Module):
         """Centred and sharpened teacher probabilities (equation 1 with the centre): `[G, B, K]`."""
         return F.softmax((teacher_logits - self.centre) / teacher_temp, dim=-1)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
+    ) -> Tensor:
         """Student `[V, B, K]` and teacher logits `[G, B, K]` -> the loss. Leaves the centre alone."""
         targets = self.targets(teacher_logits, teacher_temp)
         return dino_loss(student_logits, targets, self.student_temp)

@@ -318,9 +318,7 @@ class XCiT(nn.Module):
     def patch_tokens(self, images: Tensor) -> tuple[Tensor, int, int]:
         """Patch tokens before class attention `[B, N, D]` (those for dense tasks), and the grid."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}"
-            )
+            raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
         x, h, w = self.patch_embed(images)
         x = x + self.pos_embeder(h, w)
         for block in self.blocks:

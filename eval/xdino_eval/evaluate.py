@@ -1,0 +1,78 @@
+"""The evaluator that is handed to a trainer: k-NN on fixed subsets of two labelled sources."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+from torch import nn
+
+from xdino.errors import UsageError
+from xdino_eval.features import Source, extract
+from xdino_eval.knn import classify, labels_of, normalise
+from xdino_eval.transform import EvalTransform, Judged
+
+
+def knn_callback(
+    train_source: Source,
+    val_source: Source,
+    ks: Sequence[int] = (20,),
+    temperature: float = 0.07,
+    limit: int | None = None,
+    batch_size: int = 128,
+    workers: int = 2,
+    precision: str = "fp32",
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a backbone to its k-NN accuracies in per cent.
+
+    The keys are "knn_top1" and "knn_top5" for the first of `ks`, "knn_top1_k100" and so on for
+    the others. The network is judged where it lies and comes back in the mode it was in; no random
+    number is drawn from any generator that training uses.
+
+    Args:
+        limit: at most so many images of each source, the same in every call; None = all.
+
+    Raises:
+        UsageError: a source without labels.
+    """
+    for source in (train_source, val_source):
+        if source.labels is None:
+            raise UsageError(f"k-NN needs labels, and {source.name} has none")
+    subsets = [fixed_subset(len(source), limit) for source in (train_source, val_source)]
+
+    def evaluate(backbone: nn.Module) -> dict[str, float]:
+        transform = EvalTransform.of(cast(Judged, backbone))
+        train, val = (
+            extract(
+                backbone,
+                source,
+                transform,
+                batch_size,
+                workers=workers,
+                precision=precision,
+                indices=subset,
+            )
+            for source, subset in zip((train_source, val_source), subsets, strict=True)
+        )
+        scores = classify(
+            normalise(train.features),
+            labels_of(train),
+            normalise(val.features),
+            labels_of(val),
+            ks,
+            temperature,
+        )
+        out: dict[str, float] = {}
+        for place, k in enumerate(ks):
+            suffix = f"_k{k}" if place else ""
+            out["knn_top1" + suffix], out["knn_top5" + suffix] = scores[k]
+        return out
+
+    return evaluate
+
+
+def fixed_subset(number: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of the indices 0..number-1, ascending, int64; always the same ones."""
+    if limit is None or limit >= number:
+        return np.arange(number)
+    chosen = np.random.Generator(np.random.Philox(0)).choice(number, limit, replace=False)
+    return np.sort(chosen)

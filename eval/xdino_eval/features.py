@@ -1,0 +1,284 @@
+"""From a frozen network and a source of images to features [N, D], once, and kept if asked.
+
+Threads read and resize ahead of the network (PIL and the decoders let go of the interpreter
+lock), a bounded number of images at a time. No random number is drawn and the network comes back
+in the mode it was in, so a training run may call this between two iterations.
+
+Letters: N images, B images of a batch, D width of a feature, s side of a crop, C channels.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xdino.errors import RunFailed, UsageError, nearest
+from xdino_eval.transform import EvalTransform
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+class Source(Protocol):
+    """What is asked of a set of images (`xdino.data` has the real ones)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def labels(self) -> np.ndarray | None: ...
+    def __len__(self) -> int: ...
+    def read(self, index: int, /) -> np.ndarray: ...
+    def describe(self, index: int, /) -> str: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features as the network gave them, not normalised, and where they came from.
+
+    features: float32 [N, D] on the CPU. labels: int64 [N], or None. indices: int64 [N], the
+    places in the source that could be read. skipped: (description, reason) of the others.
+    data: the source's name. transform: one line, precision included.
+    """
+
+    features: Tensor
+    labels: Tensor | None
+    indices: Tensor
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    data: str = ""
+    transform: str = ""
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and outside every submodule's own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's first parameter is; the CPU for a network without any."""
+    parameter = next(network.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that computes in `precision`, "fp32" or "bf16", on `device`."""
+    if precision not in PRECISIONS:
+        raise UsageError(f'no precision "{precision}"; {nearest(precision, PRECISIONS)}')
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: uint8 [B, s, s, C]. indices: int64 [B]. skipped: (index, reason)."""
+
+    images: Tensor
+    indices: np.ndarray
+    skipped: list[tuple[int, str]]
+
+
+def read_batches(
+    source: Source,
+    crop: Callable[[np.ndarray, int], np.ndarray],
+    order: np.ndarray,
+    batch_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Read `order` (indices, int64 [N]) by `batch_size`, two batches ahead of the consumer.
+
+    `crop(image, index)` turns uint8 [H, W, C] into uint8 [s, s, C]. An image that cannot be read
+    is left out of its batch, which may so become empty.
+    """
+
+    def load(index: int) -> np.ndarray | str:
+        try:
+            image = source.read(index)
+        except (ValueError, OSError) as error:  # a data source's UnreadableImage is a ValueError
+            return str(error) or type(error).__name__
+        return crop(image, index)
+
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="read")
+    waiting: deque[Future[np.ndarray | str]] = deque()
+    try:
+        coming = iter(order.tolist())
+        for start in range(0, len(order), batch_size):
+            ahead = 3 * batch_size - len(waiting)
+            waiting.extend(pool.submit(load, index) for index in islice(coming, ahead))
+            indices = order[start : start + batch_size]
+            loaded = [waiting.popleft().result() for _ in indices]
+            pairs = list(zip(indices.tolist(), loaded, strict=True))
+            good = [(i, item) for i, item in pairs if not isinstance(item, str)]
+            yield Batch(
+                torch.from_numpy(np.stack([image for _, image in good])) if good else NOTHING,
+                np.array([i for i, _ in good], dtype=np.int64),
+                [(i, item) for i, item in pairs if isinstance(item, str)],
+            )
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def extract(
+    backbone: nn.Module,
+    source: Source,
+    transform: EvalTransform,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    workers: int = 2,
+    precision: str = "fp32",
+    indices: Sequence[int] | np.ndarray | None = None,
+    progress: Progress | None = None,
+) -> Features:
+    """The features of `source`, in its order, one centre crop an image.
+
+    Args:
+        backbone: float32 [B, C, s, s] -> [B, D].
+        device: the network is moved there; None = where it is.
+        workers: threads that read and resize.
+        precision: "fp32", or "bf16" by autocast; features are float32 in either case.
+        indices: the places in the source to read; None = all.
+
+    Raises:
+        RunFailed: no image could be read, or a feature is not finite.
+    """
+    device = device_of(backbone) if device is None else torch.device(device)
+    order = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    features = torch.empty(0, 0)
+    kept: list[np.ndarray] = []
+    skipped: list[tuple[str, str]] = []
+    filled = 0
+    batches = read_batches(
+        source, lambda image, _: transform.array(image), order, batch_size, workers
+    )
+    with evaluating(backbone), torch.inference_mode(), autocast(device, precision):
+        backbone.to(device)
+        for batch in batches:
+            skipped += [(source.describe(i), reason) for i, reason in batch.skipped]
+            if len(batch.indices):
+                out = backbone(transform.normalise(batch.images.to(device))).float().cpu()
+                if not filled:
+                    features = torch.empty(len(order), out.shape[1])
+                features[filled : filled + len(out)] = out
+                filled += len(out)
+                kept.append(batch.indices)
+            if progress:
+                progress(filled + len(skipped), len(order))
+    if not filled:
+        reason = f"; the first: {': '.join(skipped[0])}" if skipped else " (it is empty)"
+        raise RunFailed(f"no image of {source.name} could be read{reason}")
+    read = np.concatenate(kept)
+    features = features[:filled]
+    broken = (~features.isfinite().all(1)).nonzero()[:, 0]
+    if len(broken):
+        raise RunFailed(
+            f"{len(broken)} of {filled} features of {source.name} are not finite, "
+            f"the first of {source.describe(int(read[broken[0]]))}"
+        )
+    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels)[read])
+    return Features(
+        features=features,
+        labels=labels,
+        indices=torch.from_numpy(read),
+        skipped=skipped,
+        data=source.name,
+        transform=f"{transform.describe()}, {precision}",
+    )
+
+
+def pixels(
+    source: Source,
+    size: int,
+    batch_size: int = 128,
+    workers: int = 2,
+    indices: Sequence[int] | np.ndarray | None = None,
+) -> Features:
+    """The baseline without a network: the pixels of the central square, 0..1, D = s * s * C.
+
+    Images whose shorter side is `size` already are not resampled.
+    """
+    raw = EvalTransform(size, size, (0.0,) * source.channels, (1.0,) * source.channels)
+    return extract(nn.Flatten(), source, raw, batch_size, workers=workers, indices=indices)
+
+
+def cache_key(
+    checkpoint: str, what: str, transform: EvalTransform, fingerprint: str, precision: str
+) -> str:
+    """32 hexadecimal digits that change with everything that changes the features.
+
+    Args:
+        checkpoint: hash of the weights. what: which network of the file, "teacher" as a rule.
+        fingerprint: of the source.
+    """
+    told = json.dumps(["features 1", checkpoint, what, repr(transform), fingerprint, precision])
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def cached(folder: Path | str, key: str, compute: Callable[[], Features]) -> Features:
+    """The features kept under `key` in `folder`, else those of `compute()`, kept for next time.
+
+    A file that cannot be read is reported by a warning and written again.
+    """
+    path = Path(folder) / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return _load(path, key)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
+    features = compute()
+    _save(path, key, features)
+    return features
+
+
+def _save(path: Path, key: str, features: Features) -> None:
+    tensors = {"features": features.features.contiguous(), "indices": features.indices}
+    if features.labels is not None:
+        tensors["labels"] = features.labels
+    told = {"skipped": features.skipped, "data": features.data, "transform": features.transform}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, beside, {"key": key, "told": json.dumps(told)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _load(path: Path, key: str) -> Features:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("key") != key:
+            raise ValueError("it holds another key")
+        told = json.loads(metadata["told"])
+        names = file.keys()
+        return Features(
+            features=file.get_tensor("features"),
+            labels=file.get_tensor("labels") if "labels" in names else None,
+            indices=file.get_tensor("indices"),
+            skipped=[(description, reason) for description, reason in told["skipped"]],
+            data=told["data"],
+            transform=told["transform"],
+        )

@@ -1,0 +1,127 @@
+"""One schema for every number: a row says what was measured, on what, and how.
+
+`results.json` is a list of flat objects that a person can read and `jq` can filter. A file is
+written beside the old one and renamed, so a reader sees all the old rows or all the new ones. One
+process appends at a time.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from xdino.errors import RunFailed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured accuracy and its protocol.
+
+    `top1` and `top5` are in per cent, `seconds` is the wall clock of the evaluation (for cached
+    features without their extraction), sizes count the images that could be read. `checkpoint` is
+    a SHA-256 or a name, `features` says which: "teacher, iteration 1234" or "raw pixels".
+    """
+
+    protocol: str
+    settings: dict[str, Any]
+    top1: float
+    top5: float
+    data: str
+    transform: str
+    train_size: int
+    val_size: int
+    checkpoint: str = ""
+    features: str = ""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
+    """The rows with their origin filled in: which weights, and which features of them."""
+    return [replace(row, checkpoint=checkpoint, features=features) for row in rows]
+
+
+def load(path: Path | str) -> list[Row]:
+    """The rows of `path`; none if there is no such file.
+
+    Raises:
+        RunFailed: the file is damaged or holds something else.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    names = {f.name for f in fields(Row)}
+    try:
+        entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise ValueError("not a list")
+        for entry in entries:
+            if set(entry) != names:
+                raise ValueError(f"a row with the fields {sorted(entry)}")
+        return [Row(**entry) for entry in entries]
+    except (ValueError, TypeError) as error:
+        raise RunFailed(
+            f"{path} does not hold result rows ({error}); nothing was written. "
+            "Move it away, or mend it by hand"
+        ) from error
+
+
+def append(path: Path | str, rows: Sequence[Row]) -> None:
+    """Add `rows` to the file at `path`, making it if need be.
+
+    Raises:
+        ValueError: a row without its origin (see `signed`), or with a number that is not finite.
+        RunFailed: the existing file is damaged. It is left as it is.
+    """
+    for row in rows:
+        if not row.checkpoint or not row.features:
+            raise ValueError(f"a {row.protocol} row names no checkpoint or no features: sign it")
+    path = Path(path)
+    everything = [asdict(row) for row in [*load(path), *rows]]
+    text = json.dumps(everything, indent=2, allow_nan=False, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """The rows for a terminal: accuracies in per cent, one line a row."""
+    out = Table(title=None, header_style="bold", pad_edge=False)
+    for name in ("protocol", "settings", "features", "data"):
+        out.add_column(name, overflow="fold")
+    for name in ("top-1", "top-5", "train", "val", "s"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(
+            row.protocol,
+            ", ".join(f"{name} {_short(value)}" for name, value in row.settings.items()),
+            row.features,
+            row.data,
+            f"{row.top1:.2f}",
+            f"{row.top5:.2f}",
+            f"{row.train_size:,}",
+            f"{row.val_size:,}",
+            f"{row.seconds:.1f}",
+        )
+    return out
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple) and len(value) > 3:
+        return f"{_short(value[0])}..{_short(value[-1])} ({len(value)})"
+    return str(value)

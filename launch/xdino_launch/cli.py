@@ -1,0 +1,316 @@
+"""The command line: `xdino pretrain`, `knn`, `linear`, `attention`, `features`, `export`, `demo`.
+
+Standard output carries results (a table, or JSON with --json); everything else goes to standard
+error. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xdino.errors import RunFailed, Stopped, UsageError, nearest
+
+# torch and the rest take seconds to import: commands import what they need, so that --help and
+# mistakes in the command line answer at once.
+
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
+
+
+class Commands(click.Group):
+    """A group that names the nearest command when there is no such one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            hint = nearest(args[0], self.list_commands(ctx))
+            raise UsageError(f'there is no command "{args[0]}": {hint}')
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="xdino")
+def xdino() -> None:
+    """Pretrain XCiT without labels (DINO), judge the features, look at the attention."""
+
+
+# --- pretrain ---------------------------------------------------------------------------------
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """["--optim.lr", "1e-3", "--train.epochs=10"] -> {"optim.lr": "1e-3", "train.epochs": "10"}."""
+    from xdino import config
+
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        key, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or "." not in key:
+            leaves = {known.split(".")[1]: known for known in config.keys()}
+            name = leaves.get(key.replace("-", "_"))
+            hint = f'did you mean "--{name}"?' if name else "overrides are --section.key value"
+            raise UsageError(f'"{option}" is not an option of pretrain: {hint}')
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UsageError(f"--{key} needs a value: --{key} VALUE")
+            value = rest.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+@xdino.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="Every key of the configuration is an option: --optim.lr 1e-3 --data.path FOLDER ...",
+)
+@click.argument("config")
+@click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
+@click.option("--init", help="Weights to start from (a new run; continuing needs nothing).")
+@click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
+@click.pass_context
+def pretrain(
+    ctx: click.Context, config: str, run_dir: str, init: str | None, print_config: bool
+) -> None:
+    """Pretrain by a recipe's name or a YAML file; continue the run that RUN holds.
+
+    Under a launcher the processes find each other: torchrun --nproc-per-node 8 -m xdino_launch
+    pretrain CONFIG --run DIR.
+    """
+    from xdino import config as configuration
+
+    overrides = parse_overrides(ctx.args)
+    if init is not None:
+        overrides["train.init"] = init
+    resolved = configuration.load(config, overrides)
+    if print_config:
+        click.echo(configuration.to_yaml(resolved), nl=False)
+        return
+    from xdino_launch.local import run_pretraining
+
+    path = run_pretraining(resolved, run_dir, command=sys.argv[1:])
+    click.echo(str(path))
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every evaluation of a backbone on labelled data takes."""
+    options = [
+        click.argument("weights"),
+        click.option("--data", required=True, help="Folder with train/ and val/, or a named source."),
+        click.option("--arch", help="Architecture, where the file does not say."),
+        click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
+        click.option("--out", type=click.Path(), help="Append to this results.json."),
+        click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
+        click.option("--size", type=click.IntRange(1), help="Centre crop in pixels."),
+        click.option("--resize", type=click.IntRange(1), help="Shorter side before it, in pixels."),
+        click.option("--mean", help="Per channel, comma-separated, 0..1."),
+        click.option("--std", help="Per channel, comma-separated, 0..1."),
+        click.option("--batch-size", default=128, type=click.IntRange(1), show_default=True),
+        click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1)),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def numbers(text: str | None, name: str, kind: Callable[[str], Any] = float) -> tuple[Any, ...] | None:
+    """ "10,20" -> (10, 20)."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f'--{name} takes numbers with commas between them, got "{text}"') from None
+
+
+def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) -> None:
+    """Where rows go: results.json of the run or --out, and standard output."""
+    from rich.console import Console
+
+    from xdino_eval import results
+
+    target = Path(out) if out else None
+    if target is None and Path(weights).is_dir():
+        target = Path(weights) / "results.json"
+    if target is not None:
+        results.append(target, rows)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        Console().print(results.table(rows))
+
+
+@xdino.command()
+@evaluation_options
+@click.option("--k", "ks", default="10,20,100,200", show_default=True, help="Neighbours.")
+@click.option("--temperature", default=0.07, show_default=True, type=float)
+def knn(ks: str, temperature: float, **options: Any) -> None:
+    """Weighted k-NN of the frozen features: train/ votes on val/."""
+    parsed = numbers(ks, "k", int)
+    if not parsed or min(parsed) < 1:
+        raise UsageError(f"--k takes numbers of neighbours from 1 up, got {ks}")
+    if temperature <= 0:
+        raise UsageError(f"--temperature must be above 0, got {temperature}")
+    from xdino_eval import knn as rooms
+    from xdino_launch.evaluate import Subject
+
+    subject = Subject.open(**_subject(options))
+    train, val = subject.features()
+    rows = subject.sign(rooms.evaluate(train, val, parsed, temperature))
+    finish(rows, options["weights"], options["out"], options["as_json"])
+
+
+@xdino.command()
+@evaluation_options
+@click.option(
+    "--protocol",
+    default="logistic",
+    show_default=True,
+    type=click.Choice(["logistic", "sgd", "sgd-features"]),
+    help="logistic: scikit-learn on features extracted once; sgd: the published protocol, augmented "
+    "images every epoch; sgd-features: its optimiser on features extracted once.",
+)
+@click.option("--epochs", default=100, show_default=True, type=click.IntRange(1), help="Of SGD.")
+@click.option("--lr", default=0.001, show_default=True, type=float, help="Of SGD, for batch 256.")
+@click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--save-head", type=click.Path(), help="SGD: keep the head, as safetensors.")
+def linear(
+    protocol: str,
+    epochs: int,
+    lr: float,
+    cs: str,
+    seed: int,
+    save_head: str | None,
+    **options: Any,
+) -> None:
+    """A linear probe of the frozen features, trained on train/, scored on val/."""
+    if lr <= 0:
+        raise UsageError(f"--lr must be above 0, got {lr}")
+    from xdino_eval import linear as rooms
+    from xdino_launch.evaluate import Subject
+
+    grid = cs if cs in rooms.GRIDS else numbers(cs, "c")
+    subject = Subject.open(**_subject(options))
+    how = rooms.Sgd(epochs=epochs, batch_size=options["batch_size"], lr=lr, seed=seed)
+    if protocol == "sgd":
+        row = rooms.sgd_probe(
+            subject.backbone,
+            subject.train,
+            subject.val,
+            subject.transform,
+            how,
+            subject.device,
+            options["workers"],
+            options["precision"],
+            save_head,
+            subject.progress("epoch"),
+        )
+    else:
+        train, val = subject.features()
+        if protocol == "sgd-features":
+            row = rooms.sgd_probe_features(train, val, how, save_to=save_head)
+        else:
+            row = rooms.logistic_probe(train, val, grid or "default", seed=seed)
+    finish(subject.sign([row]), options["weights"], options["out"], options["as_json"])
+
+
+def _subject(options: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation options that say what is judged and on what, parsed."""
+    names = (
+        "weights data arch role size resize batch_size workers device precision".split()  # noqa: SIM905
+    )
+    subject = {name: options[name] for name in names}
+    return subject | {name: numbers(options[name], name) for name in ("mean", "std")}
+
+
+@xdino.command()
+@click.argument("weights")
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="Folder for the pictures.")
+@click.option("--arch", help="Architecture, where the file does not say.")
+@click.option("--size", type=click.IntRange(1), help="Shorter side in pixels.")
+@click.option("--mass", default=0.6, show_default=True, type=float, help="Share held by the mask.")
+def attention(
+    weights: str, images: tuple[str, ...], out: str, arch: str | None, size: int | None, mass: float
+) -> None:
+    """Draw an XCiT's class attention on images: heads, mean, overlay, mask."""
+    if not 0 < mass <= 1:
+        raise UsageError(f"--mass must be above 0 and at most 1, got {mass}")
+    from xdino_launch.evaluate import draw_attention
+
+    for path in draw_attention(weights, images, out, arch, size, mass):
+        click.echo(str(path))
+
+
+@xdino.command()
+@evaluation_options
+def features(**options: Any) -> None:
+    """Write the frozen features of train/ and val/ to a safetensors file (--out)."""
+    if not options["out"]:
+        raise UsageError("features needs --out FILE.safetensors")
+    from xdino_launch.evaluate import Subject, save_features
+
+    subject = Subject.open(**_subject(options))
+    path = save_features(subject, Path(options["out"]))
+    click.echo(str(path))
+
+
+@xdino.command()
+@click.argument("weights")
+@click.option("--out", required=True, type=click.Path(), help="FILE.safetensors")
+@click.option("--format", "names", default="published", type=click.Choice(["published", "timm"]))
+@click.option("--arch", help="Architecture, where the file does not say.")
+@click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
+def export(weights: str, out: str, names: str, arch: str | None, role: str) -> None:
+    """Write a backbone as safetensors, under the published parameter names or timm's."""
+    from xdino_launch.evaluate import export_backbone
+
+    click.echo(str(export_backbone(weights, Path(out), names, arch, role)))
+
+
+@xdino.command()
+@click.option("--run", "run_dir", default="runs/demo", show_default=True, type=click.Path())
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def demo(run_dir: str, seed: int, as_json: bool) -> None:
+    """Pretrain a small XCiT on shipped images, score it, draw its attention (minutes, no GPU)."""
+    from xdino_launch.demo import run_demo
+
+    rows = run_demo(Path(run_dir), seed)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: one sentence for a person, never a traceback for a mistake."""
+    try:
+        xdino.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except click.ClickException as error:
+        fail(error.format_message(), EXIT_USAGE)
+    except UsageError as error:
+        fail(str(error), EXIT_USAGE)
+    except RunFailed as error:
+        fail(str(error), EXIT_FAILED)
+    except Stopped as error:
+        fail(str(error), EXIT_STOPPED)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def fail(sentence: str, code: int) -> None:
+    click.echo(f"xdino: {' '.join(sentence.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,107 @@
+"""How a run looks to whoever started it: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from xdino.train import Listener
+
+QUIET_SECONDS = 10.0  # between two plain lines
+
+
+class ConsoleListener(Listener):
+    """Draws a run on standard error, so that standard output stays for results."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.progress: Progress | None = None
+        self._last_line = 0.0
+        self._iterations = 0
+
+    def __enter__(self) -> "ConsoleListener":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def started(self, facts: dict[str, Any]) -> None:
+        self._iterations = facts["iterations"]
+        verb = "continuing" if facts["iteration"] else "pretraining"
+        self.notice(
+            f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
+            f"{facts['iteration']:,} of {facts['iterations']:,}, {facts['steps_per_epoch']:,} an "
+            f"epoch, {facts['total_batch']} images a step, peak lr {facts['peak_lr']:.3g}, "
+            f"{facts['precision']} on {facts['device']}"
+        )
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )
+            self.progress.add_task(
+                "", total=self._iterations, completed=facts["iteration"], epoch=0, numbers=""
+            )
+            self.progress.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        numbers = " · ".join(_numbers(row))
+        if self.progress is not None:
+            extra = {"numbers": numbers} if "loss" in row else {}
+            task = self.progress.task_ids[0]
+            self.progress.update(task, completed=row["iteration"], epoch=row["epoch"], **extra)
+        due = time.monotonic() - self._last_line >= QUIET_SECONDS
+        if "loss" not in row or (self.progress is None and due):
+            if "loss" in row:
+                self._last_line = time.monotonic()
+            self.notice(
+                f"epoch {row['epoch']} · iteration {row['iteration']:,}/{self._iterations:,} · "
+                + numbers
+            )
+
+    def notice(self, sentence: str) -> None:
+        self.console.print(sentence, soft_wrap=True, markup=False)
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    shown = []
+    if "loss" in row:
+        shown = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.2e}"]
+        if "images_per_second" in row:
+            shown += [
+                f"{row['images_per_second']:.0f} images/s",
+                f"{100 * row['wait_share']:.0f} % waiting for data",
+            ]
+    shown += [f"{key} {value:.1f}" for key, value in row.items() if key.startswith("knn_")]
+    return shown
+
+
+def counter(console: Console, verb: str) -> Any:
+    """A (done, total) callback that says how far a long evaluation is, at most every few seconds."""
+    last = [time.monotonic()]
+
+    def tell(done: int, total: int) -> None:
+        if time.monotonic() - last[0] >= QUIET_SECONDS:
+            last[0] = time.monotonic()
+            console.print(f"{verb}: {done:,} of {total:,}", highlight=False)
+
+    return tell
+
+
+def stderr_console() -> Console:
+    return Console(stderr=True, highlight=False, file=sys.stderr)

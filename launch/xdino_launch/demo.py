@@ -1,0 +1,115 @@
+"""The demo: pretrain on shipped images, then say in one table what that was worth.
+
+Three kinds of features of the same held-out images, judged by the same two protocols: raw pixels,
+the run's own teacher before its first step, and the teacher at the end. The held-out images are
+never pretrained on.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from xdino import checkpoint, config, data
+from xdino.run import INITIAL_FILE
+from xdino_eval import attention, knn, linear, results
+from xdino_eval.features import Features, extract, pixels
+from xdino_eval.results import Row
+from xdino_eval.transform import EvalTransform
+from xdino_launch.console import stderr_console
+from xdino_launch.evaluate import features_name
+from xdino_launch.local import run_pretraining
+
+NEIGHBOURS = 20  # the k that DINO reports for ImageNet (section 4.1)
+
+
+def run_demo(run_dir: Path, seed: int = 0) -> list[Row]:
+    """Pretrain (or continue), evaluate, draw; print the table.
+
+    Raises:
+        UsageError, RunFailed, Stopped: as `pretrain`.
+    """
+    began = time.monotonic()
+    note = stderr_console().print
+    resolved = config.load("demo", {"train.seed": str(seed)})
+    run_pretraining(resolved, run_dir, command=["demo"])
+    pretrained = checkpoint.load_backbone(run_dir)
+    untrained = checkpoint.load_backbone(run_dir / INITIAL_FILE)
+    train, val = data.open_splits(resolved.data.path)
+    note("scoring frozen features by k-NN and by a linear probe ...")
+
+    rows: list[Row] = []
+    for what, sha, (bank, queries) in (
+        ("raw pixels", "none", _pixels(train, val)),
+        ("untrained network", _sha(untrained), _features(untrained, train, val)),
+        (features_name(pretrained.weights), _sha(pretrained), _features(pretrained, train, val)),  # type: ignore[arg-type]
+    ):
+        scored = [
+            *knn.evaluate(bank, queries, [NEIGHBOURS]),
+            linear.logistic_probe(bank, queries, seed=0),
+        ]
+        rows += results.signed(scored, sha, what)
+    (run_dir / "results.json").unlink(missing_ok=True)  # the rows of an earlier demo in this folder
+    results.append(run_dir / "results.json", rows)
+    pictures = _draw(pretrained, val, run_dir / "attention")
+    _print(rows, run_dir, pictures, len(val), time.monotonic() - began)
+    return rows
+
+
+def _sha(backbone: nn.Module) -> str:
+    return backbone.weights["sha256"]  # type: ignore[index, return-value]
+
+
+def _pixels(train: data.Source, val: data.Source) -> tuple[Features, Features]:
+    size = train.read(0).shape[0]
+    return pixels(train, size), pixels(val, size)
+
+
+def _features(
+    backbone: nn.Module, train: data.Source, val: data.Source
+) -> tuple[Features, Features]:
+    transform = EvalTransform.of(backbone)  # type: ignore[arg-type]
+    return extract(backbone, train, transform), extract(backbone, val, transform)
+
+
+def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
+    """Attention on one held-out image of each class, and one sheet of all of them."""
+    labels = np.asarray(val.labels)
+    sheet = []
+    for label, name in enumerate(val.classes or ()):
+        image = val.read(int(np.flatnonzero(labels == label)[0]))
+        maps = attention.class_attention_maps(backbone, image)
+        # A map of a few patches is looked at, not measured: draw it on an enlarged image.
+        large = np.asarray(Image.fromarray(image[..., 0]).resize((224, 224), Image.Resampling.BICUBIC))
+        stem = name.lower().replace(" ", "-").replace("/", "-")
+        files = attention.draw(maps, large[..., None], out, stem)
+        sheet.append(Image.open(files[0]).convert("RGB"))
+    width = max(page.width for page in sheet)
+    total = Image.new("RGB", (width, sum(page.height for page in sheet)), "white")
+    top = 0
+    for page in sheet:
+        total.paste(page, (0, top))
+        top += page.height
+    path = out / "all.png"
+    total.save(path)
+    return path
+
+
+def _print(rows: list[Row], run_dir: Path, pictures: Path, val: int, seconds: float) -> None:
+    table = Table(title=f"Top-1 in per cent on {val:,} held-out images", title_justify="left")
+    for name in ("features", f"k-NN (k = {NEIGHBOURS})", "linear (logistic regression)"):
+        table.add_column(name, justify="left" if name == "features" else "right")
+    for neighbours, probe in zip(rows[::2], rows[1::2], strict=True):
+        table.add_row(neighbours.features, f"{neighbours.top1:.1f}", f"{probe.top1:.1f}")
+    console = Console(highlight=False)
+    console.print(table)
+    iterations = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
+    console.print(f"{iterations:,} iterations; {seconds:.0f} s in all", soft_wrap=True)
+    console.print(f"attention pictures: {pictures}", soft_wrap=True)
+    console.print(f"views of the first batch: {run_dir / 'views.png'}", soft_wrap=True)
+    console.print(f"every number with its protocol: {run_dir / 'results.json'}", soft_wrap=True)

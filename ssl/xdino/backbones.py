@@ -1,0 +1,99 @@
+"""Backbones by name: XCiT by default, anything that timm can build besides.
+
+A backbone maps images `[B, C, H, W]` to one vector `[B, D]` and says `embed_dim`. `BackboneSpec` is
+all that is needed to build it again, and travels with its weights.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from torch import nn
+
+from xdino import xcit
+from xdino.errors import UsageError, nearest
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# One channel: the luma-weighted sum of ImageNet's means, the average of its standard deviations.
+LUMA_MEAN, LUMA_STD = (0.459,), (0.226,)
+
+
+def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's mean and standard deviation for a number of channels (values in 0..1)."""
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return LUMA_MEAN * channels, LUMA_STD * channels
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a backbone is and how its images are prepared for evaluation.
+
+    Args:
+        arch: "xcit_small_12_p16" and the like, or a timm name.
+        shape: arguments of XCiT that differ from what the name says.
+        input_size, resize: evaluation crop and the shorter side before it, in pixels.
+        mean, std: one entry a channel, for images in 0..1.
+    """
+
+    arch: str
+    in_chans: int = 3
+    shape: dict[str, Any] = field(default_factory=dict)
+    input_size: int = 224
+    resize: int = 256
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.in_chans:
+                raise UsageError(
+                    f"{name} needs one value a channel: {self.in_chans}, got {getattr(self, name)}"
+                )
+
+    def build(self, drop_path: float = 0.0) -> nn.Module:
+        """The network with its ordinary initialisation, carrying `input_size`, `mean` and the rest."""
+        if self.arch.startswith("xcit_"):
+            model: nn.Module = xcit.build(
+                self.arch, in_chans=self.in_chans, drop_path_rate=drop_path, **self.shape
+            )
+        else:
+            if self.shape:
+                raise UsageError(
+                    f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
+                )
+            model = _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
+        for name in ("in_chans", "input_size", "resize", "mean", "std"):
+            setattr(model, name, getattr(self, name))
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "BackboneSpec":
+        return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
+
+
+def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:
+    if not timm.is_model(arch):
+        choices = [*xcit.NAMES, *timm.list_models()]
+        raise UsageError(f'no backbone is called "{arch}": {nearest(arch, choices)}')
+    common = {"pretrained": False, "num_classes": 0, "in_chans": in_chans}
+    # Vision transformers take crops of several sizes only when told so, and other networks refuse
+    # to be told; timm raises TypeError for an argument that a network does not have.
+    attempts: tuple[dict[str, Any], ...] = (
+        {"img_size": input_size, "dynamic_img_size": True, "drop_path_rate": drop_path},
+        {"img_size": input_size, "drop_path_rate": drop_path},
+        {"drop_path_rate": drop_path},
+        {},
+    )
+    for extra in attempts:
+        try:
+            model = timm.create_model(arch, **common, **extra)
+        except TypeError:
+            continue
+        model.embed_dim = model.num_features
+        return model
+    raise UsageError(f"timm cannot build {arch} with {in_chans} channels")
