@@ -6,8 +6,9 @@ from typing import cast
 import numpy as np
 from torch import nn
 
+from xdino.data import Source
 from xdino.errors import UsageError
-from xdino_eval.features import Source, extract
+from xdino_eval.features import extract
 from xdino_eval.knn import classify, labels_of, normalise
 from xdino_eval.transform import EvalTransform, Judged
 

@@ -16,9 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xdino.data import Source, UnreadableImage
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino_eval.transform import EvalTransform
 
@@ -35,20 +34,6 @@ Progress = Callable[[int, int], None]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-class Source(Protocol):
-    """What is asked of a set of images (`xdino.data` has the real ones)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def labels(self) -> np.ndarray | None: ...
-    def __len__(self) -> int: ...
-    def read(self, index: int, /) -> np.ndarray: ...
-    def describe(self, index: int, /) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -115,23 +100,28 @@ def read_batches(
     is left out of its batch, which may so become empty.
     """
 
-    def load(index: int) -> np.ndarray | str:
-        try:
-            image = source.read(index)
-        except (ValueError, OSError) as error:  # a data source's UnreadableImage is a ValueError
-            return str(error) or type(error).__name__
-        return crop(image, index)
+    def load(indices: list[int]) -> list[tuple[int, np.ndarray | str]]:
+        loaded: list[tuple[int, np.ndarray | str]] = []
+        for index in indices:
+            try:
+                loaded.append((index, crop(source.read(index), index)))
+            except (UnreadableImage, OSError) as error:
+                loaded.append((index, str(error) or type(error).__name__))
+        return loaded
 
+    Task = Future[list[tuple[int, np.ndarray | str]]]
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="read")
-    waiting: deque[Future[np.ndarray | str]] = deque()
+    waiting: deque[list[Task]] = deque()
     try:
-        coming = iter(order.tolist())
-        for start in range(0, len(order), batch_size):
-            ahead = 3 * batch_size - len(waiting)
-            waiting.extend(pool.submit(load, index) for index in islice(coming, ahead))
-            indices = order[start : start + batch_size]
-            loaded = [waiting.popleft().result() for _ in indices]
-            pairs = list(zip(indices.tolist(), loaded, strict=True))
+        for start in range(-2 * batch_size, len(order), batch_size):
+            coming = order[start + 2 * batch_size :][:batch_size].tolist()
+            step = source.batch_reads
+            waiting.append(
+                [pool.submit(load, coming[i : i + step]) for i in range(0, len(coming), step)]
+            )
+            if start < 0:
+                continue
+            pairs = [pair for task in waiting.popleft() for pair in task.result()]
             good = [(i, item) for i, item in pairs if not isinstance(item, str)]
             yield Batch(
                 torch.from_numpy(np.stack([image for _, image in good])) if good else NOTHING,

@@ -27,15 +27,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from xdino.data import Source
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino_eval.accuracy import class_indices, ranks, top1_top5
 from xdino_eval.features import (
     Features,
     Progress,
-    Source,
     autocast,
     device_of,
     evaluating,
@@ -379,9 +379,12 @@ def _fits(
 def _logistic_score(
     model: LogisticRegression, x: np.ndarray, target: np.ndarray
 ) -> tuple[float, float]:
-    # Classes that a fit never saw (they are all held out) get the score of no prediction.
-    scores = np.full((len(x), int(max(model.classes_.max(), target.max(initial=0))) + 1), -np.inf)
-    scores[:, model.classes_] = model.predict_log_proba(x)
+    logits = model.decision_function(x)  # [N, K]; of two classes, [N] for the second
+    if logits.ndim == 1:
+        logits = np.stack([np.zeros_like(logits), logits], axis=1)
+    # A class that the fit never saw, because all of it is held out, is never a prediction.
+    scores = np.full((len(x), int(max(model.classes_.max(), target.max())) + 1), -np.inf)
+    scores[:, model.classes_] = logits
     return top1_top5(ranks(torch.from_numpy(scores), torch.from_numpy(target)))
 
 

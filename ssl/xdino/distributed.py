@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 
@@ -74,6 +73,18 @@ def any_true(flag: bool, device: torch.device) -> bool:
     return bool(x.item())
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    """`mean` with a gradient: every process's result depends on every process's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return mean(gradient.contiguous())
+
+
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the images of all processes, on any device.
 
@@ -91,20 +102,19 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        local = torch.stack((x.mean(dims), x.square().mean(dims)))
         # Every process holds equally many images, so the mean of means is the mean.
-        mean, square = dist_nn.all_reduce(local) / world_size()
-        var = square - mean.square()
+        centre: Tensor = _MeanOverProcesses.apply(x.mean(dims))
+        var: Tensor = _MeanOverProcesses.apply((x - centre.view(shape)).square().mean(dims))
         if self.track_running_stats and self.running_mean is not None:
             with torch.no_grad():
                 count = x.numel() // x.shape[1] * world_size()
                 momentum = 0.1 if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_mean.lerp_(centre.to(self.running_mean.dtype), momentum)
                 unbiased = var * (count / max(count - 1, 1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
                 self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(input.dtype)
+        return (x * scale.view(shape) + (self.bias - centre * scale).view(shape)).to(input.dtype)
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -122,6 +132,9 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
                 child.affine,
                 child.track_running_stats,
             )
+            reference = child.running_mean if child.weight is None else child.weight
+            if reference is not None:
+                new.to(reference.dtype)
             new.load_state_dict(child.state_dict())
             new.train(child.training)
             for target, origin in zip(new.parameters(), child.parameters(), strict=True):

@@ -4,9 +4,11 @@ Letters: G global views, V views, B images, K prototypes.
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +72,11 @@ class Learner:
         self._student: nn.Module = self.student
         if distributed.world_size() > 1:
             # Buffers need no broadcast: the BatchNorms see all processes, so they agree already.
-            self._student = DistributedDataParallel(self.student, broadcast_buffers=False)
+            # torch renamed the option after 2.11.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {name: False}
+            self._student = DistributedDataParallel(self.student, **options)
 
     def step(
         self,
@@ -95,9 +101,8 @@ class Learner:
         """
         optim.set_step(self.optimiser, settings.lr, settings.weight_decay)
         self.optimiser.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        entropy = torch.zeros((), device=self.device)
         batch_mean = torch.zeros_like(self.loss.centre[0])
+        total = entropy = batch_mean.new_zeros(())
         for i, groups in enumerate(micro_batches, start=1):
             with self._accumulating(i < count):
                 with self._precision():
@@ -107,10 +112,10 @@ class Learner:
                     student_logits = self._student(groups)
                     loss = dino_loss(student_logits, targets, self.loss.student_temp) / count
                 self.scaler.scale(loss).backward()
-            total += loss.detach()
+            total = total + loss.detach()
             batch_mean += teacher_logits.mean(dim=(0, 1), dtype=batch_mean.dtype) / count
             if diagnose:
-                entropy += torch.special.entr(targets).sum(-1).mean() / count
+                entropy = entropy + torch.special.entr(targets).sum(-1).mean() / count
 
         # One question to the device a step: a loss that is not finite must stop every process
         # before anything is spoilt.

@@ -1,0 +1,167 @@
+"""Extraction, its cache, and the evaluator that a trainer calls."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from xdino.data import fingerprint
+from xdino.errors import RunFailed, UsageError
+from xdino_eval import features as room
+from xdino_eval.evaluate import fixed_subset, knn_callback
+from xdino_eval.features import cache_key, cached, extract, pixels
+from xdino_eval.transform import EvalTransform
+
+
+@pytest.mark.usefixtures("rng_untouched")
+def test_extract_is_the_network_on_each_image(frozen, make_source):
+    source = make_source(23)
+    transform = EvalTransform.of(frozen)
+    frozen.train()
+    frozen.stem.eval()  # a submodule frozen on its own stays so
+    told = []
+    found = extract(
+        frozen, source, transform, batch_size=5, progress=lambda done, all: told.append((done, all))
+    )
+    assert frozen.training
+    assert frozen.drop.training
+    assert not frozen.stem.training
+    assert told[-1] == (23, 23)
+    frozen.eval()
+    for index in range(len(source)):
+        image = torch.from_numpy(transform.array(source.read(index)).copy())
+        with torch.no_grad():
+            alone = frozen(transform.normalise(image[None]))[0]
+        torch.testing.assert_close(found.features[index], alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.labels, torch.from_numpy(source.labels))
+    assert found.transform.endswith("fp32")
+
+
+def test_batch_size_and_threads_do_not_matter(frozen, make_source):
+    source, transform = make_source(17), EvalTransform.of(frozen)
+    one = extract(frozen, source, transform, batch_size=1, workers=1)
+    for batch_size, workers in ((4, 2), (17, 3), (100, 5)):
+        other = extract(frozen, source, transform, batch_size=batch_size, workers=workers)
+        torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
+        assert torch.equal(one.indices, other.indices)
+
+
+def test_unreadable_images_are_skipped_and_named(frozen, make_source):
+    source, transform = make_source(12, bad=(0, 3, 4, 5)), EvalTransform.of(frozen)
+    found = extract(frozen, source, transform, batch_size=3)  # one batch is nearly, one half bad
+    assert found.indices.tolist() == [1, 2, 6, 7, 8, 9, 10, 11]
+    assert found.labels.tolist() == source.labels[found.indices].tolist()
+    assert found.skipped[0] == ("image 0 of stand-in", "truncated")
+    assert len(found.skipped) == 4
+    whole = extract(frozen, make_source(12), transform)
+    torch.testing.assert_close(found.features, whole.features[found.indices])
+    with pytest.raises(RunFailed, match=r"no image of stand-in.*image 0 of stand-in: truncated"):
+        extract(frozen, make_source(3, bad=range(3)), transform)
+
+
+def test_a_subset_and_no_labels(frozen, make_source):
+    found = extract(
+        frozen, make_source(9, labelled=False), EvalTransform.of(frozen), indices=[7, 2]
+    )
+    assert found.indices.tolist() == [7, 2]
+    assert found.labels is None
+
+
+def test_features_that_are_not_finite_name_the_first_image(frozen, make_source):
+    class Breaks(nn.Module):
+        def forward(self, images):
+            out = images.flatten(1).clone()
+            out[images.mean((1, 2, 3)) > 0] = torch.nan
+            return out
+
+    source = make_source(4)
+    dark, bright = np.zeros((24, 24, 3), np.uint8), np.full((24, 24, 3), 255, np.uint8)
+    source.images = [dark, bright, dark, bright]
+    with pytest.raises(RunFailed, match="2 of 4 features of stand-in .* image 1 of stand-in"):
+        extract(Breaks(), source, EvalTransform.of(frozen))
+
+
+def test_precision(frozen, make_source):
+    source, transform = make_source(4), EvalTransform.of(frozen)
+    full, half = (extract(frozen, source, transform, precision=p) for p in ("fp32", "bf16"))
+    assert half.features.dtype == torch.float32
+    torch.testing.assert_close(full.features, half.features, rtol=0.05, atol=0.05)
+    assert not torch.equal(full.features, half.features)
+    with pytest.raises(UsageError, match='no precision "fp23"; did you mean "fp32"'):
+        extract(frozen, source, transform, precision="fp23")
+
+
+def test_pixels_are_the_image(make_source):
+    source = make_source(3)
+    source.images = [image[:26, :26] for image in source.images]
+    found = pixels(source, 26)
+    flat = source.images[1].transpose(2, 0, 1).reshape(-1)
+    np.testing.assert_allclose(found.features[1].numpy(), flat / np.float32(255), rtol=1e-6)
+
+
+def test_cache(frozen, make_source, tmp_path):
+    source, transform = make_source(6, bad=(2,)), EvalTransform.of(frozen)
+    key = cache_key("abc", "teacher", transform, fingerprint(source), "fp32")
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return extract(frozen, source, transform)
+
+    first = cached(tmp_path, key, compute)
+    second = cached(tmp_path, key, compute)
+    assert len(calls) == 1
+    assert torch.equal(first.features, second.features)
+    assert torch.equal(first.labels, second.labels)
+    assert (first.skipped, first.transform) == (second.skipped, second.transform)
+    (file,) = tmp_path.iterdir()
+
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-9]):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="damaged"):
+            again = cached(tmp_path, key, compute)
+        assert torch.equal(again.features, first.features)
+        assert file.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_cache_key_changes_with_everything(frozen):
+    transform = EvalTransform.of(frozen)
+    given = ["abc", "teacher", transform, "data", "fp32"]
+    keys = {cache_key(*given)}
+    for place, other in enumerate(("abd", "student", EvalTransform.of(frozen, 32), "d", "bf16")):
+        keys.add(cache_key(*given[:place], other, *given[place + 1 :]))
+    assert len(keys) == 6
+
+
+@pytest.mark.usefixtures("rng_untouched")
+def test_the_trainers_evaluator(frozen, make_source):
+    evaluate = knn_callback(make_source(60), make_source(40, seed=1), ks=(5, 20), limit=30)
+    frozen.train()
+    statistics = frozen.stem[1].running_mean.clone()
+    first = evaluate(frozen)
+    assert set(first) == {"knn_top1", "knn_top5", "knn_top1_k20", "knn_top5_k20"}
+    assert first == evaluate(frozen)
+    assert frozen.training
+    assert torch.equal(statistics, frozen.stem[1].running_mean)
+    with pytest.raises(UsageError, match="stand-in has none"):
+        knn_callback(make_source(4), make_source(4, labelled=False))
+
+
+def test_fixed_subset():
+    assert fixed_subset(5, None).tolist() == fixed_subset(5, 9).tolist() == [0, 1, 2, 3, 4]
+    chosen = fixed_subset(1000, 50)
+    assert len(set(chosen)) == 50
+    assert np.array_equal(chosen, fixed_subset(1000, 50))
+    assert (np.diff(chosen) > 0).all()
+
+
+def test_reading_ahead_is_bounded(make_source):
+    source = make_source(200)
+    read = []
+    batches = room.read_batches(source, lambda image, i: read.append(i) or image[:26, :26],
+                                np.arange(200), 10, 2)  # fmt: skip
+    next(batches)
+    batches.close()
+    assert len(read) <= 30

@@ -1,0 +1,191 @@
+"""Linear probes: the published crops, scikit-learn itself, and problems with a known answer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from torchvision.transforms import functional as TF
+
+from xdino.errors import RunFailed, UsageError
+from xdino_eval import linear
+from xdino_eval.features import Features
+from xdino_eval.linear import Sgd, augment, crop_parameters, draw, held_out
+from xdino_eval.transform import EvalTransform
+
+
+@pytest.fixture
+def blobs():
+    """blobs(spread, labels): two splits of points around one centre a class, [N, 6]."""
+
+    def make(spread=0.6, labels=(2, 5, 11), train=240, val=120):
+        rng = np.random.default_rng(0)
+        centres = rng.normal(size=(len(labels), 6))
+        splits = []
+        for count in (train, val):
+            which = rng.integers(len(labels), size=count)
+            points = centres[which] + spread * rng.normal(size=(count, 6))
+            splits.append(
+                Features(
+                    torch.from_numpy(points.astype(np.float32)),
+                    torch.from_numpy(np.array(labels)[which]),
+                    torch.arange(count),
+                    data="blobs",
+                    transform="none",
+                )
+            )
+        return splits
+
+    return make
+
+
+def test_crop_is_torchvisions_on_pil():
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    flips = 0
+    for index in range(40):
+        ours = augment(image, 32, draw(1, 2, 0, index))
+        left, top, right, bottom = crop_parameters(50, 70, draw(1, 2, 0, index))
+        picture = Image.fromarray(image)
+        theirs = TF.resized_crop(picture, top, left, bottom - top, right - left, [32, 32])
+        flipped = not np.array_equal(ours, np.asarray(theirs))
+        flips += flipped
+        reference = TF.hflip(theirs) if flipped else theirs
+        np.testing.assert_array_equal(ours, np.asarray(reference))
+    assert 8 < flips < 32
+
+
+def test_crop_parameters_stay_inside_their_ranges():
+    areas, aspects = [], []
+    for index in range(3000):
+        left, top, right, bottom = crop_parameters(200, 300, draw(0, 0, 0, index))
+        assert 0 <= left < right <= 300
+        assert 0 <= top < bottom <= 200
+        areas.append((right - left) * (bottom - top) / 60000)
+        aspects.append((right - left) / (bottom - top))
+    assert 0.075 < min(areas) < 0.1
+    assert max(areas) > 0.9
+    assert 0.73 < min(aspects) < 0.77
+    assert 1.3 < max(aspects) < 1.36
+    for height, width in ((1, 400), (400, 1), (1, 1)):
+        left, top, right, bottom = crop_parameters(height, width, draw(0, 0, 0))
+        assert (right > left, bottom > top) == (True, True)
+
+
+def test_learning_rate_is_a_cosine_per_epoch():
+    how = Sgd(epochs=10, batch_size=64, lr=0.4)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    published = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0)
+    for epoch in range(10):
+        assert math.isclose(how.lr_at(epoch), optimizer.param_groups[0]["lr"], rel_tol=1e-9)
+        optimizer.step()
+        published.step()
+    with pytest.raises(ValueError, match="must be positive"):
+        Sgd(epochs=0)
+
+
+@pytest.mark.usefixtures("rng_untouched")
+def test_sgd_on_features_separates_blobs(blobs, tmp_path):
+    train, val = blobs(spread=0.15)
+    how = Sgd(epochs=20, batch_size=32, lr=1.0)
+    row = linear.sgd_probe_features(train, val, how, save_to=tmp_path / "head.safetensors")
+    assert row.top1 > 99
+    assert row.top5 == 100.0, "three classes: the true one is always among the first five"
+    assert row.settings["reported"] == "last epoch"
+    assert linear.sgd_probe_features(train, val, how).top1 == row.top1
+    head = load_file(tmp_path / "head.safetensors")
+    assert head["classes"].tolist() == [2, 5, 11]
+    best = (val.features @ head["weight"].T + head["bias"]).argmax(1)
+    assert 100 * (head["classes"][best] == val.labels).float().mean().item() == pytest.approx(
+        row.top1
+    )
+    with pytest.raises(RunFailed, match="lower its lr"):
+        broken = Features(train.features * 1e30, train.labels, train.indices)
+        linear.sgd_probe_features(broken, val, Sgd(epochs=2, lr=1e30))
+
+
+@pytest.mark.usefixtures("rng_untouched")
+def test_sgd_probe_on_augmented_images(frozen, make_source):
+    train, val = (
+        make_source(30, bad=(4,), classes=3),
+        make_source(18, bad=(1, 2), classes=3, seed=1),
+    )
+    how = Sgd(epochs=4, batch_size=8, lr=2.0)
+    frozen.train()
+    weights = {name: value.clone() for name, value in frozen.state_dict().items()}
+    rows = [
+        linear.sgd_probe(frozen, train, val, EvalTransform.of(frozen), how, workers=workers)
+        for workers in (1, 3)
+    ]
+    assert frozen.training
+    assert all(torch.equal(value, weights[name]) for name, value in frozen.state_dict().items())
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    assert (rows[0].top1, rows[0].top5) == (rows[1].top1, rows[1].top5), "threads change nothing"
+    assert rows[0].top1 > 60
+    assert (rows[0].train_size, rows[0].val_size) == (29, 16)
+    assert [note.split()[0] for note in rows[0].notes] == ["1", "2"]
+    with pytest.raises(UsageError, match="no labels"):
+        linear.sgd_probe(frozen, train, make_source(3, labelled=False), EvalTransform.of(frozen))
+
+
+@pytest.mark.parametrize("labels", [(2, 5, 11), (0, 7), tuple(range(8))])
+def test_logistic_is_scikit_learns(blobs, labels):
+    train, val = blobs(labels=labels)
+    row = linear.logistic_probe(train, val, cs=[0.02])
+    mean, std = train.features.mean(0), train.features.std(0)
+    model = LogisticRegression(C=0.02, max_iter=1000)
+    model.fit(((train.features - mean) / std).numpy(), train.labels.numpy())
+    x_val = ((val.features - mean) / std).numpy()
+    assert row.top1 == pytest.approx(100 * model.score(x_val, val.labels.numpy()))
+    best = np.argsort(-model.predict_proba(x_val), axis=1)[:, :5]
+    hits = (model.classes_[best] == val.labels.numpy()[:, None]).any(1)
+    assert row.top5 == pytest.approx(100 * hits.mean())
+    assert row.notes == []
+
+
+def test_logistic_chooses_c_on_training_images_only(blobs, monkeypatch):
+    train, val = blobs(spread=1.0)
+    row = linear.logistic_probe(train, val, cs=[10.0, 1e-9, 0.1])
+    wrong = Features(val.features, val.labels.flip(0), val.indices)
+    other = linear.logistic_probe(train, wrong, cs=[10.0, 1e-9, 0.1])
+    assert row.settings == other.settings, "the choice does not look at val"
+    assert row.settings["C"] in (0.1, 10.0)
+    monkeypatch.setattr(linear, "MAX_ITER", 1)
+    hurried = linear.logistic_probe(train, val, cs=[1.0])
+    assert hurried.notes == ["C = 1: not converged after 1 iterations"]
+
+
+def test_logistic_grids_and_refusals(blobs):
+    train, val = blobs()
+    assert len(linear.GRIDS["dino"]) == 45
+    assert linear.GRIDS["dino"][0] == pytest.approx(1e-6)
+    assert linear.GRIDS["dino"][-1] == pytest.approx(1e5)
+    with pytest.raises(UsageError, match='no grid "dinos"; did you mean "dino"'):
+        linear.logistic_probe(train, val, cs="dinos")
+    with pytest.raises(UsageError, match="C must be positive"):
+        linear.logistic_probe(train, val, cs=[0.0, 1.0])
+    with pytest.raises(UsageError, match="one class only"):
+        linear.logistic_probe(Features(train.features, train.labels * 0, train.indices), val)
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        linear.logistic_probe(train, val, holdout=1.0)
+
+
+def test_classes_of_one_image_and_classes_that_val_alone_has(blobs):
+    train, val = blobs()
+    rare = Features(train.features, train.labels.clone(), train.indices)
+    rare.labels[:9] = torch.arange(100, 109)
+    strange = Features(val.features, val.labels.clone(), val.indices)
+    strange.labels[:60] = 77
+    row = linear.logistic_probe(rare, strange, cs=[0.01, 0.1, 1.0])
+    assert row.top1 <= row.top5 <= 50.0
+
+
+def test_held_out_is_even_over_the_classes():
+    classes = np.repeat([0, 1, 2], [500, 300, 7])
+    mask = held_out(classes, 0.1, seed=3)
+    assert [mask[classes == c].sum() for c in (0, 1)] == [50, 30]
+    assert mask[classes == 2].sum() <= 1
+    assert np.array_equal(mask, held_out(classes, 0.1, seed=3))
+    assert not np.array_equal(mask, held_out(classes, 0.1, seed=4))

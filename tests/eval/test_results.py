@@ -1,0 +1,72 @@
+"""results.json: one schema, nothing lost, nothing overwritten by mistake."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from xdino.errors import RunFailed
+from xdino_eval.results import Row, append, load, signed, table
+
+ROW = Row(
+    protocol="k-NN",
+    settings={"k": 20, "temperature": 0.07},
+    top1=71.25,
+    top5=93.0,
+    data="fashion_mnist",
+    transform="shorter side 28, centre crop 28, fp32",
+    train_size=10000,
+    val_size=2000,
+    checkpoint="0123abcd",
+    features="teacher, iteration 1234",
+    seconds=0.5,
+    notes=["1 images of fashion_mnist could not be read"],
+)
+
+
+def test_append_and_load(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    assert load(path) == []
+    append(path, [ROW])
+    append(path, [replace(ROW, top1=72.0), replace(ROW, top1=73.0)])
+    assert [row.top1 for row in load(path)] == [71.25, 72.0, 73.0]
+    assert load(path)[0] == ROW
+    entries = json.loads(path.read_text())
+    assert entries[0]["settings"] == {"k": 20, "temperature": 0.07}
+    assert list(path.parent.iterdir()) == [path], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("content", ["", "[{", "{}", '[{"protocol": "k-NN"}]', "[3]"])
+def test_a_damaged_file_is_left_alone(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(RunFailed, match=r"results\.json does not hold result rows"):
+        append(path, [ROW])
+    assert path.read_text() == content
+
+
+def test_a_failed_write_keeps_the_old_rows(tmp_path):
+    path = tmp_path / "results.json"
+    append(path, [ROW])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        append(path, [replace(ROW, top1=float("nan"))])
+    with pytest.raises(ValueError, match="sign it"):
+        append(path, [replace(ROW, checkpoint="")])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_signed():
+    (row,) = signed([replace(ROW, checkpoint="", features="")], "none", "raw pixels")
+    assert (row.checkpoint, row.features) == ("none", "raw pixels")
+
+
+def test_table():
+    out = io.StringIO()
+    many = replace(ROW, settings={"cs": [0.1, 1.0, 10.0, 100.0]})
+    Console(file=out, width=160).print(table([ROW, many]))
+    for text in ("k-NN", "k 20, temperature 0.07", "71.25", "10,000", "cs 0.1..100 (4)"):
+        assert text in out.getvalue()
