@@ -53,7 +53,7 @@ GRIDS = {
 """Inverse strengths of the regularisation. "dino" is DINOv2's; the other takes a sixth of it."""
 
 MAX_ITER = 1000  # of L-BFGS
-THREADS_PAY = 1e9  # multiplications in one product of features [N, D] and weights [D, K]
+THREADS_PAY = 1e9  # multiplications in one product of features [B, D] and weights [D, K]
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ def sgd_probe_features(
         for rows in order.to(device).split(how.batch_size):
             yield table[rows], target[rows]
 
-    train_head(head, batches, how, progress)
+    with _threads(how.batch_size * head.weight.numel()):
+        train_head(head, batches, how, progress)
     if save_to is not None:
         save_head(save_to, head, classes)
     score = _score(head, classes, val)
@@ -351,20 +352,25 @@ def _grid(cs: str | Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
+def _threads(multiplications: float) -> threadpool_limits:
+    """One thread for small products: they gain nothing from more.
+
+    On a machine that others use they lose ten- to a hundredfold to threads that wait for another.
+    """
+    return threadpool_limits(1 if multiplications < THREADS_PAY else None)
+
+
 def _fits(
     x: np.ndarray, y: np.ndarray, grid: Sequence[float], notes: list[str]
 ) -> list[LogisticRegression]:
-    """One model a value of C; those that did not converge are noted.
-
-    Small problems are fitted side by side, one thread each: their matrix products gain nothing
-    from threads, and on a machine that others use lose tenfold to waiting for one another.
-    """
-    small = x.size * (y.max() + 1) < THREADS_PAY
+    """One model a value of C, small ones side by side; those that did not converge are noted."""
+    multiplications = x.size * (int(y.max()) + 1)
+    workers = os.cpu_count() if multiplications < THREADS_PAY else 1
     models = [LogisticRegression(C=c, max_iter=MAX_ITER) for c in grid]
     with (
         warnings.catch_warnings(),
-        threadpool_limits(1 if small else None),
-        ThreadPoolExecutor(os.cpu_count() if small else 1) as pool,
+        _threads(multiplications),
+        ThreadPoolExecutor(workers) as pool,
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
         list(pool.map(lambda model: model.fit(x, y), models))

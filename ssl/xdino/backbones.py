@@ -58,11 +58,16 @@ class BackboneSpec:
             model: nn.Module = xcit.build(
                 self.arch, in_chans=self.in_chans, drop_path_rate=drop_path, **self.shape
             )
+        elif not timm.is_model(self.arch):
+            choices = [*xcit.NAMES, *timm.list_models()]
+            raise UsageError(
+                f'no backbone is called "{self.arch}": {nearest(self.arch, choices)}'
+            )
+        elif self.shape:
+            raise UsageError(
+                f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
+            )
         else:
-            if self.shape:
-                raise UsageError(
-                    f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
-                )
             model = _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
         for name in ("in_chans", "input_size", "resize", "mean", "std"):
             setattr(model, name, getattr(self, name))
@@ -77,9 +82,6 @@ class BackboneSpec:
 
 
 def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:
-    if not timm.is_model(arch):
-        choices = [*xcit.NAMES, *timm.list_models()]
-        raise UsageError(f'no backbone is called "{arch}": {nearest(arch, choices)}')
     common = {"pretrained": False, "num_classes": 0, "in_chans": in_chans}
     # Vision transformers take crops of several sizes only when told so, and other networks refuse
     # to be told; timm raises TypeError for an argument that a network does not have.

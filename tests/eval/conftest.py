@@ -74,8 +74,11 @@ def make_source() -> Callable[..., Images]:
 
 
 @pytest.fixture
-def rng_untouched() -> Iterator[None]:
-    """Fails the test that drew from torch's or numpy's global generator."""
+def rng_untouched(frozen: Frozen) -> Iterator[None]:
+    """Fails the test that drew from torch's or numpy's global generator.
+
+    `frozen` is made first: its weights are drawn from them.
+    """
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     yield
     assert torch.equal(before[0], torch.get_rng_state())

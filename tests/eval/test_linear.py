@@ -66,7 +66,7 @@ def test_crop_parameters_stay_inside_their_ranges():
         areas.append((right - left) * (bottom - top) / 60000)
         aspects.append((right - left) / (bottom - top))
     assert 0.075 < min(areas) < 0.1
-    assert max(areas) > 0.9
+    assert max(areas) > 0.85  # the largest often do not fit at their aspect
     assert 0.73 < min(aspects) < 0.77
     assert 1.3 < max(aspects) < 1.36
     for height, width in ((1, 400), (400, 1), (1, 1)):
@@ -101,8 +101,8 @@ def test_sgd_on_features_separates_blobs(blobs, tmp_path):
     assert 100 * (head["classes"][best] == val.labels).float().mean().item() == pytest.approx(
         row.top1
     )
+    broken = Features(train.features * 1e30, train.labels, train.indices)
     with pytest.raises(RunFailed, match="lower its lr"):
-        broken = Features(train.features * 1e30, train.labels, train.indices)
         linear.sgd_probe_features(broken, val, Sgd(epochs=2, lr=1e30))
 
 
@@ -112,7 +112,7 @@ def test_sgd_probe_on_augmented_images(frozen, make_source):
         make_source(30, bad=(4,), classes=3),
         make_source(18, bad=(1, 2), classes=3, seed=1),
     )
-    how = Sgd(epochs=4, batch_size=8, lr=2.0)
+    how = Sgd(epochs=12, batch_size=8, lr=10.0)
     frozen.train()
     weights = {name: value.clone() for name, value in frozen.state_dict().items()}
     rows = [
@@ -147,11 +147,18 @@ def test_logistic_is_scikit_learns(blobs, labels):
 
 def test_logistic_chooses_c_on_training_images_only(blobs, monkeypatch):
     train, val = blobs(spread=1.0)
-    row = linear.logistic_probe(train, val, cs=[10.0, 1e-9, 0.1])
+    train.labels[::5] = train.labels[::5].flip(0)  # some wrong labels: C matters
+    grid = (1e-9, 1e-3, 0.1, 10.0)
+    row = linear.logistic_probe(train, val, cs=grid[::-1])
     wrong = Features(val.features, val.labels.flip(0), val.indices)
-    other = linear.logistic_probe(train, wrong, cs=[10.0, 1e-9, 0.1])
+    other = linear.logistic_probe(train, wrong, cs=grid)
     assert row.settings == other.settings, "the choice does not look at val"
-    assert row.settings["C"] in (0.1, 10.0)
+    x = ((train.features - train.features.mean(0)) / train.features.std(0)).numpy()
+    y = train.labels.numpy()
+    mask = held_out(np.unique(y, return_inverse=True)[1], 0.1, 0)
+    scores = [LogisticRegression(C=c).fit(x[~mask], y[~mask]).score(x[mask], y[mask]) for c in grid]
+    assert row.settings["C"] == grid[int(np.argmax(scores))]
+    assert row.settings["holdout_top1"] == pytest.approx(100 * max(scores), abs=1e-3)
     monkeypatch.setattr(linear, "MAX_ITER", 1)
     hurried = linear.logistic_probe(train, val, cs=[1.0])
     assert hurried.notes == ["C = 1: not converged after 1 iterations"]

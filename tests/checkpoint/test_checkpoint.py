@@ -1,0 +1,193 @@
+"""Weights and states on disk: round trips, every published layout, files that mean harm."""
+
+import argparse
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from xdino import checkpoint, xcit
+from xdino.backbones import BackboneSpec
+from xdino.checkpoint import load_backbone, read_weights, save_backbone
+from xdino.errors import RunFailed, UsageError
+from xdino.head import DINOHead
+from xdino.student_teacher import MultiCropNetwork
+
+
+@pytest.fixture(scope="module")
+def nano():
+    """XCiT-nano/16 with statistics and scales that a fresh network does not have."""
+    torch.manual_seed(3)
+    model = xcit.build("xcit_nano_12_p16")
+    for name, value in model.state_dict().items():
+        if "running_mean" in name or "gamma" in name:
+            value.normal_()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+
+
+def published_checkpoint(model, prefix="module."):
+    """The layout that the published trainer saves, argparse.Namespace and numpy scalars included."""
+    network = MultiCropNetwork(model, DINOHead(128, 64, 32, 16))
+    other = MultiCropNetwork(xcit.build("xcit_nano_12_p16"), DINOHead(128, 64, 32, 16))
+    return {
+        "student": {f"module.{k}": v for k, v in other.state_dict().items()},
+        "teacher": {f"{prefix}{k}": v for k, v in network.state_dict().items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.1)}]},
+        "epoch": 100,
+        "args": argparse.Namespace(arch="xcit_nano_12_p16", patch_size=16, lr=5e-4),
+        "dino_loss": {"center": torch.zeros(1, 64)},
+    }
+
+
+def test_our_own_file(nano, images, tmp_path):
+    path = tmp_path / "a.safetensors"
+    spec = BackboneSpec("xcit_nano_12_p16", input_size=96, resize=110)
+    save_backbone(path, nano, spec, role="teacher", iteration=7)
+    save_backbone(tmp_path / "b.safetensors", nano, spec, role="teacher", iteration=7)
+    assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    loaded = load_backbone(path)
+    assert torch.equal(loaded(images), nano(images))
+    assert (loaded.input_size, loaded.resize, loaded.training) == (96, 110, False)
+    assert loaded.mean == (0.485, 0.456, 0.406)
+    assert loaded.weights["iteration"] == 7
+    assert loaded.weights["sha256"] == checkpoint.sha256(path)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert [p.name for p in tmp_path.glob(".*")] == [], "nothing half-written stays"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["full", "full_unwrapped", "backbone_only", "classifier", "timm", "timm_safetensors", "state_dict"],
+)
+def test_published_layouts_give_the_same_features(layout, nano, images, tmp_path):
+    path = tmp_path / "weights.pth"
+    state = nano.state_dict()
+    if layout == "full":
+        torch.save(published_checkpoint(nano), path)
+    elif layout == "full_unwrapped":
+        torch.save(published_checkpoint(nano, prefix=""), path)
+    elif layout == "backbone_only":
+        torch.save(collections.OrderedDict(state), path)
+    elif layout == "classifier":
+        head = {"head.weight": torch.zeros(1000, 128), "head.bias": torch.zeros(1000)}
+        torch.save({"model": {**state, **head}}, path)
+    elif layout == "state_dict":
+        torch.save({"state_dict": {f"module.backbone.{k}": v for k, v in state.items()}}, path)
+    else:
+        theirs = timm.create_model("xcit_nano_12_p16_224", num_classes=10)
+        theirs.load_state_dict(
+            {**theirs.state_dict(), **checkpoint.to_timm_names(state)}, strict=True
+        )
+        if layout == "timm":
+            torch.save(theirs.state_dict(), path)
+        else:
+            from safetensors.torch import save_file
+
+            path = tmp_path / "weights.safetensors"
+            save_file(theirs.state_dict(), path)
+    loaded = load_backbone(path)
+    torch.testing.assert_close(loaded(images), nano(images), rtol=1e-6, atol=1e-6)
+
+
+def test_the_student_of_a_full_checkpoint(nano, images, tmp_path):
+    torch.save(published_checkpoint(nano), tmp_path / "c.pth")
+    student = load_backbone(tmp_path / "c.pth", role="student")
+    assert not torch.allclose(student(images), nano(images))
+
+
+def test_a_timm_vit_of_the_published_trainer(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    args = argparse.Namespace(arch="vit_tiny", patch_size=16)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()}, "args": args},
+               tmp_path / "c.pth")  # fmt: skip
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(load_backbone(tmp_path / "c.pth")(images), vit(images))
+
+
+def test_names_may_be_given(nano, images, tmp_path):
+    torch.save(nano.state_dict(), tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth", arch="xcit_nano_12_p16_224.fb_in1k")
+    assert torch.equal(loaded(images), nano(images))
+    with pytest.raises(UsageError, match=r"does not fit xcit_tiny_12_p16: tensors .* of another shape"):
+        load_backbone(tmp_path / "c.pth", arch="xcit_tiny_12_p16")
+    with pytest.raises(UsageError, match=r"does not fit xcit_nano_12_p8: tensors .*missing|unknown|shape"):
+        load_backbone(tmp_path / "c.pth", arch="xcit_nano_12_p8")
+
+
+def test_a_file_that_does_not_say_what_it_is(tmp_path):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match="name it with --arch"):
+        load_backbone(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 not a zip"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files(content, suffix, tmp_path):
+    path = tmp_path / f"c{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(RunFailed, match="damaged"):
+        load_backbone(path)
+
+
+def test_things_that_are_no_weights(tmp_path):
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    torch.save({"teacher": {"a": 1}}, tmp_path / "numbers.pth")
+    for name in ("list.pth", "numbers.pth"):
+        with pytest.raises(RunFailed, match="holds no weights"):
+            load_backbone(tmp_path / name)
+    with pytest.raises(UsageError, match="no weights file"):
+        load_backbone(tmp_path / "none.pth")
+    with pytest.raises(UsageError, match="holds no backbone.safetensors"):
+        load_backbone(tmp_path)
+
+
+class Harm:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("old_format", [True, False])
+def test_a_pickle_that_runs_code_is_refused(old_format, nano, tmp_path):
+    proof = tmp_path / "harm_was_done"
+    tree = {"teacher": nano.state_dict(), "epoch": Harm(proof)}
+    torch.save(tree, tmp_path / "c.pth", _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(RunFailed, match=r"mkdir.*refused|refused"):
+        load_backbone(tmp_path / "c.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Harm(proof)))
+    with pytest.raises(RunFailed):
+        load_backbone(tmp_path / "plain.pth")
+    assert not proof.exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.save_state(path, {"learner": {}, "iteration": 1})
+    with pytest.raises(AttributeError):
+        checkpoint.save_state(path, {"learner": lambda: None})
+    assert checkpoint.load_state(path)["iteration"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_prefixes_come_off_as_prefixes_only():
+    names = {"module.backbone.a.module.b": torch.zeros(1), "head.x": torch.zeros(1), "fc.w": torch.zeros(1)}
+    assert list(checkpoint._plain_names(names)) == ["a.module.b"]
+
+
+def test_grey_networks_are_recognised(tmp_path):
+    model = xcit.build("xcit_nano_12_p8", in_chans=1)
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    assert loaded.in_chans == len(loaded.mean) == 1
+    assert read_weights(tmp_path / "c.pth").spec is None

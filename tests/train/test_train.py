@@ -1,0 +1,269 @@
+"""Whole runs: what they leave behind, and that stopping and going on changes nothing."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdino import checkpoint, train
+from xdino.errors import RunFailed, Stopped, UsageError
+from xdino.train import Listener, pretrain
+
+
+class Ear(Listener):
+    def __init__(self, at=None, act=None):
+        self.rows, self.notices, self.at, self.act = [], [], at, act
+
+    def step(self, row):
+        self.rows.append(row)
+        if row["iteration"] == self.at and "loss" in row:
+            self.act()
+
+    def notice(self, sentence):
+        self.notices.append(sentence)
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_directory_says_everything(tiny, tmp_path):
+    run = tmp_path / "run"
+    path = pretrain(tiny(), run)
+    assert path == run / "backbone.safetensors"
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints/last.pt",
+                 "checkpoints/initial.safetensors", "views.png"):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert [r["iteration"] for r in rows(run)] == [1, 2, 3, 4, 5, 6]
+    last = rows(run)[-1]
+    assert last["kl"] == pytest.approx(last["loss"] - last["teacher_entropy"], abs=1e-5)
+    assert 0 <= last["wait_share"] <= 1
+    assert last["teacher_entropy"] <= math.log(32) + 1e-5
+    start = json.loads((run / "environment.json").read_text())["starts"][0]
+    assert start["seed"] == 0
+    assert start["packages"]["torch"] == str(torch.__version__).split("+")[0] or start["packages"]
+    backbone = checkpoint.load_backbone(run)
+    assert (backbone.input_size, backbone.in_chans, backbone.training) == (24, 3, False)
+    assert backbone.weights["iteration"] == 6
+    state = checkpoint.load_state(run / "checkpoints" / "last.pt")
+    assert {"learner", "rng", "sampler", "config", "iteration", "versions"} <= set(state)
+    assert state["sampler"]["epoch"] == 2
+    picture = Image.open(run / "views.png")
+    assert picture.width > 4 * 24
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+def test_six_iterations_equal_some_then_a_stop_then_the_rest(tiny, tmp_path, stop_at):
+    # Drop path draws from torch's generator, so its state must come back too.
+    config = tiny(model__drop_path=0.3, runtime__checkpoint_every=2)
+    pretrain(config, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    ear = Ear(at=stop_at, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM after iteration {stop_at} of 6"):
+        pretrain(config, broken, listener=ear)
+    torch.manual_seed(99)
+    pretrain(config, broken)
+    one, two = (
+        checkpoint.load_state(tmp_path / name / "checkpoints" / "last.pt")
+        for name in ("whole", "broken")
+    )
+    for role in ("student", "teacher"):
+        for name, value in one["learner"][role].items():
+            assert torch.equal(value, two["learner"][role][name]), name
+    assert torch.equal(one["learner"]["centre"], two["learner"]["centre"])
+    for name in ("backbone.safetensors", "checkpoints/initial.safetensors"):
+        a, b = (checkpoint.sha256(tmp_path / run / name) for run in ("whole", "broken"))
+        assert a == b, name
+    assert [r["iteration"] for r in rows(broken)] == [1, 2, 3, 4, 5, 6], "each told once"
+    losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("whole", "broken")]
+    assert losses[0] == losses[1]
+
+
+def test_a_crash_between_backbone_and_state_changes_nothing(tiny, tmp_path, monkeypatch):
+    config = tiny()
+    pretrain(config, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    save_state = checkpoint.save_state
+
+    def crash(path, state):
+        if state["iteration"] == 6:
+            path.with_name(".last.pt.1.tmp").write_bytes(b"half")  # as a killed writer leaves it
+            raise MemoryError("killed")
+        save_state(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_state", crash)
+    with pytest.raises(MemoryError):
+        pretrain(config, broken)
+    monkeypatch.undo()
+    assert checkpoint.load_state(broken / "checkpoints" / "last.pt")["iteration"] == 3
+    pretrain(config, broken)
+    a, b = (checkpoint.sha256(tmp_path / r / "backbone.safetensors") for r in ("whole", "broken"))
+    assert a == b
+
+
+def test_a_finished_run_is_left_alone(tiny, tmp_path):
+    pretrain(tiny(), tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    ear = Ear()
+    pretrain(tiny(), tmp_path, listener=ear)
+    assert "finished run of 6 iterations: left alone" in ear.notices[0]
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_another_configuration_names_the_differing_keys(tiny, tmp_path):
+    pretrain(tiny(), tmp_path)
+    with pytest.raises(UsageError, match=r"optim.lr \(0.0005 against 0.1\)"):
+        pretrain(tiny(optim__lr=0.1), tmp_path)
+    pretrain(tiny(runtime__log_every=7), tmp_path)  # does not change results: no objection
+
+
+def test_a_folder_that_holds_something_else(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty and not a run"):
+        pretrain(tiny(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UsageError, match="is a file"):
+        pretrain(tiny(), tmp_path / "thesis.tex")
+
+
+def test_a_damaged_checkpoint_is_a_sentence_and_is_kept(tiny, tmp_path):
+    pretrain(tiny(), tmp_path)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(RunFailed, match="damaged"):
+        pretrain(tiny(), tmp_path)
+    assert last.stat().st_size == 1000
+
+
+def test_mistakes_leave_no_folder_behind(tiny, tmp_path):
+    run = tmp_path / "run"
+    for overrides, message in (
+        ({"data__path": ""}, "data.path is not set"),
+        ({"data__path": str(tmp_path / "nothing")}, "nothing"),
+        ({"train__batch_size": 64}, "64"),
+        ({"model__arch": "xcit_smal_12_p16"}, "did you mean"),
+        ({"model__arch": "resnet181", "model__embed_dim": None}, "did you mean"),
+        ({"model__num_heads": 5}, "multiple of num_heads"),
+        ({"crops__mean": [0.5], "crops__std": [0.5]}, "one value a channel"),
+        ({"runtime__device": "gpu"}, "choose auto, cpu or cuda"),
+        ({"train__init": str(tmp_path / "none.pt")}, "no weights file"),
+    ):
+        with pytest.raises(UsageError) as error:
+            pretrain(tiny(**overrides), run)
+        assert message in str(error.value), overrides
+        assert not run.exists(), overrides
+
+
+def test_an_unwritable_folder(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailed, match="cannot write to the run folder"):
+        pretrain(tiny(), tmp_path / "file" / "run")
+
+
+def test_a_full_disk_names_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    save_state = checkpoint.save_state
+
+    def full(path, state):
+        if state["iteration"] > 3:
+            raise OSError(28, "No space left on device")
+        save_state(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    with pytest.raises(RunFailed, match=r"No space left.*last good checkpoint is .*last.pt, iteration 3"):
+        pretrain(tiny(), tmp_path)
+
+
+def test_an_infinite_loss_names_the_last_good_checkpoint(tiny, tmp_path):
+    with pytest.raises(RunFailed, match=r"the loss became .*No checkpoint was written yet"):
+        pretrain(tiny(optim__lr=1e30, optim__warmup_epochs=0, train__precision="fp32"), tmp_path)
+
+
+def test_unreadable_images_are_skipped_and_named(tiny, images, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in images.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "00.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("not an image")
+    ear = Ear()
+    pretrain(tiny(data__path=str(folder), data__max_bad_share=0.2), tmp_path / "run", listener=ear)
+    told = [n for n in ear.notices if "unreadable" in n]
+    assert sum("00.png" in n for n in told) == 1
+    assert sum("text.jpg" in n for n in told) == 1
+    with pytest.raises(RunFailed, match="max_bad_share"):
+        pretrain(tiny(data__path=str(folder), data__max_bad_share=0.05), tmp_path / "strict")
+
+
+def test_evaluation_during_training_changes_no_bit(tiny, tmp_path):
+    seen = []
+
+    def evaluator(backbone):
+        was = backbone.training
+        backbone.eval()
+        with torch.no_grad():
+            seen.append(backbone(torch.rand(2, 3, 24, 24, generator=torch.Generator())).shape)
+        backbone.train(was)
+        return {"knn_top1": 12.5}
+
+    pretrain(tiny(), tmp_path / "plain")
+    pretrain(tiny(evaluate__every=1), tmp_path / "judged", evaluator=evaluator)
+    assert seen == [(2, 32)] * 2
+    told = [(r["iteration"], r["knn_top1"]) for r in rows(tmp_path / "judged") if "knn_top1" in r]
+    assert told == [(3, 12.5), (6, 12.5)]
+    states = [
+        checkpoint.load_state(tmp_path / n / "checkpoints" / "last.pt")["learner"]
+        for n in ("plain", "judged")
+    ]
+    for name, value in states[0]["student"].items():
+        assert torch.equal(value, states[1]["student"][name])
+
+
+def test_starting_from_weights(tiny, tmp_path):
+    pretrain(tiny(), tmp_path / "first")
+    config = tiny(train__init=str(tmp_path / "first"), train__seed=5)
+    pretrain(config, tmp_path / "second")
+    a = checkpoint.load_backbone(tmp_path / "first")
+    b = checkpoint.load_backbone(tmp_path / "second" / "checkpoints" / "initial.safetensors")
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_kept_epochs(tiny, tmp_path):
+    pretrain(tiny(runtime__keep_every=1), tmp_path)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("epoch_*.pt"))
+    assert kept == ["epoch_0001.pt", "epoch_0002.pt"]
+    assert checkpoint.load_state(tmp_path / "checkpoints" / "epoch_0001.pt")["iteration"] == 3
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "lars"])
+def test_other_optimisers_and_accumulation(tiny, tmp_path, optimiser):
+    config = tiny(optim__name=optimiser, train__accumulate=2, train__batch_size=5)
+    pretrain(config, tmp_path)
+    assert [r["iteration"] for r in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_every_imagenet_recipe_takes_a_step(tmp_path):
+    """On small crops with batch 2: the networks are the real ones."""
+    from xdino import config
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(2):
+        array = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{i}.png")
+    name = "imagenet_s12_p16"  # the others differ in numbers only, and take minutes
+    small = {
+        "data.path": str(folder), "train.batch_size": "2", "crops.global_size": "32",
+        "crops.local_size": "16", "head.prototypes": "512", "runtime.workers": "1",
+    }  # fmt: skip
+    plan = train.make_plan(config.load(name, small))
+    learner = train.build_learner(plan)
+    batch = next(iter(train.data.CropLoader(plan.source, plan.crops, 2, 0).iterate(0, 1)))
+    result = learner.step([train.to_device(batch, plan.crops, plan.device)], plan.schedules.at(0))
+    assert math.isfinite(result.loss)
