@@ -45,4 +45,6 @@ def agree() -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tensors here are tiny, and threads that wait for each other cost more
+    torch.set_num_threads(
+        1
+    )  # tensors here are tiny, and threads that wait for each other cost more

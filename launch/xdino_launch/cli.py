@@ -53,7 +53,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         option = rest.pop(0)
         key, equals, value = option.removeprefix("--").partition("=")
         if not option.startswith("--") or "." not in key:
-            leaves = {known.split(".")[1]: known for known in config.keys()}
+            leaves = {known.split(".")[1]: known for known in config.dotted_keys()}
             name = leaves.get(key.replace("-", "_"))
             hint = f'did you mean "--{name}"?' if name else "overrides are --section.key value"
             raise UsageError(f'"{option}" is not an option of pretrain: {hint}')
@@ -104,7 +104,9 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
     """What every evaluation of a backbone on labelled data takes."""
     options = [
         click.argument("weights"),
-        click.option("--data", required=True, help="Folder with train/ and val/, or a named source."),
+        click.option(
+            "--data", required=True, help="Folder with train/ and val/, or a named source."
+        ),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
         click.option("--out", type=click.Path(), help="Append to this results.json."),
@@ -123,7 +125,9 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def numbers(text: str | None, name: str, kind: Callable[[str], Any] = float) -> tuple[Any, ...] | None:
+def numbers(
+    text: str | None, name: str, kind: Callable[[str], Any] = float
+) -> tuple[Any, ...] | None:
     """ "10,20" -> (10, 20)."""
     if text is None:
         return None

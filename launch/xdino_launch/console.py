@@ -62,9 +62,10 @@ class ConsoleListener(Listener):
     def step(self, row: dict[str, Any]) -> None:
         numbers = " · ".join(_numbers(row))
         if self.progress is not None:
-            extra = {"numbers": numbers} if "loss" in row else {}
             task = self.progress.task_ids[0]
-            self.progress.update(task, completed=row["iteration"], epoch=row["epoch"], **extra)
+            self.progress.update(task, completed=row["iteration"], epoch=row["epoch"])
+            if "loss" in row:
+                self.progress.update(task, numbers=numbers)
         due = time.monotonic() - self._last_line >= QUIET_SECONDS
         if "loss" not in row or (self.progress is None and due):
             if "loss" in row:

@@ -85,7 +85,9 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
         image = val.read(int(np.flatnonzero(labels == label)[0]))
         maps = attention.class_attention_maps(backbone, image)
         # A map of a few patches is looked at, not measured: draw it on an enlarged image.
-        large = np.asarray(Image.fromarray(image[..., 0]).resize((224, 224), Image.Resampling.BICUBIC))
+        large = np.asarray(
+            Image.fromarray(image[..., 0]).resize((224, 224), Image.Resampling.BICUBIC)
+        )
         stem = name.lower().replace(" ", "-").replace("/", "-")
         files = attention.draw(maps, large[..., None], out, stem)
         sheet.append(Image.open(files[0]).convert("RGB"))

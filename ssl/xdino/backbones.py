@@ -60,9 +60,7 @@ class BackboneSpec:
             )
         elif not timm.is_model(self.arch):
             choices = [*xcit.NAMES, *timm.list_models()]
-            raise UsageError(
-                f'no backbone is called "{self.arch}": {nearest(self.arch, choices)}'
-            )
+            raise UsageError(f'no backbone is called "{self.arch}": {nearest(self.arch, choices)}')
         elif self.shape:
             raise UsageError(
                 f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"

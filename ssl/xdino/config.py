@@ -204,10 +204,10 @@ class Config:
 
 
 _ADAPTER = TypeAdapter(Config)
-SECTIONS = {field.name: field.type for field in dataclasses.fields(Config)}  # type: ignore[arg-type]
+SECTIONS = {field.name: field.type for field in dataclasses.fields(Config)}
 
 
-def keys() -> list[str]:
+def dotted_keys() -> list[str]:
     """Every dotted key there is, "optim.lr" and the rest."""
     return [
         f"{name}.{field.name}"
@@ -221,10 +221,12 @@ def _suggest(location: tuple[Any, ...]) -> str:
     if len(location) == 1:
         return nearest(str(location[0]), SECTIONS)
     section, leaf = str(location[0]), str(location[-1])
-    elsewhere = [key for key in keys() if key.split(".")[1] == leaf]
+    elsewhere = [key for key in dotted_keys() if key.split(".")[1] == leaf]
     if elsewhere:
         return f'did you mean "{elsewhere[0]}"?'
-    return nearest(leaf, [key.split(".")[1] for key in keys() if key.startswith(section + ".")])
+    return nearest(
+        leaf, [key.split(".")[1] for key in dotted_keys() if key.startswith(section + ".")]
+    )
 
 
 def _sentence(error: Any) -> str:

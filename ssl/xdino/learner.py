@@ -74,7 +74,9 @@ class Learner:
             # Buffers need no broadcast: the BatchNorms see all processes, so they agree already.
             # torch renamed the option after 2.11.
             known = inspect.signature(DistributedDataParallel).parameters
-            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            name = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )
             options: dict[str, Any] = {name: False}
             self._student = DistributedDataParallel(self.student, **options)
 

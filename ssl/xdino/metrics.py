@@ -8,6 +8,7 @@ teacher_entropy and kl (nats), centre_norm, peak_memory_mb (CUDA), and knn_* whe
 import json
 import math
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class MetricsLog:
 
         id_file = run_dir / "wandb-id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         return wandb.init(
             project=project,
             id=id_file.read_text().strip(),

@@ -49,7 +49,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
 
     By the published rule `cls_token`, XCA's `temperature` and a trained `weight_g` are decayed.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (plain if name.endswith(".bias") or p.ndim == 1 else decayed).append(p)

@@ -5,6 +5,7 @@ order, crops and batches are `data`'s business. A source is complete or refused:
 a truncated archive is an error with the mend in it, never a smaller data set.
 """
 
+import abc
 import gzip
 import hashlib
 import os
@@ -29,7 +30,7 @@ _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-
 _NAMES = ("fashion_mnist", "fashion_mnist_sample")
 
 
-class Source:
+class Source(abc.ABC):
     """N images. `labels`: int64 [N] indices into `classes`, or None.
 
     `batch_reads` is how many images make one task of a worker: few where reading one takes
@@ -49,20 +50,20 @@ class Source:
             raise UsageError(f"channels must be 1 or 3, got {channels}")
         self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def read(self, index: int) -> np.ndarray:
         """uint8 [H, W, C]. Raises UnreadableImage or OSError for an image that cannot be read."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def describe(self, index: int) -> str:
         """How a person finds image `index`: its path, or its number in the file that holds it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _content(self) -> Iterator[bytes]:
         """What tells this source from another of the same length, for `fingerprint`."""
-        raise NotImplementedError
 
 
 def fingerprint(source: Source) -> str:

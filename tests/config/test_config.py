@@ -73,9 +73,7 @@ def test_warm_up_longer_than_the_run_names_both_numbers_and_the_mend():
     with pytest.raises(UsageError, match=r"optim.warmup_epochs is 10.0, longer than the run of 5"):
         config.parse({"train": {"epochs": 5}})
     with pytest.raises(UsageError, match="warmup_teacher_temp_epochs is 30"):
-        config.parse(
-            {"train": {"epochs": 20}, "loss": {"warmup_teacher_temp_epochs": 30}}
-        )
+        config.parse({"train": {"epochs": 20}, "loss": {"warmup_teacher_temp_epochs": 30}})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,11 @@ def test_files_that_cannot_be_read(tmp_path):
         config.load("debgu")
     with pytest.raises(UsageError, match="cannot read"):
         config.load(str(tmp_path / "none.yaml"))
-    for text, message in (("a: [", "is not YAML"), ("- 1", "must hold sections"), ("model: 3", "sections")):
+    for text, message in (
+        ("a: [", "is not YAML"),
+        ("- 1", "must hold sections"),
+        ("model: 3", "sections"),
+    ):
         path = tmp_path / "c.yaml"
         path.write_text(text)
         with pytest.raises(UsageError, match=message):

@@ -26,7 +26,9 @@ class Plain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 16, 4, 4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
 
     def forward(self, images):
         return self.net(images)
@@ -55,7 +57,9 @@ def test_accumulating_micro_batches_equals_one_batch():
         assert a.diagnostics == pytest.approx(b.diagnostics, rel=1e-4)
     torch.testing.assert_close(one.loss.centre, two.loss.centre, rtol=1e-4, atol=1e-7)
     for role in ("student", "teacher"):
-        for x, y in zip(getattr(one, role).parameters(), getattr(two, role).parameters(), strict=True):
+        for x, y in zip(
+            getattr(one, role).parameters(), getattr(two, role).parameters(), strict=True
+        ):
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
@@ -69,7 +73,9 @@ def test_the_frozen_last_layer_stays_and_the_rest_moves():
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert not any("last_layer" in name for name in moved)
     assert "head.mlp.0.weight" in moved
-    assert not any(p in learner.optimiser.state for p in learner.student.head.last_layer.parameters())
+    assert not any(
+        p in learner.optimiser.state for p in learner.student.head.last_layer.parameters()
+    )
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])

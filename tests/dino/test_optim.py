@@ -15,7 +15,11 @@ def test_groups_follow_the_published_rule():
     names = {id(p): n for n, p in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in g["params"]} for g in optim.parameter_groups(model))
     assert decayed | plain == set(names.values())
-    for name in ("backbone.cls_token", "backbone.blocks.0.attn.temperature", "head.last_layer.weight_g"):
+    for name in (
+        "backbone.cls_token",
+        "backbone.blocks.0.attn.temperature",
+        "head.last_layer.weight_g",
+    ):
         assert name in decayed
     for name in ("backbone.blocks.0.gamma1", "backbone.norm.weight", "head.mlp.0.bias"):
         assert name in plain

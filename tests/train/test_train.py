@@ -174,7 +174,9 @@ def test_a_full_disk_names_the_last_good_checkpoint(tiny, tmp_path, monkeypatch)
         save_state(path, state)
 
     monkeypatch.setattr(checkpoint, "save_state", full)
-    with pytest.raises(RunFailed, match=r"No space left.*last good checkpoint is .*last.pt, iteration 3"):
+    with pytest.raises(
+        RunFailed, match=r"No space left.*last good checkpoint is .*last.pt, iteration 3"
+    ):
         pretrain(tiny(), tmp_path)
 
 

@@ -1,7 +1,6 @@
 """XCiT against the published code: outputs, attention, gradients, BatchNorm statistics."""
 
 import pytest
-import torch
 
 from xdino.xcit import XCiT
 

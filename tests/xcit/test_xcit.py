@@ -52,7 +52,11 @@ def test_any_image_size_and_number_of_channels(patch_size, in_chans):
     for height, width in ((32, 32), (17, 31), (1, 1), (64, 5)):
         images = torch.randn(2, in_chans, height, width)
         tokens, h, w = model.patch_tokens(images)
-        assert (h, w) == model.grid(height, width) == (-(-height // patch_size), -(-width // patch_size))
+        assert (
+            (h, w)
+            == model.grid(height, width)
+            == (-(-height // patch_size), -(-width // patch_size))
+        )
         assert tokens.shape == (2, h * w, 32)
         assert model(images).shape == (2, 32)
         weights = model.class_attention(images)
@@ -64,7 +68,10 @@ def test_any_image_size_and_number_of_channels(patch_size, in_chans):
 def test_patch_4_stem_has_two_convolutions():
     model = xcit.XCiT(4, 48, 1, 2)
     convs = [m for m in model.patch_embed.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels, c.stride) for c in convs] == [(3, 24, (2, 2)), (24, 48, (2, 2))]
+    assert [(c.in_channels, c.out_channels, c.stride) for c in convs] == [
+        (3, 24, (2, 2)),
+        (24, 48, (2, 2)),
+    ]
 
 
 def test_drop_path_is_for_training_and_keeps_the_mean():

@@ -1,0 +1,196 @@
+"""The command line as a person meets it: results on standard output, one sentence for a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xdino_launch import cli
+
+
+def xdino(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of the command in this process."""
+    try:
+        cli.main([str(a) for a in arguments])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+SMALL = ("--train.batch_size", "50", "--data.path")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Labelled folders of two kinds of images: bright blobs on the left, and on the right."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10)):
+        for label in ("left", "right"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = generator.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+                start = 2 if label == "left" else 18
+                image[8:24, start : start + 12] += 150
+                Image.fromarray(image).save(root / split / label / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["pretrain", "debug", "--run", str(path), "--data.path", str(folder),
+                 "--train.batch_size", "20", "--crops.mean", "null", "--crops.std", "null"]  # fmt: skip
+    cli.main(arguments)
+    return path
+
+
+def test_unknown_keys_name_themselves_and_the_nearest(capsys, tmp_path):
+    run = tmp_path / "r"
+    code, out, err = xdino(
+        capsys, "pretrain", "debug", "--run", run, "--model.archh", "x", "--optim.lrr", "1"
+    )
+    assert (code, out) == (2, "")
+    assert 'model.archh is not a known key: did you mean "arch"?' in err
+    assert 'optim.lrr is not a known key: did you mean "lr"?' in err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], 'there is no command "pretrian": did you mean "pretrain"?'),
+        (["pretrain", "debgu", "--run", "r"], 'did you mean "debug"'),
+        (["pretrain", "debug"], "Missing option '--run'"),
+        (["pretrain", "debug", "--run", "r", "--lr", "1"], 'did you mean "--optim.lr"'),
+        (["pretrain", "debug", "--run", "r", "--optim.lr"], "--optim.lr needs a value"),
+        (["pretrain", "debug", "--run", "r", "--train.epochs", "0"], "train.epochs"),
+        (["pretrain", "debug", "--run", "r", "--data.path", "nowhere"], "nowhere"),
+        (["pretrain", "debug", "--run", "r", "--data.path", "fashion_mnits"], "fashion_mnist"),
+        (["knn", "nowhere", "--data", "fashion_mnist_sample"], "no weights file or run directory"),
+        (["knn", "w", "--data", "d", "--k", "ten"], "--k takes numbers"),
+        (["knn", "w", "--data", "d", "--k", "0"], "from 1 up"),
+        (["knn", "w", "--data", "d", "--temperature", "0"], "above 0"),
+        (["linear", "w", "--data", "d", "--protocol", "svm"], "svm"),
+        (["attention", "w", "--out", "o"], "Missing argument 'IMAGES...'"),
+        (["attention", "w", "i.png", "--out", "o", "--mass", "2"], "--mass"),
+        (["features", "w", "--data", "d"], "--out"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_sentence_and_exit_code_2(
+    capsys, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = xdino(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pretrain_prints_the_backbone_and_leaves_a_finished_run_alone(capsys, run, folder):
+    code, out, err = xdino(capsys, "pretrain", run / "config.yaml", "--run", run)
+    assert code == 0
+    assert out.strip() == str(run / "backbone.safetensors")
+    assert "finished run" in err
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "knn_top1" in metrics[-1]
+
+
+def test_print_config_resolves_everything(capsys, tmp_path):
+    code, out, _ = xdino(
+        capsys, "pretrain", "debug", "--run", tmp_path / "r", "--optim.lr=0.5", "--print-config"
+    )
+    assert code == 0
+    assert "lr: 0.5" in out
+    assert not (tmp_path / "r").exists()
+
+
+def test_knn_and_linear_write_rows_with_their_protocol(capsys, run, folder):
+    code, out, _ = xdino(capsys, "knn", run, "--data", folder, "--k", "1,5", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["settings"]["k"] for row in rows] == [1, 5]
+    code, out, _ = xdino(capsys, "linear", run, "--data", folder)
+    assert code == 0
+    assert "logistic" in out
+    code, out, _ = xdino(
+        capsys, "linear", run, "--data", folder, "--protocol", "sgd", "--epochs", "2", "--json"
+    )
+    assert code == 0
+    stored = json.loads((run / "results.json").read_text())
+    assert len(stored) == 4
+    for row in stored:
+        assert {"protocol", "settings", "top1", "top5", "data", "transform", "train_size",
+                "val_size", "checkpoint"} <= set(row)  # fmt: skip
+        assert (row["train_size"], row["val_size"]) == (80, 20)
+        assert "teacher, iteration" in row["features"]
+
+
+def test_attention_features_and_export(capsys, run, folder, tmp_path):
+    picture = folder / "val" / "left" / "000.png"
+    code, out, _ = xdino(capsys, "attention", run, picture, "--out", tmp_path / "a")
+    assert code == 0
+    written = out.split()
+    assert written
+    assert all(Image.open(path).size for path in written)
+    code, out, err = xdino(capsys, "attention", run, tmp_path / "none.png", "--out", tmp_path / "a")
+    assert (code, err.count("\n")) == (2, 1)
+    (tmp_path / "bad.png").write_text("no image")
+    code, _, err = xdino(capsys, "attention", run, tmp_path / "bad.png", "--out", tmp_path / "a")
+    assert code == 2
+    assert "cannot be read as an image" in err
+    file = tmp_path / "features.safetensors"
+    assert xdino(capsys, "features", run, "--data", folder, "--out", file)[0] == 0
+    from safetensors.torch import load_file
+
+    assert load_file(file)["train_features"].shape == (80, 32)
+    exported = tmp_path / "weights.safetensors"
+    assert xdino(capsys, "export", run, "--out", exported)[0] == 0
+    one = json.loads(xdino(capsys, "knn", run, "--data", folder, "--k", "5", "--json")[1])
+    two = json.loads(xdino(capsys, "knn", exported, "--data", folder, "--k", "5", "--json")[1])
+    assert one[0]["top1"] == two[0]["top1"]
+
+
+def test_failures_of_the_world_are_exit_code_1(capsys, folder, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"damaged")
+    code, _, err = xdino(capsys, "knn", tmp_path / "weights.pth", "--data", folder)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "damaged" in err
+
+
+def test_a_signal_stops_resumably_with_exit_code_75(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "xdino_launch", "pretrain", "debug", "--run", str(run),
+               "--train.epochs", "50", "--evaluate.every", "0", "--runtime.log_every", "1"]  # fmt: skip
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=-1, text=True
+    )
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, err
+    assert "the same command continues it" in err
+    assert (run / "checkpoints" / "last.pt").exists()
+
+
+def test_help_is_there_and_quick_commands_import_no_torch():
+    code = (
+        "import sys\nfrom xdino_launch import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain" in done.stdout
