@@ -67,6 +67,7 @@ class ConsoleListener(Listener):
             if "loss" in row:
                 self.progress.update(task, numbers=numbers)
         due = time.monotonic() - self._last_line >= QUIET_SECONDS
+        due = due or row["iteration"] == self._iterations
         if "loss" not in row or (self.progress is None and due):
             if "loss" in row:
                 self._last_line = time.monotonic()

@@ -7,6 +7,7 @@ never pretrained on.
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,23 @@ from xdino_launch.evaluate import features_name
 from xdino_launch.local import run_pretraining
 
 NEIGHBOURS = 20  # the k that DINO reports for ImageNet (section 4.1)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the probe: a held-out tenth of train chooses
 
 
-def run_demo(run_dir: Path, seed: int = 0) -> list[Row]:
+def run_demo(
+    run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None = None
+) -> list[Row]:
     """Pretrain (or continue), evaluate, draw; print the table.
+
+    Args:
+        overrides: dotted keys on top of the demo's recipe, as on the command line.
 
     Raises:
         UsageError, RunFailed, Stopped: as `pretrain`.
     """
     began = time.monotonic()
     note = stderr_console().print
-    resolved = config.load("demo", {"train.seed": str(seed)})
+    resolved = config.load("demo", {"train.seed": str(seed), **(overrides or {})})
     run_pretraining(resolved, run_dir, command=["demo"])
     pretrained = checkpoint.load_backbone(run_dir)
     untrained = checkpoint.load_backbone(run_dir / INITIAL_FILE)
@@ -51,7 +58,7 @@ def run_demo(run_dir: Path, seed: int = 0) -> list[Row]:
     ):
         scored = [
             *knn.evaluate(bank, queries, [NEIGHBOURS]),
-            linear.logistic_probe(bank, queries, seed=0),
+            linear.logistic_probe(bank, queries, STRENGTHS),
         ]
         rows += results.signed(scored, sha, what)
     (run_dir / "results.json").unlink(missing_ok=True)  # the rows of an earlier demo in this folder

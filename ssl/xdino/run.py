@@ -106,6 +106,8 @@ class RunDirectory:
     def create(self) -> None:
         """Make the folder and write its configuration, before anything else is put there."""
         check_writable(self.path)
+        for left in self.path.rglob(".*.tmp"):  # of a process that was killed while writing
+            left.unlink(missing_ok=True)
         (self.path / CONFIG_FILE).write_text(configuration.to_yaml(self.config))
 
     def record_start(self, facts: dict[str, Any]) -> None:

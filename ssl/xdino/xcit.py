@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from xdino.errors import UsageError, nearest
 
 LAYER_NORM_EPS = 1e-6
+NORM_EPS = 1e-12  # of the l2 norm of queries and keys
 # Widths of the stem's stride-2 convolutions as fractions of embed_dim. Patch 4 is ours, for small
 # images; 8 and 16 are the published stems.
 STEM_FRACTIONS = {4: (2, 1), 8: (4, 2, 1), 16: (8, 4, 2, 1)}
@@ -141,12 +142,20 @@ class XCA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 4, 1)  # each [B, H, d, N]
-        q = F.normalize(q, dim=-1)
-        k = F.normalize(k, dim=-1)
-        attention = (q @ k.transpose(-2, -1) * self.temperature).softmax(dim=-1)  # [B, H, d, d]
-        x = (attention @ v).permute(0, 3, 1, 2).reshape(B, N, D)
-        return self.proj(x)
+        # One copy into the layout that every product below reads as it lies.
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each [B, H, N, d]
+        if q.dtype == torch.float16:
+            # A sum of products over the tokens could leave the range of fp16.
+            q, k = F.normalize(q, dim=2).to(q.dtype), F.normalize(k, dim=2).to(k.dtype)
+            logits = q.transpose(-2, -1) @ k * self.temperature
+        else:
+            # Dividing the d x d products by the norms, instead of the N x d queries and keys.
+            q_norm = torch.linalg.vector_norm(q, dim=2, keepdim=True).clamp_min(NORM_EPS)
+            k_norm = torch.linalg.vector_norm(k, dim=2, keepdim=True).clamp_min(NORM_EPS)
+            scale = self.temperature / (q_norm.transpose(-2, -1) * k_norm)  # [B, H, d, d]
+            logits = (q.transpose(-2, -1) @ k) * scale
+        x = v @ logits.softmax(dim=-1).transpose(-2, -1)  # [B, H, N, d]
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 class LPI(nn.Module):
@@ -193,7 +202,9 @@ class XCABlock(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def _residual(self, x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
-        return x + drop_path(gamma * branch, self.drop_path_rate, self.training)
+        if self.training and self.drop_path_rate > 0:
+            branch = drop_path(branch, self.drop_path_rate, self.training)
+        return torch.addcmul(x, branch, gamma)  # one pass over the tokens instead of two
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         x = self._residual(x, self.attn(self.norm1(x)), self.gamma1)
@@ -250,7 +261,7 @@ class ClassAttentionBlock(nn.Module):
         token = token + self.gamma2 * self.mlp(token)
         if not keep_patches:
             return token, attention
-        patches = x[:, 1:] + self.gamma1 * normed[:, 1:]
+        patches = torch.addcmul(x[:, 1:], normed[:, 1:], self.gamma1)
         if self.tokens_norm:
             patches = self.norm2(patches)
         return torch.cat((token, 2 * patches), dim=1), attention
