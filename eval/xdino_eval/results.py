@@ -16,6 +16,8 @@ from rich.table import Table
 
 from xdino.errors import RunFailed
 
+LONGEST_SETTING = 16  # characters of a setting that a table shows
+
 
 @dataclass(frozen=True)
 class Row:
@@ -107,7 +109,11 @@ def table(rows: Iterable[Row]) -> Table:
     for row in rows:
         out.add_row(
             row.protocol,
-            ", ".join(f"{name} {_short(value)}" for name, value in row.settings.items()),
+            ", ".join(
+                f"{name} {_short(value)}"
+                for name, value in row.settings.items()
+                if len(_short(value)) <= LONGEST_SETTING  # the file has them all
+            ),
             row.features,
             row.data,
             f"{row.top1:.2f}",

@@ -139,9 +139,8 @@ def numbers(
 
 def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) -> None:
     """Where rows go: results.json of the run or --out, and standard output."""
-    from rich.console import Console
-
     from xdino_eval import results
+    from xdino_launch.console import stdout_console
 
     target = Path(out) if out else None
     if target is None and Path(weights).is_dir():
@@ -151,7 +150,7 @@ def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) ->
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        Console().print(results.table(rows))
+        stdout_console().print(results.table(rows))
 
 
 @xdino.command()

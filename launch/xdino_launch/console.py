@@ -106,4 +106,9 @@ def counter(console: Console, verb: str) -> Any:
 
 
 def stderr_console() -> Console:
-    return Console(stderr=True, highlight=False, file=sys.stderr)
+    return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """For results: as wide as the terminal, and wide enough for a table where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)

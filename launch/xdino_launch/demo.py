@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -22,17 +21,15 @@ from xdino_eval import attention, knn, linear, results
 from xdino_eval.features import Features, extract, pixels
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
-from xdino_launch.console import stderr_console
+from xdino_launch.console import stderr_console, stdout_console
 from xdino_launch.evaluate import features_name
 from xdino_launch.local import run_pretraining
 
 NEIGHBOURS = 20  # the k that DINO reports for ImageNet (section 4.1)
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the probe: a held-out tenth of train chooses
+STRENGTHS = (1e-3, 1e-1, 1e1, 1e2)  # of the probe: a held-out tenth of train chooses
 
 
-def run_demo(
-    run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None = None
-) -> list[Row]:
+def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None = None) -> list[Row]:
     """Pretrain (or continue), evaluate, draw; print the table.
 
     Args:
@@ -115,7 +112,7 @@ def _print(rows: list[Row], run_dir: Path, pictures: Path, val: int, seconds: fl
         table.add_column(name, justify="left" if name == "features" else "right")
     for neighbours, probe in zip(rows[::2], rows[1::2], strict=True):
         table.add_row(neighbours.features, f"{neighbours.top1:.1f}", f"{probe.top1:.1f}")
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(table)
     iterations = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
     console.print(f"{iterations:,} iterations; {seconds:.0f} s in all", soft_wrap=True)

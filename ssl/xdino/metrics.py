@@ -19,6 +19,8 @@ from torch import Tensor
 
 from xdino.errors import RunFailed
 
+VIEW_PIXELS = 96  # a global view in the picture of the views is drawn at least so large
+
 
 class MetricsLog:
     """Appends rows to metrics.jsonl, and to the run's wandb page where that is wanted.
@@ -136,7 +138,11 @@ def save_views(
             top, left = row * (size + gap), column * (size + gap)
             sheet[:, top : top + h, left : left + w] = image * 255
     array = sheet.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(path)
+    picture = Image.fromarray(array)
+    enlarge = max(1, VIEW_PIXELS // size)  # crops of small images would be stamps
+    picture.resize(
+        (picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST
+    ).save(path)
 
 
 def check_writable(run_dir: Path) -> None:

@@ -14,10 +14,13 @@ from xdino import checkpoint
 
 
 def command(run: Path) -> list[str]:
-    return [sys.executable, "-m", "xdino_launch", "pretrain", "debug", "--run", str(run),
-            "--train.epochs", "2", "--train.batch_size", "500", "--crops.local_count", "0", "--crops.global_size", "12", "--model.drop_path", "0.2",
-            "--evaluate.every", "0", "--runtime.log_every", "1", "--runtime.checkpoint_every", "7",
-            ]  # fmt: skip
+    small = {
+        "train.epochs": 2, "train.batch_size": 500, "crops.local_count": 0, "crops.global_size": 12,
+        "model.drop_path": 0.2, "evaluate.every": 0, "runtime.log_every": 1,
+        "runtime.checkpoint_every": 7,
+    }  # fmt: skip
+    options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "xdino_launch", "pretrain", "debug", "--run", str(run), *options]
 
 
 def start(run: Path) -> subprocess.Popen:

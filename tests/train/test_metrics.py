@@ -57,6 +57,6 @@ def test_the_picture_of_the_views(tmp_path, channels):
     groups = [torch.zeros(2, 3, channels, 16, 16), torch.ones(4, 3, channels, 8, 8)]
     save_views(tmp_path / "views.png", groups, [0.5] * channels, [0.25] * channels)
     picture = Image.open(tmp_path / "views.png")
-    assert picture.size == (6 * 18 - 2, 3 * 18 - 2)
+    assert picture.size == (6 * (6 * 18 - 2), 6 * (3 * 18 - 2)), "six times as large as 16 pixels"
     assert picture.getpixel((0, 0)) == (128, 128, 128)  # zero is the mean
-    assert picture.getpixel((2 * 18, 0)) == (191, 191, 191)  # one is a standard deviation above
+    assert picture.getpixel((6 * 2 * 18, 0)) == (191, 191, 191)  # one is a standard deviation above
