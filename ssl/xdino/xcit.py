@@ -129,6 +129,16 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def l2_norm(x: Tensor, dim: int) -> Tensor:
+    """Euclidean norm over `dim` (kept), at least NORM_EPS; in float32 for half precision.
+
+    Clamped under the root, where the gradient of a zero vector is zero and not undefined. Several
+    times as fast on the CPU as torch's own along a dimension that is not the last.
+    """
+    x = x.float() if x.dtype == torch.bfloat16 else x
+    return x.square().sum(dim, keepdim=True).clamp_min(NORM_EPS**2).sqrt()
+
+
 class XCA(nn.Module):
     """Cross-covariance attention (equation 4): softmax(K^T Q / tau) over the channels of a head."""
 
@@ -150,8 +160,7 @@ class XCA(nn.Module):
             logits = q.transpose(-2, -1) @ k * self.temperature
         else:
             # Dividing the d x d products by the norms, instead of the N x d queries and keys.
-            q_norm = torch.linalg.vector_norm(q, dim=2, keepdim=True).clamp_min(NORM_EPS)
-            k_norm = torch.linalg.vector_norm(k, dim=2, keepdim=True).clamp_min(NORM_EPS)
+            q_norm, k_norm = l2_norm(q, dim=2), l2_norm(k, dim=2)  # [B, H, 1, d]
             scale = self.temperature / (q_norm.transpose(-2, -1) * k_norm)  # [B, H, d, d]
             logits = (q.transpose(-2, -1) @ k) * scale
         x = v @ logits.softmax(dim=-1).transpose(-2, -1)  # [B, H, N, d]
