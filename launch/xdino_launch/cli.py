@@ -1,4 +1,4 @@
-"""The command line: `xdino pretrain`, `knn`, `linear`, `attention`, `features`, `export`, `demo`.
+"""The command line: every command parses here and does its work in a room of its own.
 
 Standard output carries results (a table, or JSON with --json); everything else goes to standard
 error. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable.
@@ -95,6 +95,31 @@ def pretrain(
 
     path = run_pretraining(resolved, run_dir, command=sys.argv[1:])
     click.echo(str(path))
+
+
+@xdino.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("config")
+@click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(0))
+@click.option("--cpus-per-gpu", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--hours", default=24.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--partition", help="SLURM partition.")
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="More SLURM parameters.")
+@click.option("--cluster", type=click.Choice(["slurm", "local"]), help="local: here, to try it.")
+@click.pass_context
+def submit(
+    ctx: click.Context, config: str, run_dir: str, slurm: tuple[str, ...], **how: Any
+) -> None:
+    """Pretrain on a SLURM cluster; goes on by itself when its time is up."""
+    overrides = parse_overrides(ctx.args)
+    extra = dict(pair.partition("=")[::2] for pair in slurm)
+    if not all(extra.values()):
+        raise UsageError(f"--slurm takes KEY=VALUE, got {' '.join(slurm)}")
+    from xdino_launch import slurm as cluster
+
+    job = cluster.PretrainingJob(config, overrides, str(Path(run_dir).resolve()))
+    click.echo(cluster.submit(job, **how, extra=extra))
 
 
 # --- evaluation -------------------------------------------------------------------------------

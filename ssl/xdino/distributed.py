@@ -32,6 +32,8 @@ def start(device: torch.device) -> bool:
     """Join the process group that the environment describes; False where there is none."""
     if is_active() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return True
 

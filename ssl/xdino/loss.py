@@ -29,7 +29,20 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float
 
     Returns:
         A scalar in the logits' precision, at least float32.
+
+    Raises:
+        ValueError: shapes that are not those, or a single view, which has nothing to be compared with.
     """
+    if student_logits.ndim != 3 or teacher_probs.shape[1:] != student_logits.shape[1:]:
+        raise ValueError(
+            "student_logits must be [V, B, K] and teacher_probs [G, B, K], got "
+            f"{list(student_logits.shape)} and {list(teacher_probs.shape)}"
+        )
+    if not len(teacher_probs) <= len(student_logits) != 1:
+        raise ValueError(
+            f"{len(teacher_probs)} teacher views need at least as many student views, and two in "
+            f"all, got {len(student_logits)}"
+        )
     G, (V, B, _) = len(teacher_probs), student_logits.shape
     total = teacher_probs.sum(dim=0)  # [B, K]
     log_p = F.log_softmax(student_logits / student_temp, dim=-1)

@@ -128,7 +128,11 @@ def pretrain(
         with StopSignal() as stop:
             trainer.train(stop)
     except (RunFailed, OSError) as error:
-        reason = str(error) if isinstance(error, RunFailed) else f"cannot write: {error}"
+        reason = (
+            str(error)
+            if isinstance(error, RunFailed)
+            else f"the disk or the network failed: {error}"
+        )
         raise RunFailed(f"{reason}. {trainer.last_good()}") from error
     return backbone_path
 

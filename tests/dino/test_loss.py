@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +44,16 @@ def test_uniform_outputs_sit_at_ln_k():
     loss = DINOLoss(64)
     flat = torch.zeros(6, 3, 64)
     assert math.isclose(loss(flat, flat[:2], 0.04).item(), math.log(64), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [((20, 64), (2, 4, 64)), ((5, 4, 64), (2, 4, 32)), ((5, 4, 64), (8, 64)), ((1, 4, 64), (1, 4, 64)),
+     ((2, 4, 64), (3, 4, 64))],
+)  # fmt: skip
+def test_shapes_that_cannot_be(student, teacher):
+    with pytest.raises(ValueError, match="must be|need at least"):
+        dino_loss(torch.zeros(student), torch.zeros(teacher))
 
 
 def test_the_centre_moves_only_when_told():
