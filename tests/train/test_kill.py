@@ -36,7 +36,8 @@ def told(run: Path) -> int:
     return json.loads(whole[-1])["iteration"] if whole else 0
 
 
-def kill_when(run: Path, moment: Callable[[], bool]) -> None:
+def kill_when(run: Path, moment: Callable[[], bool]) -> int:
+    """Start or continue the run, kill it at the moment; the last iteration that it told."""
     process = start(run)
     deadline = time.monotonic() + 120
     while not moment():
@@ -45,18 +46,20 @@ def kill_when(run: Path, moment: Callable[[], bool]) -> None:
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    return told(run)
 
 
 def test_killed_anywhere_the_run_ends_in_the_same_bytes(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(whole).wait(timeout=300) == 0
     state = broken / "checkpoints"
-    kill_when(broken, lambda: told(broken) >= 10)  # mid-epoch: an epoch has 20 iterations
+    killed = [kill_when(broken, lambda: told(broken) >= 10)]  # mid-epoch: it has 20 iterations
     assert 0 < checkpoint.load_state(state / "last.pt")["iteration"] < 20
-    kill_when(broken, lambda: any(state.glob(".last.pt.*.tmp")))  # while a checkpoint is written
+    # While a checkpoint is written:
+    killed.append(kill_when(broken, lambda: any(state.glob(".last.pt.*.tmp"))))
     wait = random.Random(0).uniform(0, 1)
     before = told(broken)
-    kill_when(broken, lambda: told(broken) != before and not time.sleep(wait))
+    killed.append(kill_when(broken, lambda: told(broken) != before and not time.sleep(wait)))
     assert start(broken).wait(timeout=300) == 0
     for name in ("backbone.safetensors", "checkpoints/initial.safetensors"):
         assert checkpoint.sha256(whole / name) == checkpoint.sha256(broken / name), name
@@ -67,4 +70,4 @@ def test_killed_anywhere_the_run_ends_in_the_same_bytes(tmp_path):
     rows = [json.loads(x)["iteration"] for x in (broken / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 41))
     assert not list(state.glob(".*.tmp"))
-    print("resumed at", resumed)
+    print(f"killed after iterations {killed}, started at {resumed}, of {len(rows)}")
