@@ -11,6 +11,7 @@ strength chosen on images held out of the training split.
 Letters: N images, B images of a batch, D width, K classes, s side of a crop.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -18,33 +19,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from xdino.data import Source
+from xdino.checkpoint import written_beside
+from xdino.data import Source, fingerprint
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino_eval.accuracy import class_indices, ranks, top1_top5
-from xdino_eval.features import (
-    Features,
-    Progress,
-    autocast,
-    device_of,
-    evaluating,
-    extract,
-    read_batches,
-)
+from xdino_eval.features import Features, Progress, device_of, evaluating, extract
 from xdino_eval.knn import labels_of, row_of
 from xdino_eval.results import Row
-from xdino_eval.transform import EvalTransform, resample
+from xdino_eval.transform import EvalTransform
+from xdino_eval.views import AugmentedImages, draw
 
 GRIDS = {
     "default": tuple(10.0 ** np.linspace(-4, 2, 7)),
@@ -80,38 +76,52 @@ class Sgd:
         return peak * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
-def crop_parameters(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels of a RandomResizedCrop with torchvision's defaults.
+@dataclass(frozen=True)
+class Unfinished:
+    """The file that a long probe leaves after every epoch, to go on from, and removes at its end.
 
-    8 to 100 % of the area and an aspect of 3/4 to 4/3, uniform in its logarithm; ten tries, then
-    the largest central crop of an allowed aspect.
+    Its name follows from all that the probe depends on: another probe never takes it up.
     """
-    low, high = 3 / 4, 4 / 3
-    for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1.0)
-        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * high)), min(height, round(width / low))
-    top, left = (height - h) // 2, (width - w) // 2
-    return left, top, left + w, top + h
 
+    path: Path
 
-def augment(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [H, W, C] -> uint8 [s, s, C]: a random resized crop (PIL bilinear), flipped or not."""
-    box = crop_parameters(image.shape[0], image.shape[1], rng)
-    crop = resample(image, (size, size), Image.Resampling.BILINEAR, box)
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
+    @classmethod
+    def of(
+        cls, folder: Path | str | None, backbone: nn.Module, train: Source, *told: object
+    ) -> "Unfinished | None":
+        """The file in `folder` (None = nothing is kept) of the probe that `told` describes."""
+        if folder is None:
+            return None
+        digest = hashlib.blake2b(repr((fingerprint(train), *told)).encode(), digest_size=8)
+        for name, value in backbone.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return cls(Path(folder) / f"linear-{digest.hexdigest()}.unfinished")
 
+    def load(self) -> tuple[int, dict[str, Tensor]]:
+        """How many epochs are done, and the tensors of that moment; (0, {}) without a file.
 
-def draw(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Generator:
-    """The random numbers of one image in one epoch (stream 0), or of an epoch's order (stream 1).
+        Raises:
+            RunFailed: the file is damaged.
+        """
+        if not self.path.exists():
+            return 0, {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return int(file.metadata()["epoch"]), tensors
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RunFailed(
+                f"{self.path}, an unfinished probe, is damaged ({error}): delete it"
+            ) from error
 
-    Counter-based: what an image gets depends on nothing that was drawn before it.
-    """
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, index]))
+    def save(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        with written_beside(self.path) as beside:
+            kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(kept, beside, {"epoch": str(epoch)})
+
+    def done(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def train_head(
@@ -119,8 +129,12 @@ def train_head(
     batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
     how: Sgd,
     progress: Progress | None = None,
-) -> None:
+    unfinished: Unfinished | None = None,
+) -> int:
     """Train `head` in place on the (features [B, D], classes int64 [B]) that an epoch yields.
+
+    Returns:
+        The epoch that it began with, 0 unless it was `unfinished`.
 
     Raises:
         RunFailed: the loss is no longer finite.
@@ -128,7 +142,15 @@ def train_head(
     optimizer = torch.optim.SGD(
         head.parameters(), lr=how.lr, momentum=how.momentum, weight_decay=how.weight_decay
     )
-    for epoch in range(how.epochs):
+    start = 0
+    if unfinished:
+        start, kept = unfinished.load()
+        for name, parameter in head.named_parameters():
+            if start:
+                parameter.data.copy_(kept[name])
+                momentum = kept[f"{name}_momentum"].to(parameter.device)
+                optimizer.state[parameter]["momentum_buffer"] = momentum
+    for epoch in range(start, how.epochs):
         optimizer.param_groups[0]["lr"] = how.lr_at(epoch)
         total = torch.zeros((), device=head.weight.device)
         for features, target in batches(epoch):
@@ -139,8 +161,15 @@ def train_head(
             total += loss.detach()
         if not total.isfinite():
             raise RunFailed(f"the probe's loss is not finite in epoch {epoch}; lower its lr")
+        if unfinished and epoch + 1 < how.epochs:
+            tensors: dict[str, Tensor] = dict(head.named_parameters())
+            for name, parameter in head.named_parameters():
+                momentum = optimizer.state[parameter].get("momentum_buffer")
+                tensors[f"{name}_momentum"] = parameter * 0 if momentum is None else momentum
+            unfinished.save(epoch + 1, tensors)
         if progress:
             progress(epoch + 1, how.epochs)
+    return start
 
 
 def new_head(width: int, classes: int, seed: int, device: torch.device | str) -> nn.Linear:
@@ -163,6 +192,7 @@ def sgd_probe(
     precision: str = "fp32",
     save_to: Path | str | None = None,
     progress: Progress | None = None,
+    keep_in: Path | str | None = None,
 ) -> Row:
     """The published protocol: a linear head on the frozen `backbone`, augmented anew every epoch.
 
@@ -173,56 +203,67 @@ def sgd_probe(
     Args:
         backbone: float32 [B, C, s, s] -> [B, D]; moved to `device` (None = where it is).
         save_to: keeps the head as safetensors: weight [K, D], bias [K], classes int64 [K].
+        keep_in: a folder for the state after each epoch; the same call goes on from there.
 
     Raises:
         UsageError: a split without labels. RunFailed: nothing could be read, or the loss is not
             finite.
     """
     how = how or Sgd()
-    if train_source.labels is None or val_source.labels is None:
-        bare = train_source if train_source.labels is None else val_source
-        raise UsageError(f"{bare.name} has no labels to train a probe or to score it")
+    train_labels = both_labelled(train_source, val_source)
     began = time.perf_counter()
     device = device_of(backbone) if device is None else torch.device(device)
     val = extract(
         backbone, val_source, transform, how.batch_size, device, workers, precision
     )  # also moves the backbone
-    classes, train_class, _ = class_indices(train_source.labels, np.empty(0, np.int64))
+    classes, train_class, _ = class_indices(train_labels, np.empty(0, np.int64))
     head = new_head(val.features.shape[1], len(classes), how.seed, device)
-    unreadable: set[int] = set()
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        def crop(image: np.ndarray, index: int) -> np.ndarray:
-            return augment(image, transform.size, draw(how.seed, epoch, 0, index))
-
-        order = draw(how.seed, epoch, 1).permutation(len(train_source))
-        for batch in read_batches(train_source, crop, order, how.batch_size, workers):
-            unreadable.update(index for index, _ in batch.skipped)
-            if not len(batch.indices):
-                continue
-            with torch.no_grad(), autocast(device, precision):
-                features = backbone(transform.normalise(batch.images.to(device)))
-            target = torch.from_numpy(train_class[batch.indices])
-            yield features.float(), target.to(device)
-
+    images = AugmentedImages(
+        backbone,
+        train_source,
+        transform,
+        train_class,
+        np.arange(len(train_source)),
+        how.batch_size,
+        how.seed,
+        device,
+        workers,
+        precision,
+    )
+    unfinished = Unfinished.of(keep_in, backbone, train_source, transform, how, precision)
     with evaluating(backbone):
-        train_head(head, batches, how, progress)
+        start = train_head(head, images.batches, how, progress, unfinished)
+    train = images.trained_on()
     if save_to is not None:
         save_head(save_to, head, classes)
-    read = len(train_source) - len(unreadable)
-    if not read:
-        raise RunFailed(f"no image of {train_source.name} could be read")
-    train = Features(
-        features=torch.empty(read, 0),
-        labels=None,
-        indices=torch.empty(0, dtype=torch.int64),
-        skipped=[(train_source.describe(index), "") for index in sorted(unreadable)],
-        data=train_source.name,
-        transform="",
-    )
-    settings = _settings(how, f"RandomResizedCrop({transform.size}, bilinear) + flip")
-    score = _score(head, classes, val)
-    return row_of("linear, SGD", settings, score, train, val, seconds=time.perf_counter() - began)
+    settings = settings_of(how, images.describe())
+    score = score_of(head, classes, val)
+    if unfinished:
+        unfinished.done()
+    seconds = time.perf_counter() - began
+    return row_of("linear, SGD", settings, score, train, val, seconds, continued(start))
+
+
+def shuffled(
+    table: Tensor, target: Tensor, how: Sgd, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the rows of features [N, D] and classes [N], in the order of `epoch`."""
+    order = torch.from_numpy(draw(how.seed, epoch, 1).permutation(len(table)))
+    for rows in order.to(table.device).split(how.batch_size):
+        yield table[rows], target[rows]
+
+
+def continued(epoch: int) -> list[str]:
+    """The note of a row whose probe went on from `epoch`."""
+    return [f"went on from epoch {epoch}; seconds are of this part alone"] if epoch else []
+
+
+def both_labelled(train: Source, val: Source) -> np.ndarray:
+    """The labels of `train`. Raises UsageError where either split has none."""
+    if train.labels is None or val.labels is None:
+        bare = train if train.labels is None else val
+        raise UsageError(f"{bare.name} has no labels to train a probe or to score it")
+    return train.labels
 
 
 def sgd_probe_features(
@@ -243,20 +284,14 @@ def sgd_probe_features(
     classes, train_class, _ = class_indices(labels_of(train).numpy(), labels_of(val).numpy())
     table, target = train.features.to(device), torch.from_numpy(train_class).to(device)
     head = new_head(table.shape[1], len(classes), how.seed, device)
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.from_numpy(draw(how.seed, epoch, 1).permutation(len(table)))
-        for rows in order.to(device).split(how.batch_size):
-            yield table[rows], target[rows]
-
-    with _threads(how.batch_size * head.weight.numel()):
-        train_head(head, batches, how, progress)
+    with small_products_alone(how.batch_size * head.weight.numel()):
+        train_head(head, partial(shuffled, table, target, how), how, progress)
     if save_to is not None:
         save_head(save_to, head, classes)
-    score = _score(head, classes, val)
+    score = score_of(head, classes, val)
     return row_of(
         "linear, SGD on features",
-        _settings(how, "none"),
+        settings_of(how, "none"),
         score,
         train,
         val,
@@ -264,12 +299,17 @@ def sgd_probe_features(
     )
 
 
-def save_head(path: Path | str, head: nn.Linear, classes: np.ndarray) -> None:
-    """Write weight [K, D], bias [K] and the labels of the classes, int64 [K], as safetensors."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_head(
+    path: Path | str, head: nn.Linear, classes: np.ndarray, features: str = "class"
+) -> None:
+    """Write weight [K, D], bias [K] and the labels of the classes, int64 [K], as safetensors.
+
+    The header says which `features` the head reads.
+    """
     tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
-    save_file({**tensors, "classes": torch.from_numpy(classes)}, path)
+    tensors["classes"] = torch.from_numpy(classes)
+    with written_beside(Path(path)) as beside:
+        save_file(tensors, beside, {"features": features})
 
 
 def logistic_probe(
@@ -352,7 +392,7 @@ def _grid(cs: str | Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
-def _threads(multiplications: float) -> threadpool_limits:
+def small_products_alone(multiplications: float) -> threadpool_limits:
     """One thread for small products: they gain nothing from more.
 
     On a machine that others use they lose ten- to a hundredfold to threads that wait for another.
@@ -369,7 +409,7 @@ def _fits(
     models = [LogisticRegression(C=c, max_iter=MAX_ITER) for c in grid]
     with (
         warnings.catch_warnings(),
-        _threads(multiplications),
+        small_products_alone(multiplications),
         ThreadPoolExecutor(workers) as pool,
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -394,7 +434,7 @@ def _logistic_score(
     return top1_top5(ranks(torch.from_numpy(scores), torch.from_numpy(target)))
 
 
-def _score(head: nn.Linear, classes: np.ndarray, val: Features) -> tuple[float, float]:
+def score_of(head: nn.Linear, classes: np.ndarray, val: Features) -> tuple[float, float]:
     """Top-1 and top-5 in per cent of `head` on `val`, for classes numbered as in training."""
     _, _, target = class_indices(classes, labels_of(val).numpy())
     with torch.no_grad():
@@ -402,7 +442,7 @@ def _score(head: nn.Linear, classes: np.ndarray, val: Features) -> tuple[float, 
     return top1_top5(ranks(scores, torch.from_numpy(target)))
 
 
-def _settings(how: Sgd, augmentation: str) -> dict[str, object]:
+def settings_of(how: Sgd, augmentation: str) -> dict[str, object]:
     return {
         "epochs": how.epochs,
         "batch": how.batch_size,

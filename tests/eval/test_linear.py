@@ -13,8 +13,9 @@ from torchvision.transforms import functional as TF
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import linear
 from xdino_eval.features import Features
-from xdino_eval.linear import Sgd, augment, crop_parameters, draw, held_out
+from xdino_eval.linear import Sgd, held_out
 from xdino_eval.transform import EvalTransform
+from xdino_eval.views import augment, crop_parameters, draw
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from xdino import checkpoint
 def launch(run, images, world_size, batch_size):
     small = {
         "data.path": images, "train.epochs": 2, "train.batch_size": batch_size, "evaluate.every": 0,
-        "runtime.log_every": 1, "model.drop_path": 0, "crops.mean": "null", "crops.std": "null", "runtime.workers": 1,
+        "runtime.log_every": 1, "model.drop_path": 0, "crops.mean": "null", "crops.std": "null",
+        "runtime.workers": 1,
     }  # fmt: skip
     options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     command = [
