@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +164,19 @@ def numbers(
         raise UsageError(f'--{name} takes numbers with commas between them, got "{text}"') from None
 
 
+def results_file(weights: str, out: str | None) -> Path | None:
+    """Where rows are kept: --out, else results.json of a run's folder, else nowhere."""
+    if out:
+        return Path(out)
+    return Path(weights) / "results.json" if Path(weights).is_dir() else None
+
+
 def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) -> None:
     """Where rows go: results.json of the run or --out, and standard output."""
     from xdino_eval import results
     from xdino_launch.console import stdout_console
 
-    target = Path(out) if out else None
-    if target is None and Path(weights).is_dir():
-        target = Path(weights) / "results.json"
+    target = results_file(weights, out)
     if target is not None:
         results.append(target, rows)
     if as_json:
@@ -206,12 +211,16 @@ def knn(ks: str, temperature: float, **options: Any) -> None:
     "--protocol",
     default="logistic",
     show_default=True,
-    type=click.Choice(["logistic", "sgd", "sgd-features"]),
+    type=click.Choice(["logistic", "sgd", "sgd-features", "grid", "grid-features"]),
     help="logistic: scikit-learn on features extracted once; sgd: the published protocol, augmented "
-    "images every epoch; sgd-features: its optimiser on features extracted once.",
+    "images every epoch; sgd-features: its optimiser on features extracted once; grid, "
+    "grid-features: the same for many settings in one pass, a held-out tenth of train/ chooses.",
 )
 @click.option("--epochs", default=100, show_default=True, type=click.IntRange(1), help="Of SGD.")
 @click.option("--lr", default=0.001, show_default=True, type=float, help="Of SGD, for batch 256.")
+@click.option("--lrs", help="Grid: learning rates, for batch 256; 13 from 1e-5 to 0.1 by default.")
+@click.option("--wds", help="Grid: weight decays; 0 by default.")
+@click.option("--features", help="Grid: any of class,patches,both; class by default.")
 @click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--save-head", type=click.Path(), help="SGD: keep the head, as safetensors.")
@@ -219,39 +228,65 @@ def linear(
     protocol: str,
     epochs: int,
     lr: float,
+    lrs: str | None,
+    wds: str | None,
+    features: str | None,
     cs: str,
     seed: int,
     save_head: str | None,
     **options: Any,
 ) -> None:
-    """A linear probe of the frozen features, trained on train/, scored on val/."""
+    """A linear probe of the frozen features, trained on train/, scored on val/.
+
+    The protocols over images leave their state after each epoch beside the results; the same
+    command goes on from there.
+    """
     if lr <= 0:
         raise UsageError(f"--lr must be above 0, got {lr}")
+    chosen = {"--lrs": lrs, "--wds": wds, "--features": features}
+    for name, value in chosen.items():
+        if value is not None and not protocol.startswith("grid"):
+            raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
     from xdino_eval import linear as rooms
+    from xdino_eval.grid import Grid, Tokens, grid_probe, grid_probe_features
+    from xdino_eval.logistic import GRIDS, logistic_probe
     from xdino_launch.evaluate import Subject
 
-    grid = cs if cs in rooms.GRIDS else numbers(cs, "c")
+    given: dict[str, Any] = {
+        "lrs": numbers(lrs, "lrs"),
+        "weight_decays": numbers(wds, "wds"),
+        "features": numbers(features, "features", str),
+    }
+    many = Grid(**{name: values for name, values in given.items() if values is not None})
+    strengths = cs if cs in GRIDS else numbers(cs, "c")
     subject = Subject.open(**_subject(options))
     how = rooms.Sgd(epochs=epochs, batch_size=options["batch_size"], lr=lr, seed=seed)
+    kept = results_file(options["weights"], options["out"])
+    over_images: dict[str, Any] = {
+        "transform": subject.transform,
+        "how": how,
+        "device": subject.device,
+        "workers": options["workers"],
+        "precision": options["precision"],
+        "save_to": save_head,
+        "progress": subject.progress("epoch"),
+        "keep_in": kept.parent if kept else None,
+    }
+    three = subject.backbone, subject.train, subject.val
     if protocol == "sgd":
-        row = rooms.sgd_probe(
-            subject.backbone,
-            subject.train,
-            subject.val,
-            subject.transform,
-            how,
-            subject.device,
-            options["workers"],
-            options["precision"],
-            save_head,
-            subject.progress("epoch"),
-        )
+        row = rooms.sgd_probe(*three, **over_images)
+    elif protocol == "grid":
+        row = grid_probe(*three, grid=many, **over_images)
+    elif protocol == "grid-features":
+        network = Tokens(subject.backbone, many.features)
+        train, val = replace(subject, backbone=network).features()
+        row = grid_probe_features(train, val, many, how, save_to=save_head)
     else:
         train, val = subject.features()
         if protocol == "sgd-features":
             row = rooms.sgd_probe_features(train, val, how, save_to=save_head)
         else:
-            row = rooms.logistic_probe(train, val, grid or "default", seed=seed)
+            row = logistic_probe(train, val, strengths or "default", seed=seed)
     finish(subject.sign([row]), options["weights"], options["out"], options["as_json"])
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from xdino import checkpoint, config, data
 from xdino.run import INITIAL_FILE
-from xdino_eval import attention, knn, linear, results
+from xdino_eval import attention, knn, logistic, results
 from xdino_eval.features import Features, extract, pixels
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
@@ -55,7 +55,7 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
     ):
         scored = [
             *knn.evaluate(bank, queries, [NEIGHBOURS]),
-            linear.logistic_probe(bank, queries, STRENGTHS),
+            logistic.logistic_probe(bank, queries, STRENGTHS),
         ]
         rows += results.signed(scored, sha, what)
     (run_dir / "results.json").unlink(missing_ok=True)  # the rows of an earlier demo in this folder

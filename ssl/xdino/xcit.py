@@ -52,6 +52,7 @@ NAMES = tuple(f"xcit_{size}_p{patch}" for size in VARIANTS for patch in (16, 8, 
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what an evaluation computed first must serve training too
 def fourier_features(h: int, w: int, channels: int, device: torch.device) -> Tensor:
     """Sines and cosines of the patch coordinates, float32 `[h * w, 2 * channels]`.
 

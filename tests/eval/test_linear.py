@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torchvision.transforms import functional as TF
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import linear
+from xdino_eval import linear, logistic
 from xdino_eval.features import Features
 from xdino_eval.linear import Sgd, held_out
 from xdino_eval.transform import EvalTransform
@@ -134,7 +134,7 @@ def test_sgd_probe_on_augmented_images(frozen, make_source):
 @pytest.mark.parametrize("labels", [(2, 5, 11), (0, 7), tuple(range(8))])
 def test_logistic_is_scikit_learns(blobs, labels):
     train, val = blobs(labels=labels)
-    row = linear.logistic_probe(train, val, cs=[0.02])
+    row = logistic.logistic_probe(train, val, cs=[0.02])
     mean, std = train.features.mean(0), train.features.std(0)
     model = LogisticRegression(C=0.02, max_iter=1000)
     model.fit(((train.features - mean) / std).numpy(), train.labels.numpy())
@@ -150,9 +150,9 @@ def test_logistic_chooses_c_on_training_images_only(blobs, monkeypatch):
     train, val = blobs(spread=1.0)
     train.labels[::5] = train.labels[::5].flip(0)  # some wrong labels: C matters
     grid = (1e-9, 1e-3, 0.1, 10.0)
-    row = linear.logistic_probe(train, val, cs=grid[::-1])
+    row = logistic.logistic_probe(train, val, cs=grid[::-1])
     wrong = Features(val.features, val.labels.flip(0), val.indices)
-    other = linear.logistic_probe(train, wrong, cs=grid)
+    other = logistic.logistic_probe(train, wrong, cs=grid)
     assert row.settings == other.settings, "the choice does not look at val"
     x = ((train.features - train.features.mean(0)) / train.features.std(0)).numpy()
     y = train.labels.numpy()
@@ -160,24 +160,24 @@ def test_logistic_chooses_c_on_training_images_only(blobs, monkeypatch):
     scores = [LogisticRegression(C=c).fit(x[~mask], y[~mask]).score(x[mask], y[mask]) for c in grid]
     assert row.settings["C"] == grid[int(np.argmax(scores))]
     assert row.settings["holdout_top1"] == pytest.approx(100 * max(scores), abs=1e-3)
-    monkeypatch.setattr(linear, "MAX_ITER", 1)
-    hurried = linear.logistic_probe(train, val, cs=[1.0])
+    monkeypatch.setattr(logistic, "MAX_ITER", 1)
+    hurried = logistic.logistic_probe(train, val, cs=[1.0])
     assert hurried.notes == ["C = 1: not converged after 1 iterations"]
 
 
 def test_logistic_grids_and_refusals(blobs):
     train, val = blobs()
-    assert len(linear.GRIDS["dino"]) == 45
-    assert linear.GRIDS["dino"][0] == pytest.approx(1e-6)
-    assert linear.GRIDS["dino"][-1] == pytest.approx(1e5)
+    assert len(logistic.GRIDS["dino"]) == 45
+    assert logistic.GRIDS["dino"][0] == pytest.approx(1e-6)
+    assert logistic.GRIDS["dino"][-1] == pytest.approx(1e5)
     with pytest.raises(UsageError, match='no grid "dinos"; did you mean "dino"'):
-        linear.logistic_probe(train, val, cs="dinos")
+        logistic.logistic_probe(train, val, cs="dinos")
     with pytest.raises(UsageError, match="C must be positive"):
-        linear.logistic_probe(train, val, cs=[0.0, 1.0])
+        logistic.logistic_probe(train, val, cs=[0.0, 1.0])
     with pytest.raises(UsageError, match="one class only"):
-        linear.logistic_probe(Features(train.features, train.labels * 0, train.indices), val)
+        logistic.logistic_probe(Features(train.features, train.labels * 0, train.indices), val)
     with pytest.raises(UsageError, match="between 0 and 1"):
-        linear.logistic_probe(train, val, holdout=1.0)
+        logistic.logistic_probe(train, val, holdout=1.0)
 
 
 def test_classes_of_one_image_and_classes_that_val_alone_has(blobs):
@@ -186,7 +186,7 @@ def test_classes_of_one_image_and_classes_that_val_alone_has(blobs):
     rare.labels[:9] = torch.arange(100, 109)
     strange = Features(val.features, val.labels.clone(), val.indices)
     strange.labels[:60] = 77
-    row = linear.logistic_probe(rare, strange, cs=[0.01, 0.1, 1.0])
+    row = logistic.logistic_probe(rare, strange, cs=[0.01, 0.1, 1.0])
     assert row.top1 <= row.top5 <= 50.0
 
 

@@ -25,7 +25,7 @@ def test_a_submitted_job_pretrains(tmp_path):
 
 
 def test_mistakes_are_found_before_the_queue(tmp_path, capsys):
-    with pytest.raises(UsageError, match="optim.lrr"):
+    with pytest.raises(UsageError, match=r"optim\.lrr"):
         submit(PretrainingJob("debug", {"optim.lrr": "1"}, str(tmp_path / "run")), cluster="local")
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="not a run"):

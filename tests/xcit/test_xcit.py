@@ -99,6 +99,14 @@ def test_mistakes_are_sentences():
         xcit.XCiT(8, 32, 1, 2)(torch.zeros(1, 1, 8, 8))
 
 
+def test_training_at_a_size_that_was_first_met_in_inference_mode():
+    model = xcit.XCiT(8, 32, 1, 2)
+    images = torch.randn(2, 3, 72, 40)
+    with torch.inference_mode():
+        model(images)
+    model(images).sum().backward()
+
+
 def test_autocast_trains_in_bf16():
     model = xcit.XCiT(8, 32, 2, 2, tokens_norm=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
