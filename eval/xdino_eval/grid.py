@@ -125,7 +125,7 @@ class Tokens(nn.Module):
         mean = patches.mean(1, dtype=torch.float32)  # [B, D]
         if not needs_both(self.features):
             return mean
-        token, _ = self.backbone._gather(patches)  # type: ignore[operator]
+        token, _ = self.backbone.gather(patches)  # type: ignore[operator]
         return torch.cat((token.float(), mean), 1)
 
 

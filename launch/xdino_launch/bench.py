@@ -378,7 +378,8 @@ def knn(
 
     def split(count: int) -> tuple[Tensor, Tensor]:
         labels = torch.randint(classes, (count,), generator=generator)
-        # Noise at which roughly half of the votes are right, so that the order of votes matters.
+        # Noise at which neighbours are often wrong (top-1 is 73 % at k = 10 by default), so that
+        # the order of votes matters.
         noise = 3.0 * torch.randn(count, dim, generator=generator)
         return nearest_neighbours.normalise(centres[labels] + noise), labels
 

@@ -346,8 +346,8 @@ class XCiT(nn.Module):
             x = block(x, h, w)
         return x, h, w
 
-    def _gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Patch tokens `[B, N, D]` -> class token `[B, D]` and each layer's weights."""
+    def gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Patch tokens `[B, N, D]` -> class token `[B, D]`, weights of each class-attention layer."""
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches), 1)
         maps = []
         for i, block in enumerate(self.cls_attn_blocks, start=1):
@@ -357,12 +357,12 @@ class XCiT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, C, H, W]` -> the class token after the final norm, `[B, D]`."""
-        return self._gather(self.patch_tokens(images)[0])[0]
+        return self.gather(self.patch_tokens(images)[0])[0]
 
     @torch.no_grad()
     def class_attention(self, images: Tensor) -> list[Tensor]:
         """Softmax weights of each class-attention layer, `[B, H, 1 + N]`, entry 0 the class token."""
-        return self._gather(self.patch_tokens(images)[0])[1]
+        return self.gather(self.patch_tokens(images)[0])[1]
 
 
 def arguments(name: str) -> dict[str, float]:
