@@ -26,7 +26,7 @@ from xdino.checkpoint import BACKBONE_FILE, load_backbone, written_beside
 from xdino.config import Crops
 from xdino.data import Source, epoch_order
 from xdino.errors import RunFailed
-from xdino.plan import resolve_device
+from xdino.plan import photometric_of, resolve_device
 from xdino.run import CONFIG_FILE
 from xdino_eval.features import Progress, autocast, device_of, evaluating, extract, read_batches
 from xdino_eval.transform import EvalTransform, Judged
@@ -203,13 +203,7 @@ def global_views(
         local_count=0,
         global_blur=tuple(crops.global_blur[kind] for kind in kinds),
         global_solarize=tuple(crops.global_solarize[kind] for kind in kinds),
-        flip=crops.flip,
-        jitter=crops.jitter,
-        brightness=crops.brightness,
-        contrast=crops.contrast,
-        saturation=crops.saturation,
-        hue=crops.hue,
-        grayscale=crops.grayscale,
+        **photometric_of(crops),
         mean=tuple(mean),
         std=tuple(std),
     )

@@ -6,7 +6,6 @@ process appends at a time.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from xdino.checkpoint import written_beside
 from xdino.errors import RunFailed
 
 LONGEST_SETTING = 16  # characters of a setting that a table shows
@@ -87,16 +87,8 @@ def append(path: Path | str, rows: Sequence[Row]) -> None:
     path = Path(path)
     everything = [asdict(row) for row in [*load(path), *rows]]
     text = json.dumps(everything, indent=2, allow_nan=False, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_beside(path) as beside:
+        beside.write_text(text + "\n")
 
 
 def table(rows: Iterable[Row]) -> Table:

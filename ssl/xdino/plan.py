@@ -3,14 +3,16 @@
 Everything that can be asked wrongly is found here, before a file is written.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from xdino import augment, checkpoint, data, distributed, schedules
 from xdino import config as configuration
 from xdino.backbones import BackboneSpec, statistics
-from xdino.config import Config
+from xdino.config import Config, Crops
 from xdino.errors import UsageError
 from xdino.head import DINOHead
 from xdino.learner import Learner
@@ -54,6 +56,12 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f'runtime.device cannot be "{name}": choose auto, cpu or cuda') from None
 
 
+def photometric_of(crops: Crops) -> dict[str, Any]:
+    """The part of the crops' configuration that `augment.MultiCrop` takes by the same names."""
+    known = {field.name for field in dataclasses.fields(augment.MultiCrop)} - {"mean", "std"}
+    return {name: value for name, value in vars(crops).items() if name in known}
+
+
 def make_plan(config: Config, world_size: int = 1) -> Plan:
     """Open the data and work everything out, before anything is written.
 
@@ -95,13 +103,7 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
         c.global_blur,
         c.global_solarize,
         c.local_blur,
-        flip=c.flip,
-        jitter=c.jitter,
-        brightness=c.brightness,
-        contrast=c.contrast,
-        saturation=c.saturation,
-        hue=c.hue,
-        grayscale=c.grayscale,
+        **photometric_of(c),
         mean=mean,
         std=std,
     )
