@@ -10,7 +10,6 @@ Letters: N images, B images of a batch, D width of a feature, s side of a crop, 
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xdino.checkpoint import written_beside
 from xdino.data import Source, UnreadableImage
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino_eval.transform import EvalTransform
@@ -248,13 +248,8 @@ def _save(path: Path, key: str, features: Features) -> None:
     if features.labels is not None:
         tensors["labels"] = features.labels
     told = {"skipped": features.skipped, "data": features.data, "transform": features.transform}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_beside(path) as beside:
         save_file(tensors, beside, {"key": key, "told": json.dumps(told)})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _load(path: Path, key: str) -> Features:

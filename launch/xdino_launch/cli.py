@@ -146,6 +146,11 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1)),
         click.option("--device", default="auto", show_default=True),
         click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
+        click.option(
+            "--cache",
+            type=click.Path(),
+            help="Keep features in this folder for the next command; files count by name.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -293,7 +298,7 @@ def linear(
 def _subject(options: dict[str, Any]) -> dict[str, Any]:
     """The evaluation options that say what is judged and on what, parsed."""
     names = (
-        "weights data arch role size resize batch_size workers device precision".split()  # noqa: SIM905
+        "weights data arch role size resize batch_size workers device precision cache".split()  # noqa: SIM905
     )
     subject = {name: options[name] for name in names}
     return subject | {name: numbers(options[name], name) for name in ("mean", "std")}

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from xdino import checkpoint, data
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import resolve_device
 from xdino_eval import attention, results
-from xdino_eval.features import Features, extract
+from xdino_eval.features import Features, cache_key, cached, extract
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
@@ -32,6 +33,7 @@ class Subject:
     batch_size: int
     workers: int
     precision: str
+    cache: Path | None = None  # folder where features are kept for the next command
 
     @classmethod
     def open(
@@ -48,6 +50,7 @@ class Subject:
         workers: int = 2,
         device: str = "auto",
         precision: str = "fp32",
+        cache: str | None = None,
     ) -> "Subject":
         """Load and open everything, or say in a sentence what is wrong.
 
@@ -61,14 +64,16 @@ class Subject:
         except ValueError as error:
             raise UsageError(str(error)) from None
         where = resolve_device(device)
-        return cls(backbone, train, val, transform, where, batch_size, workers, precision)
+        kept = Path(cache) if cache else None
+        return cls(backbone, train, val, transform, where, batch_size, workers, precision, kept)
 
     def features(self) -> tuple[Features, Features]:
         """Features of both splits; unreadable images are named on standard error."""
         console = stderr_console()
         both = []
         for split, source in (("train", self.train), ("val", self.val)):
-            found = extract(
+            compute = partial(
+                extract,
                 self.backbone,
                 source,
                 self.transform,
@@ -78,6 +83,19 @@ class Subject:
                 self.precision,
                 progress=counter(console, f"features of {split}"),
             )
+            weights: Any = getattr(self.backbone, "weights", None)  # None: a choice of tokens
+            if self.cache is not None and weights is not None:
+                which = f"{features_name(weights)}, {self.backbone.spec}"
+                key = cache_key(
+                    weights["sha256"],
+                    which,
+                    self.transform,
+                    data.fingerprint(source),
+                    self.precision,
+                )
+                found = cached(self.cache, key, compute)
+            else:
+                found = compute()
             for name, reason in found.skipped:
                 console.print(f"skipped {name}: {reason}", markup=False)
             both.append(found)

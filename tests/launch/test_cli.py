@@ -135,6 +135,19 @@ def test_knn_and_linear_write_rows_with_their_protocol(capsys, run, folder):
         assert "teacher, iteration" in row["features"]
 
 
+def test_cached_features_need_no_network(capsys, run, folder, tmp_path, monkeypatch):
+    command = ("knn", run, "--data", folder, "--k", "5", "--json", "--out", tmp_path / "r.json",
+               "--cache", tmp_path / "cache")  # fmt: skip
+    first = json.loads(xdino(capsys, *command)[1])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    from xdino.xcit import XCiT
+
+    monkeypatch.setattr(XCiT, "forward", None)
+    second = json.loads(xdino(capsys, *command)[1])
+    assert first[0]["top1"] == second[0]["top1"]
+    assert first[0]["transform"] == second[0]["transform"]
+
+
 def test_attention_features_and_export(capsys, run, folder, tmp_path):
     picture = folder / "val" / "left" / "000.png"
     code, out, _ = xdino(capsys, "attention", run, picture, "--out", tmp_path / "a")
