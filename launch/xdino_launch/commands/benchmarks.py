@@ -1,0 +1,161 @@
+"""`xdino bench`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xdino.errors import UsageError
+from xdino_launch.commands.options import Commands, numbers
+
+
+@click.group(cls=Commands)
+def bench() -> None:
+    """Time this code, and a checkout of the published code beside it: arms in turn, with an A/A."""
+
+
+def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What every benchmark takes; `threads` is the default (0: all cores)."""
+    options = [
+        click.option("--rounds", default=9, show_default=True, type=click.IntRange(1)),
+        click.option(
+            "--threads", default=threads, show_default=True, type=click.IntRange(0), help="0: all."
+        ),
+        click.option("--seconds", type=click.FloatRange(0), help="Begin no round after these."),
+        click.option("--out", type=click.Path(dir_okay=False), help="Write a JSON file."),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def reference_option(name: str = "reference", of: str = "dino") -> Callable[..., Any]:
+    return click.option(
+        f"--{name}", metavar=f"{of.upper()}_DIR", help=f"A checkout of facebookresearch/{of}."
+    )
+
+
+def finish_bench(report: Any, out: str | None) -> None:
+    """A benchmark's tables on standard output, and everything in `out`."""
+    from xdino_launch.bench_timing import CLAIM_ROUNDS, write
+    from xdino_launch.console import stderr_console, stdout_console
+
+    for table in report.tables():
+        stdout_console().print(table)
+    for name, fact in report.facts.items():
+        click.echo(f"{name}: {fact}")
+    if report.rounds < CLAIM_ROUNDS:
+        stderr_console().print(f"fewer than {CLAIM_ROUNDS} rounds: a look, not a measurement")
+    if out is not None:
+        write(report, Path(out), sys.argv[1:])
+
+
+@bench.command("pipeline")
+@click.option("--data", help="Folder of images; without it, tiles of two photographs.")
+@reference_option()
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--images", default=64, show_default=True, type=click.IntRange(1), help="A round.")
+@bench_options(threads=1)
+def bench_pipeline(
+    data: str | None, reference: str | None, batch: int, images: int, out: str | None, **how: Any
+) -> None:
+    """Milliseconds an image from JPEG to crops, on as many cores as threads."""
+    from xdino_launch import bench as rooms
+
+    report = rooms.pipeline(data, reference, batch, images, rooms.Protocol(**how))
+    finish_bench(report, out)
+
+
+@bench.command("step")
+@click.option("--arch", default="xcit_nano_12_p16", show_default=True)
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images.")
+@click.option("--prototypes", default=65536, show_default=True, type=click.IntRange(2))
+@click.option("--global-size", default=224, show_default=True, type=click.IntRange(16))
+@click.option("--local-size", default=96, show_default=True, type=click.IntRange(16))
+@click.option("--local-count", default=8, show_default=True, type=click.IntRange(0))
+@click.option("--precision", default="fp32", show_default=True, help="fp32,bf16,fp16")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--memory", is_flag=True, help="Peak memory instead of time, in child processes.")
+@reference_option()
+@reference_option("xcit", "xcit")
+@bench_options(threads=1)
+def bench_step(
+    precision: str,
+    memory: bool,
+    reference: str | None,
+    xcit: str | None,
+    rounds: int,
+    threads: int,
+    seconds: float | None,
+    out: str | None,
+    **shape: Any,
+) -> None:
+    """Seconds of an optimisation step on fixed crops, or the memory that it takes."""
+    if (reference is None) != (xcit is None):
+        raise UsageError("the published step needs both --reference DINO_DIR and --xcit XCIT_DIR")
+    from xdino_launch import bench as rooms
+
+    report = rooms.step(
+        rooms.StepShape(**shape),
+        tuple(precision.split(",")),
+        (reference, xcit) if reference and xcit else None,
+        memory,
+        rooms.Protocol(rounds, threads, seconds),
+    )
+    finish_bench(report, out)
+
+
+@bench.command("knn")
+@click.option("--bank", default=100_000, show_default=True, type=click.IntRange(1))
+@click.option("--queries", default=5_000, show_default=True, type=click.IntRange(1))
+@click.option("--dim", default=384, show_default=True, type=click.IntRange(1))
+@click.option("--classes", default=1_000, show_default=True, type=click.IntRange(1))
+@reference_option()
+@bench_options(threads=0)
+def bench_knn(
+    bank: int,
+    queries: int,
+    dim: int,
+    classes: int,
+    reference: str | None,
+    out: str | None,
+    **how: Any,
+) -> None:
+    """Seconds of the k-NN evaluation at k = 10, 20, 100 and 200, and whether both agree."""
+    from xdino_launch import bench as rooms
+
+    report = rooms.knn(bank, queries, dim, classes, reference, rooms.Protocol(**how))
+    finish_bench(report, out)
+
+
+@bench.command("scaling")
+@click.option("--arch", default="xcit_small_12_p16", show_default=True)
+@click.option("--against", default="vit_small_patch16_224", show_default=True, help="Of timm.")
+@click.option("--sizes", default="224,384,512,768,1024", show_default=True, help="Pixels.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--precision", default="fp32", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@bench_options(threads=1)
+def bench_scaling(
+    arch: str,
+    against: str,
+    sizes: str,
+    batch: int,
+    precision: str,
+    device: str,
+    out: str | None,
+    **how: Any,
+) -> None:
+    """Forward time against image size: the exponent in tokens, and a transformer beside it."""
+    pixels = numbers(sizes, "sizes", int)
+    assert pixels is not None
+    from xdino_launch import bench as rooms
+
+    report = rooms.scaling(arch, against, pixels, batch, precision, device, rooms.Protocol(**how))
+    finish_bench(report, out)

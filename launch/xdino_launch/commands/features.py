@@ -1,0 +1,53 @@
+"""`xdino features` and `xdino quality`."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xdino.errors import UsageError
+from xdino_launch.commands.options import (
+    evaluation_options,
+    subject_options,
+)
+
+
+@click.command()
+@evaluation_options
+def features(**options: Any) -> None:
+    """Write the frozen features of train/ and val/ to a safetensors file (--out)."""
+    if not options["out"]:
+        raise UsageError("features needs --out FILE.safetensors")
+    from xdino_launch.evaluate import Subject, save_features
+
+    subject = Subject.open(**subject_options(options))
+    path = save_features(subject, Path(options["out"]))
+    click.echo(str(path))
+
+
+@click.command()
+@click.argument("weights")
+@click.option("--data", required=True, help="Images, labelled or not: folder, list, named source.")
+@click.option("--split", default="train", show_default=True, type=click.Choice(["train", "val"]))
+@click.option("--limit", default=25_600, show_default=True, type=click.IntRange(2), help="Images.")
+@click.option("--lidar-images", default=1_000, show_default=True, type=click.IntRange(2))
+@click.option("--views", default=50, show_default=True, type=click.IntRange(2), help="For LiDAR.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--arch", help="Architecture, where the file does not say.")
+@click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
+@click.option("--out", type=click.Path(), help="Append to this file, else to the run's.")
+@click.option("--batch-size", default=128, type=click.IntRange(1), show_default=True)
+@click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"]))
+def quality(weights: str, data: str, split: str, out: str | None, **how: Any) -> None:
+    """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed."""
+    from xdino_eval.quality import judge
+    from xdino_launch.console import counter, stderr_console
+
+    progress = counter(stderr_console(), "features")
+    found = judge(weights, data, split, Path(out) if out else None, progress=progress, **how)
+    click.echo(json.dumps(asdict(found), indent=2))

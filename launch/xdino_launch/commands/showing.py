@@ -1,0 +1,31 @@
+"""`xdino report` and `xdino demo`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("other", metavar="[RUN2]", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="File; default: report.html in RUN.")
+def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
+    """Write a run, or two side by side, as one HTML file that needs nothing else."""
+    from xdino_launch.report import write_report
+
+    click.echo(str(write_report([run_dir, other] if other else [run_dir], out)))
+
+
+@click.command()
+@click.option("--run", "run_dir", default="runs/demo", show_default=True, type=click.Path())
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def demo(run_dir: str, seed: int, as_json: bool) -> None:
+    """Pretrain a small XCiT on shipped images, score it, draw its attention (minutes, no GPU)."""
+    from xdino_launch.demo import run_demo
+
+    rows = run_demo(Path(run_dir), seed)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
