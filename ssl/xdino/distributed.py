@@ -57,6 +57,23 @@ def mean(x: Tensor) -> Tensor:
     return x / world_size()
 
 
+class PendingMean:
+    """The mean of `x` over all processes, under way while other work goes on."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.work = x, None
+        if world_size() > 1:
+            self.x = x.clone()
+            self.work = dist.all_reduce(self.x, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The mean; a device's own stream waits, not the caller."""
+        if self.work is None:
+            return self.x
+        self.work.wait()
+        return self.x / world_size()
+
+
 def gather(value: Any) -> list[Any]:
     """One plain value of every process, in order of rank, on all of them."""
     if world_size() == 1:

@@ -70,5 +70,9 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=not norm_last_layer)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """The normalised bottleneck `[B, bottleneck_dim]`, which the prototypes are compared with."""
+        return F.normalize(self.mlp(x), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        return self.last_layer(self.embed(x))

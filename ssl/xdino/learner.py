@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xdino import distributed, optim
+from xdino.chunked_loss import chunked_dino_loss
 from xdino.errors import RunFailed, UsageError, nearest
-from xdino.loss import DINOLoss, dino_loss
+from xdino.loss import DINOLoss
 from xdino.schedules import StepSettings
 from xdino.student_teacher import MultiCropNetwork, update_teacher
 
@@ -25,10 +26,17 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """The loss of a step, and what was asked to be diagnosed (names as in metrics.jsonl)."""
+    """The loss of a step, and what was asked to be diagnosed (names as in metrics.jsonl).
 
-    loss: float
+    `tensor` is the loss where it was computed; reading `loss` waits for the device.
+    """
+
+    tensor: Tensor
     diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return self.tensor.item()
 
 
 class Learner:
@@ -69,6 +77,7 @@ class Learner:
         self.global_views = global_views
         self.autocast = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._latest = torch.zeros((), device=self.device)
         self._student: nn.Module = self.student
         if distributed.world_size() > 1:
             # Buffers need no broadcast: the BatchNorms see all processes, so they agree already.
@@ -95,11 +104,11 @@ class Learner:
             micro_batches: `count` lists of crop groups, one group a resolution, each
                 `[V_r, B, C, h, w]`; the first group begins with the global views.
             settings: what the schedules say of this step.
-            diagnose: also measure teacher entropy and the rest, at the cost of a pass over the
-                targets.
+            diagnose: also ask the device for teacher entropy and the rest.
 
         Raises:
-            RunFailed: the loss is not finite on some process. Nothing was updated on any.
+            RunFailed: the loss is not finite on some process. Nothing was updated on any. On a GPU
+                this is noticed with `diagnose`, or by `check`.
         """
         optim.set_step(self.optimiser, settings.lr, settings.weight_decay)
         self.optimiser.zero_grad(set_to_none=True)
@@ -109,28 +118,61 @@ class Learner:
             with self._accumulating(i < count):
                 with self._precision():
                     with torch.no_grad():
-                        teacher_logits = self.teacher([groups[0][: self.global_views]])
-                    targets = self.loss.targets(teacher_logits, settings.teacher_temp)
-                    student_logits = self._student(groups)
-                    loss = dino_loss(student_logits, targets, self.loss.student_temp) / count
-                self.scaler.scale(loss).backward()
-            total = total + loss.detach()
-            batch_mean += teacher_logits.mean(dim=(0, 1), dtype=batch_mean.dtype) / count
-            if diagnose:
-                entropy = entropy + torch.special.entr(targets).sum(-1).mean() / count
+                        teacher = self.teacher([groups[0][: self.global_views]], embed=True)
+                    student = self._student(groups, embed=True)
+                    found = chunked_dino_loss(
+                        student,
+                        teacher,
+                        self.student.head.last_layer,  # type: ignore[arg-type]
+                        self.teacher.head.last_layer,  # type: ignore[arg-type]
+                        self.loss.centre,
+                        self.loss.student_temp,
+                        settings.teacher_temp,
+                    )
+                total = total + found.loss.detach() / count
+                batch_mean += found.teacher_mean / count
+                entropy = entropy + found.teacher_entropy / count
+                if i == count:  # under way during the backward pass
+                    means = distributed.PendingMean(torch.cat([batch_mean, total.view(1)]))
+                self.scaler.scale(found.loss / count).backward()
 
-        # One question to the device a step: a loss that is not finite must stop every process
-        # before anything is spoilt.
-        value = distributed.mean(total).item()
+        mean, loss = means.wait().split([len(batch_mean), 1])
+        self._watch(loss[0])
+        self.loss.move_centre(torch.where(self._broken(), self.loss.centre[0], mean))
+        self._update_student(settings.freeze_last_layer)
+        update_teacher(self.teacher, self.student, settings.momentum)
+        if not diagnose:
+            return StepResult(loss[0])
+        self.check()
+        return StepResult(loss[0], self._diagnose(loss[0].item(), entropy))
+
+    def _watch(self, loss: Tensor) -> None:
+        """Remember the loss; the first that is not finite is kept, and nothing moves after it.
+
+        Every process sees the same mean loss. A GPU is not asked what it was: its optimiser skips
+        the update by itself, until somebody calls `check`.
+        """
+        self._latest = torch.where(self._broken(), self._latest, loss)
+        if self.device.type == "cpu" or not isinstance(self.optimiser, torch.optim.AdamW):
+            self.check()
+        elif not self.scaler.is_enabled():  # a scaler looks for itself
+            self.optimiser.found_inf = self._broken().float()  # type: ignore[attr-defined]
+
+    def _broken(self) -> Tensor:
+        return ~self._latest.isfinite()
+
+    def check(self) -> None:
+        """Ask the device whether every loss so far was finite.
+
+        Raises:
+            RunFailed: one was not; student and centre stand where they stood before it.
+        """
+        value = self._latest.item()
         if not math.isfinite(value):
             raise RunFailed(
                 f"the loss became {value}; lower optim.lr or optim.clip_grad, or train in fp32 "
                 "(train.precision)"
             )
-        self.loss.update_centre(batch_mean)
-        self._update_student(settings.freeze_last_layer)
-        update_teacher(self.teacher, self.student, settings.momentum)
-        return StepResult(value, self._diagnose(value, entropy) if diagnose else {})
 
     def _update_student(self, freeze_last_layer: bool) -> None:
         if self.clip > 0:

@@ -85,5 +85,9 @@ class DINOLoss(nn.Module):
 
         The mean is averaged over all processes, which hold equally many images each.
         """
-        mean = distributed.mean(batch_mean.to(self.centre.dtype))
-        self.centre.lerp_(mean.view(1, -1), 1 - self.centre_momentum)
+        self.move_centre(distributed.mean(batch_mean.to(self.centre.dtype)))
+
+    @torch.no_grad()
+    def move_centre(self, mean: Tensor) -> None:
+        """`update_centre` by a mean over all processes, `[K]`, that is known already."""
+        self.centre.lerp_(mean.to(self.centre.dtype).view(1, -1), 1 - self.centre_momentum)

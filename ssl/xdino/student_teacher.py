@@ -22,12 +22,15 @@ class MultiCropNetwork(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, groups: Sequence[Tensor]) -> Tensor:
-        """Crops grouped by resolution, each `[V_r, B, C, h, w]` -> logits `[V, B, K]`."""
+    def forward(self, groups: Sequence[Tensor], embed: bool = False) -> Tensor:
+        """Crops grouped by resolution, each `[V_r, B, C, h, w]` -> logits `[V, B, K]`.
+
+        `embed`: stop before the last layer, at the normalised bottleneck `[V, B, d]`.
+        """
         B = groups[0].shape[1]
         features = torch.cat([self.backbone(crops.flatten(0, 1)) for crops in groups])  # [V * B, D]
-        logits = self.head(features)
-        return logits.view(-1, B, logits.shape[-1])
+        out = self.head.embed(features) if embed else self.head(features)  # type: ignore[operator]
+        return out.view(-1, B, out.shape[-1])
 
 
 def make_teacher(student: MultiCropNetwork, backbone: nn.Module) -> MultiCropNetwork:

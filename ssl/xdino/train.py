@@ -299,6 +299,7 @@ class _Trainer:
         """
         if self.saved_at == self.iteration:
             return
+        self.learner.check()
         rng = distributed.gather(_rng_state(self.plan.device))
         if distributed.rank() == 0:
             self.export(self.run.path / checkpoint.BACKBONE_FILE)
