@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from xdino.errors import RunFailed, UsageError
 from xdino.head import DINOHead
 from xdino.learner import AUTOCAST, Learner
 from xdino.loss import DINOLoss
+from xdino.plan import checkpoint_activations
 from xdino.schedules import StepSettings
 from xdino.sources import FileSource
 from xdino.student_teacher import MultiCropNetwork, make_teacher
@@ -200,6 +201,7 @@ class StepShape:
     local_count: int = 8
     drop_path: float = 0.1
     device: str = "cpu"
+    checkpointing: bool = False  # of our activations
 
     @property
     def lr(self) -> float:
@@ -221,6 +223,8 @@ def our_step(shape: StepShape, precision: str) -> Callable[[], float]:
     torch.manual_seed(0)
     spec = BackboneSpec(shape.arch, input_size=shape.global_size)
     backbone = spec.build(drop_path=shape.drop_path)
+    if shape.checkpointing:
+        checkpoint_activations(backbone, shape.arch)
     head = DINOHead(backbone.embed_dim, shape.prototypes)  # type: ignore[arg-type]
     student = MultiCropNetwork(backbone, head)
     teacher = make_teacher(student, spec.build())
@@ -252,6 +256,10 @@ def their_step(
     )
 
 
+KINDS = "published", "ours"
+CHECKPOINTED = "ours with activation checkpointing"
+
+
 def step(
     shape: StepShape,
     precisions: tuple[str, ...],
@@ -273,7 +281,9 @@ def step(
         published.build_xcit(published.load_xcit(references[1]), shape.arch)  # known, before work
     device = torch.device(shape.device)
 
-    def value(precision: str, checkouts: tuple[str, str] | None) -> Callable[[int], float]:
+    def value(
+        precision: str, checkouts: tuple[str, str] | None, shape: StepShape = shape
+    ) -> Callable[[int], float]:
         if memory:
             return lambda number: _peak_megabytes(shape, precision, checkouts, protocol)
         if checkouts is None:
@@ -290,6 +300,9 @@ def step(
             for precision in precisions
             for kind, checkouts in kinds
         ]
+        if memory:
+            thrifty = replace(shape, checkpointing=True)
+            arms += [Arm(f"{CHECKPOINTED}, {p}", value(p, None, thrifty)) for p in precisions]
         arms.insert(len(kinds), again(arms[0]))
         values = protocol.measure(arms, warm_up=not memory)
     settings = {**asdict(shape), "precisions": precisions, "threads": protocol.used_threads}
@@ -305,6 +318,8 @@ def _step_ratios(precisions: tuple[str, ...], memory: bool) -> Iterator[Ratio]:
         pairs = [(f"published, {precision}", f"ours, {precision}")]
         if precision != first:
             pairs += [(f"{kind}, {first}", f"ours, {precision}") for kind in ("published", "ours")]
+        if memory:
+            pairs += [(f"{kind}, {precision}", f"{CHECKPOINTED}, {precision}") for kind in KINDS]
         for over, under in pairs:
             over, under = (under, over) if memory else (over, under)
             yield Ratio(f"{over} / {under}", over, under)

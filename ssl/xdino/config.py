@@ -180,6 +180,8 @@ class Runtime:
     device: str = "auto"  # auto, cpu, cuda
     workers: Annotated[int, Field(ge=0)] = 8
     prefetch: Positive = 3  # micro-batches made ahead
+    # Keep the blocks' inputs only and compute the rest again: less memory, a quarter more time.
+    activation_checkpointing: bool = False
     log_every: Positive = 10  # iterations
     checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
     keep_every: Annotated[int, Field(ge=0)] = (

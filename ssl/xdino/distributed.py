@@ -131,7 +131,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(centre.to(self.running_mean.dtype), momentum)
                 unbiased = var * (count / max(count - 1, 1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (x * scale.view(shape) + (self.bias - centre * scale).view(shape)).to(input.dtype)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from xdino import augment, checkpoint, data, distributed, schedules
 from xdino import config as configuration
@@ -136,6 +137,17 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
     return Plan(config, source, crops, spec, plan, device, precision, total_batch, steps)
 
 
+def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
+    """Raises UsageError for a backbone that cannot."""
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise UsageError(
+            f"runtime.activation_checkpointing: {arch} cannot compute its activations again; "
+            "leave it off"
+        ) from None
+
+
 def build_learner(plan: Plan) -> Learner:
     """Student, teacher and the rest, with their ordinary initialisation or from `train.init`."""
     config = plan.config
@@ -144,6 +156,8 @@ def build_learner(plan: Plan) -> Learner:
     if config.train.init:
         weights = checkpoint.read_weights(config.train.init)
         checkpoint.load_into(backbone, weights, plan.spec.arch)
+    if config.runtime.activation_checkpointing:
+        checkpoint_activations(backbone, plan.spec.arch)
     h = config.head
     head = DINOHead(
         backbone.embed_dim,  # type: ignore[arg-type]

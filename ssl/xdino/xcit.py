@@ -11,13 +11,17 @@ attention, and the last class-attention layer does not carry the patch tokens th
 Letters: B images, N patch tokens, D width, H heads, d = D / H channels a head, (h, w) patch grid.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from xdino.errors import UsageError, nearest
 
@@ -151,6 +155,10 @@ class XCA(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.mix(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What the projection reads: `[B, N, D]` -> `[B, N, D]`."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         # One copy into the layout that every product below reads as it lies.
@@ -165,7 +173,7 @@ class XCA(nn.Module):
             scale = self.temperature / (q_norm.transpose(-2, -1) * k_norm)  # [B, H, d, d]
             logits = (q.transpose(-2, -1) @ k) * scale
         x = v @ logits.softmax(dim=-1).transpose(-2, -1)  # [B, H, N, d]
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return x.transpose(1, 2).reshape(B, N, D)
 
 
 class LPI(nn.Module):
@@ -177,20 +185,27 @@ class LPI(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
         self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+    def forward(self, x: Tensor, h: int, w: int, gain: Tensor | None = None) -> Tensor:
+        """Tokens `[B, N, D]` on the grid (h, w) -> the same, times `gain` `[D]` if that is given."""
         B, N, D = x.shape
         x = x.transpose(1, 2).reshape(B, D, h, w)
-        x = self.conv2(self.bn(F.gelu(self.conv1(x))))
+        x = self.bn(F.gelu(self.conv1(x)))
+        weight, bias = self.conv2.weight, self.conv2.bias
+        if gain is not None and bias is not None:
+            weight, bias = weight * gain.view(-1, 1, 1, 1), bias * gain
+        x = F.conv2d(x, weight, bias, padding=1, groups=D)
         return x.reshape(B, D, N).transpose(1, 2)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole images `[B, ...]`."""
-    if rate == 0.0 or not training:
-        return x
+def scaled_linear(x: Tensor, layer: nn.Linear, gain: Tensor) -> Tensor:
+    """`gain * layer(x)`, `[..., D]`: the gain `[D]` scales the weights instead of the tokens."""
+    return F.linear(x, layer.weight * gain[:, None], layer.bias * gain)
+
+
+def drop_path_mask(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): per image of `[B, ...]`, 0 or what keeps the mean."""
     keep = 1.0 - rate
-    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-    return x * mask.div_(keep)
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
 
 class XCABlock(nn.Module):
@@ -211,15 +226,45 @@ class XCABlock(nn.Module):
         self.gamma3 = nn.Parameter(eta * torch.ones(dim))
         self.drop_path_rate = drop_path_rate
 
-    def _residual(self, x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         if self.training and self.drop_path_rate > 0:
-            branch = drop_path(branch, self.drop_path_rate, self.training)
-        return torch.addcmul(x, branch, gamma)  # one pass over the tokens instead of two
+            return torch.addcmul(x, branch, drop_path_mask(x, self.drop_path_rate))
+        return x + branch
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
-        x = self._residual(x, self.attn(self.norm1(x)), self.gamma1)
-        x = self._residual(x, self.local_mp(self.norm3(x), h, w), self.gamma3)
-        return self._residual(x, self.mlp(self.norm2(x)), self.gamma2)
+        # LayerScale goes into the weights before each sum: no pass over the tokens for it, forward
+        # or backward, and no branch kept for its gradient.
+        x = self._add(x, scaled_linear(self.attn.mix(self.norm1(x)), self.attn.proj, self.gamma1))
+        x = self._add(x, self.local_mp(self.norm3(x), h, w, self.gamma3))
+        hidden = F.gelu(self.mlp.fc1(self.norm2(x)))
+        return self._add(x, scaled_linear(hidden, self.mlp.fc2, self.gamma2))
+
+
+@contextlib.contextmanager
+def _statistics_as_they_are(module: nn.Module) -> Iterator[None]:
+    """BatchNorms count a batch once, also where a forward pass is repeated for its gradient."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _run(module: nn.Module, *inputs: object) -> Any:
+    return module(*inputs)
+
+
+def recomputed(module: nn.Module, *inputs: object) -> Any:
+    """`module(*inputs)`, whose activations are computed again in the backward pass, not kept.
+
+    The same numbers to the bit: random numbers are drawn alike, running statistics move once.
+    """
+    contexts = contextlib.nullcontext(), _statistics_as_they_are(module)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class ClassAttention(nn.Module):
@@ -323,11 +368,16 @@ class XCiT(nn.Module):
             for _ in range(class_attention_layers)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.grad_checkpointing = False
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep the blocks' inputs only (timm's name for it)."""
+        self.grad_checkpointing = enable
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (h, w) that the stem makes of an image of this size in pixels."""
@@ -340,10 +390,14 @@ class XCiT(nn.Module):
         """Patch tokens before class attention `[B, N, D]` (those for dense tasks), and the grid."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
-        x, h, w = self.patch_embed(images)
+        thrifty = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        run = recomputed if thrifty else _run
+        x, h, w = run(self.patch_embed, images)
+        # Under autocast both are half; the tokens' sum stays in the weights' own precision.
         x = x + self.pos_embeder(h, w)
+        x = x.to(torch.promote_types(x.dtype, self.cls_token.dtype))
         for block in self.blocks:
-            x = block(x, h, w)
+            x = run(block, x, h, w)
         return x, h, w
 
     def gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,5 +1,7 @@
 """XCiT: timm's numbers with the same weights, every size, every shape of image, clear errors."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -75,12 +77,10 @@ def test_patch_4_stem_has_two_convolutions():
 
 
 def test_drop_path_is_for_training_and_keeps_the_mean():
-    x = torch.ones(20_000, 3)
-    assert torch.equal(xcit.drop_path(x, 0.3, training=False), x)
-    dropped = xcit.drop_path(x, 0.3, training=True)
-    torch.testing.assert_close(dropped.unique(), torch.tensor([0.0, 1 / 0.7]))
-    assert (dropped[:, 0] == dropped[:, 2]).all(), "a branch is dropped for the whole image"
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    mask = xcit.drop_path_mask(torch.ones(20_000, 3, 2), 0.3)
+    assert mask.shape == (20_000, 1, 1), "a branch is dropped for the whole image"
+    torch.testing.assert_close(mask.unique(), torch.tensor([0.0, 1 / 0.7]))
+    assert mask.mean().item() == pytest.approx(1.0, abs=0.02)
     model = xcit.XCiT(8, 32, 2, 2, drop_path_rate=0.5)
     images = torch.randn(4, 3, 32, 32)
     assert not torch.equal(model(images), model(images))
@@ -112,3 +112,30 @@ def test_autocast_trains_in_bf16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.randn(2, 3, 32, 32)).float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_activation_checkpointing_changes_nothing_but_memory():
+    """Outputs, gradients, running statistics and drop path: bit for bit, BatchNorm counted once."""
+    plain = xcit.XCiT(8, 32, 3, 2, drop_path_rate=0.4)
+    thrifty = copy.deepcopy(plain)
+    thrifty.set_grad_checkpointing(True)
+    images = torch.randn(4, 3, 40, 24)
+    saved = []
+    for model in (plain, thrifty):
+        torch.manual_seed(5)
+        held = 0
+
+        def keep(x):
+            nonlocal held
+            held += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(images)
+        out.square().sum().backward()
+        saved.append(held)
+    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for (name, a), b in zip(plain.named_buffers(), thrifty.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert saved[1] < 0.5 * saved[0]
