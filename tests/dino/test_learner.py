@@ -142,3 +142,29 @@ def test_state_round_trip_continues_alike():
         assert one.step([batch], SETTINGS).loss == two.step([batch], SETTINGS).loss
     for x, y in zip(one.teacher.parameters(), two.teacher.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_device_that_is_not_asked_moves_nothing_after_a_broken_loss():
+    """What a GPU does between two logging intervals, on the CPU: no error, no update, then a word."""
+    asked, unasked = learner_with(Plain()), None
+    unasked = copy.deepcopy(asked)
+    unasked.device = torch.device("cuda")  # steps as there; every tensor stays where it is
+    batches = [crops() for _ in range(3)]
+    for batch in batches[:2]:
+        asked.step([batch], SETTINGS)
+        unasked.step([batch], SETTINGS)
+    for a, b in zip(asked.student.parameters(), unasked.student.parameters(), strict=True):
+        assert torch.equal(a, b), "while all is well the two ways are one"
+    before = copy.deepcopy(unasked.state_dict())
+    broken = crops()
+    broken[1][0, 0, 0, 0, 0] = float("inf")
+    unasked.step([broken], SETTINGS)
+    unasked.step([batches[2]], SETTINGS)  # a good batch later the trouble is still known
+    after = unasked.state_dict()
+    for name, value in before["student"].items():
+        assert torch.equal(value, after["student"][name]), name
+    assert torch.equal(before["centre"], after["centre"])
+    with pytest.raises(RunFailed, match="the loss became"):
+        unasked.check()
+    with pytest.raises(RunFailed, match="the loss became"):
+        unasked.step([batches[2]], SETTINGS, diagnose=True)

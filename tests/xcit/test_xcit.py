@@ -139,3 +139,24 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     for (name, a), b in zip(plain.named_buffers(), thrifty.buffers(), strict=True):
         assert torch.equal(a, b), name
     assert saved[1] < 0.5 * saved[0]
+
+
+@pytest.mark.parametrize(("dim", "heads", "shape"), [(32, 4, (2, 97)), (48, 3, (1, 300))])
+def test_folded_attention_is_the_same_layer(dim, heads, shape):
+    layer = xcit.XCA(dim, heads).double().eval()
+    for p in layer.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    x, gain = torch.randn(*shape, dim).double(), torch.randn(dim).double()
+    with torch.no_grad():
+        assert layer.folds(x)
+        torch.testing.assert_close(layer.folded(x, gain), gain * layer(x))
+    assert not layer.folds(x), "training keeps the plain path"
+
+
+def test_high_resolution_takes_the_folded_path_and_gives_the_same_features(monkeypatch):
+    model = xcit.XCiT(8, 32, 3, 2).eval()
+    images = torch.randn(1, 3, 80, 130)  # 10 x 17 tokens, 32 channels
+    with torch.inference_mode():
+        folded = model(images)
+        monkeypatch.setattr(xcit, "FOLD_FROM", 1000)
+        torch.testing.assert_close(folded, model(images), rtol=1e-5, atol=1e-6)
