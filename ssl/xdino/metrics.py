@@ -2,7 +2,8 @@
 
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
 teacher_temp, images_per_second (over all processes), wait_share (of the time, for data),
-teacher_entropy and kl (nats), centre_norm, peak_memory_mb (CUDA), and knn_* where it was evaluated.
+teacher_entropy and kl (nats), centre_norm, resident_mb (Linux: what this process holds now),
+peak_memory_mb (CUDA), and knn_* where it was evaluated.
 """
 
 import json
@@ -20,6 +21,15 @@ from torch import Tensor
 from xdino.errors import RunFailed
 
 VIEW_PIXELS = 96  # a global view in the picture of the views is drawn at least so large
+
+
+def resident_megabytes() -> float | None:
+    """What this process holds in memory now, in units of 2**20 bytes; None where nobody tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class MetricsLog:

@@ -254,6 +254,9 @@ class _Trainer:
         if steps:
             row["images_per_second"] = steps * self.plan.total_batch / seconds
             row["wait_share"] = waited / seconds
+        resident = metrics.resident_megabytes()
+        if resident is not None:
+            row["resident_mb"] = round(resident, 1)
         if self.plan.device.type == "cuda":
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.plan.device) / 2**20
         return row
