@@ -79,6 +79,18 @@ class BackboneSpec:
         return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
 
 
+def compile_backbone(backbone: nn.Module) -> None:
+    """torch.compile in place: parameters keep their names, and work begins with the first batch.
+
+    An XCiT is compiled part by part, so that its blocks share one compilation a crop size.
+    """
+    parts: list[nn.Module] = [backbone]
+    if isinstance(backbone, xcit.XCiT):
+        parts = [backbone.patch_embed, *backbone.blocks, *backbone.cls_attn_blocks]
+    for part in parts:
+        part.compile(dynamic=False)
+
+
 def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:
     common = {"pretrained": False, "num_classes": 0, "in_chans": in_chans}
     # Vision transformers take crops of several sizes only when told so, and other networks refuse

@@ -182,6 +182,7 @@ class Runtime:
     prefetch: Positive = 3  # micro-batches made ahead
     # Keep the blocks' inputs only and compute the rest again: less memory, a quarter more time.
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of both backbones: minutes at the start, once a crop size
     log_every: Positive = 10  # iterations
     checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
     keep_every: Annotated[int, Field(ge=0)] = (

@@ -12,7 +12,7 @@ from torch import nn
 
 from xdino import augment, checkpoint, data, distributed, schedules
 from xdino import config as configuration
-from xdino.backbones import BackboneSpec, statistics
+from xdino.backbones import BackboneSpec, compile_backbone, statistics
 from xdino.config import Config, Crops
 from xdino.errors import UsageError
 from xdino.head import DINOHead
@@ -170,6 +170,9 @@ def build_learner(plan: Plan) -> Learner:
     )
     student = MultiCropNetwork(backbone, head)
     teacher = make_teacher(student, plan.spec.build())
+    if config.runtime.compile:
+        for network in (student, teacher):
+            compile_backbone(network.backbone)
     loss = DINOLoss(h.prototypes, config.loss.student_temp, config.loss.centre_momentum)
     learner = Learner(
         student,

@@ -1,10 +1,13 @@
 """Head, loss, centre, schedules and six whole optimisation steps against the published code."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from xdino import schedules
+from xdino.backbones import compile_backbone
 from xdino.head import DINOHead
 from xdino.learner import Learner
 from xdino.loss import DINOLoss
@@ -91,13 +94,37 @@ def schedules_of(facts: dict) -> Schedules:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "scalars", "weights"),
-    [("dino_steps", 1e-5, 1e-4), ("dino_steps_free_last_layer_f64", 1e-6, 1e-6)],
+def plain(learner):
+    pass
+
+
+def thrifty(learner):
+    learner.student.backbone.set_grad_checkpointing(True)
+
+
+def compiled(learner):
+    for network in (learner.student, learner.teacher):
+        compile_backbone(network.backbone)
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
 )
-def test_six_steps(name, scalars, weights, golden, agree):
+
+
+@pytest.mark.parametrize(
+    ("name", "scalars", "weights", "path"),
+    [
+        ("dino_steps", 1e-5, 1e-4, plain),
+        ("dino_steps_free_last_layer_f64", 1e-6, 1e-6, plain),
+        ("dino_steps_free_last_layer_f64", 1e-6, 1e-6, thrifty),
+        pytest.param("dino_steps", 1e-5, 1e-4, compiled, marks=[pytest.mark.slow, needs_compiler]),
+    ],
+)
+def test_six_steps(name, scalars, weights, path, golden, agree):
     tensors, facts = golden(name)
     learner, plan = learner_of(facts, tensors), schedules_of(facts)
+    path(learner)
     for i, expected in enumerate(facts["losses"]):
         crops = [tensors[f"global/{i}"], tensors[f"local/{i}"]]
         result = learner.step([crops], plan.at(i))
