@@ -14,6 +14,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+#: What an image file is called.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
+
 #: Largest image that is decoded, in pixels: Pillow's own limit against decompression bombs.
 MAX_PIXELS = 178_956_970
 
@@ -56,8 +61,19 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.n
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise UnreadableImage(
-            f"{width} x {height} pixels are more than the limit of {max_pixels:,} pixels"
+            f"{width} x {height} pixels are more than the limit of {max_pixels:,} pixels "
+            "(data.max_pixels)"
         )
+
+
+def allow_pixels(max_pixels: int) -> None:
+    """Lift Pillow's own limit, which holds for the whole process, up to `max_pixels`.
+
+    Only a person who asked for more than `MAX_PIXELS` needs it; it is never lowered.
+    """
+    # Pillow warns above its number and refuses above twice that.
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
 # JPEG

@@ -120,6 +120,7 @@ def pretrain(
     if distributed.rank() == 0:
         run.create()
         facts = environment(plan.device, distributed.world_size(), config.train.seed)
+        facts |= {"data": plan.source.name, "data_fingerprint": data.fingerprint(plan.source)}
         run.record_start({**facts, "precision": plan.precision, "command": command})
         if run.state is None:
             trainer.export(run.path / INITIAL_FILE)
