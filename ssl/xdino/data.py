@@ -105,7 +105,9 @@ class CropLoader:
 
     batch_size: images of a micro-batch on this rank; an iteration is `accumulate` micro-batches on
     each of `world_size` ranks. workers: threads, 0 to work in the calling one. prefetch: whole
-    micro-batches that are worked on ahead of the consumer. max_bad_share: of the source's images,
+    micro-batches that are worked on ahead of the consumer. early_crops: what iterations before
+    `early_iterations` get instead of `crops`; which it is follows from the iteration, also for
+    batches made ahead and after a restart. max_bad_share: of the source's images,
     how many may turn out unreadable, on this rank, before the run is stopped; until then the next
     readable image stands in.
 
@@ -127,6 +129,8 @@ class CropLoader:
         prefetch: int = 3,
         pin_memory: bool = False,
         max_bad_share: float = 0.05,
+        early_crops: MultiCrop | None = None,
+        early_iterations: int = 0,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -151,6 +155,7 @@ class CropLoader:
         self.rank, self.world_size = rank, world_size
         self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
         self.max_bad_share = max_bad_share
+        self.early_crops, self.early_iterations = early_crops, early_iterations
         self.steps_per_epoch = steps_per_epoch(len(source), self.global_batch)
         self.bad: dict[int, tuple[str, str]] = {}
         self.wait_seconds = 0.0
@@ -161,6 +166,12 @@ class CropLoader:
     def global_batch(self) -> int:
         """Images of one iteration, over all ranks and micro-batches."""
         return self.world_size * self.batch_size * self.accumulate
+
+    def crops_at(self, iteration: int) -> MultiCrop:
+        """The crops of iteration `iteration`, counted from 0."""
+        if self.early_crops is not None and iteration < self.early_iterations:
+            return self.early_crops
+        return self.crops
 
     def iterate(self, start_iteration: int, end_iteration: int) -> Generator[CropBatch, None, None]:
         """The micro-batches of iterations start to end (exclusive), `accumulate` for each.
@@ -220,14 +231,15 @@ class CropLoader:
         start = step * self.global_batch
         start += (micro * self.world_size + self.rank) * self.batch_size
         indices = order[start : start + self.batch_size].copy()  # writable, as torch wants it
-        table = draw_batch(self.crops, self.seed, epoch, indices)
+        crops = self.crops_at(iteration)
+        table = draw_batch(crops, self.seed, epoch, indices)
         tensors = [
             torch.empty(
                 (count, self.batch_size, size, size, self.source.channels),
                 dtype=torch.uint8,
                 pin_memory=self.pin_memory,
             )
-            for size, count in self.crops.groups
+            for size, count in crops.groups
         ]
         slots = [view for tensor in tensors for view in tensor.numpy()]  # V of [B, size, size, C]
 
@@ -249,7 +261,7 @@ class CropLoader:
             try:
                 for view, slot in enumerate(slots):
                     box = found[view][column]
-                    crop(image, box, self.crops.views[view].size, slot[first + column])
+                    crop(image, box, slot.shape[1], slot[first + column])
             except Exception as error:
                 error.add_note(f"while cropping {self.source.describe(int(index))}")
                 raise

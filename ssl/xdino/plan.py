@@ -34,6 +34,8 @@ class Plan:
     precision: str
     total_batch: int
     steps_per_epoch: int
+    early_crops: augment.MultiCrop | None = None  # of the first `early_iterations`
+    early_iterations: int = 0
 
     @property
     def iterations(self) -> int:
@@ -133,7 +135,20 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
         ),
         frozen_iterations=o.freeze_last_layer * steps,
     )
-    return Plan(config, source, crops, spec, plan, device, precision, total_batch, steps)
+    early = config.curriculum
+    return Plan(
+        config,
+        source,
+        crops,
+        spec,
+        plan,
+        device,
+        precision,
+        total_batch,
+        steps,
+        augment.at_sizes(crops, early.global_size, early.local_size) if early.share else None,
+        round(early.share * len(plan)),
+    )
 
 
 def build_learner(plan: Plan) -> Learner:

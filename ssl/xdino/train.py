@@ -166,6 +166,8 @@ class _Trainer:
             prefetch=runtime.prefetch,
             pin_memory=plan.device.type == "cuda",
             max_bad_share=plan.config.data.max_bad_share,
+            early_crops=plan.early_crops,
+            early_iterations=plan.early_iterations,
         )
         if run.state is not None:
             self._restore(run.state)
@@ -250,6 +252,7 @@ class _Trainer:
             "weight_decay": settings.weight_decay,
             "momentum": settings.momentum,
             "teacher_temp": settings.teacher_temp,
+            **self._sizes(),
             **diagnostics,
         }
         if steps:
@@ -258,6 +261,12 @@ class _Trainer:
         if self.plan.device.type == "cuda":
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.plan.device) / 2**20
         return row
+
+    def _sizes(self) -> dict[str, int]:
+        """Of the crops of the step just made, in pixels."""
+        views = self.loader.crops_at(self.iteration - 1).views
+        sizes = {"global_size": views[0].size}
+        return sizes | ({"local_size": views[-1].size} if len(views) > 2 else {})
 
     def _end_epoch(self, log: metrics.MetricsLog | None, epoch: int) -> None:
         config = self.plan.config
