@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from xdino.errors import UsageError, nearest
+from xdino.images import MAX_PIXELS
 
 STRICT = ConfigDict(extra="forbid")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -150,6 +151,7 @@ class Data:
     max_bad_share: Share = (
         0.05  # unreadable images are skipped up to this share, then the run stops
     )
+    max_pixels: Positive = MAX_PIXELS  # of an image; a larger one counts as unreadable
 
 
 @dataclass(frozen=True, config=STRICT)

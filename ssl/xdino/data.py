@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from xdino.images import UnreadableImage, decode
 from xdino.sources import Source, fingerprint, open_source, open_splits
 
 __all__ = [
+    "BadImage",
     "CropBatch",
     "CropLoader",
     "Source",
@@ -84,6 +85,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True, order=True)
+class BadImage:
+    """An image that cannot be read: its index in the source, how a person finds it, why."""
+
+    index: int
+    where: str
+    why: str
+
+
 @dataclass(frozen=True)
 class CropBatch:
     """One micro-batch of one rank.
@@ -111,6 +121,9 @@ class CropLoader:
     how many may turn out unreadable, on this rank, before the run is stopped; until then the next
     readable image stands in.
 
+    known_bad: images that an earlier process found unreadable; they are tried once more here, and
+    those that still cannot be read count from the start.
+
     `bad` maps the index of each unreadable image found so far to (where it is, why);
     `wait_seconds` is how long the consumer has waited for batches in total. Raises UsageError for
     a source smaller than one batch, or with a number of channels other than the crops'.
@@ -131,6 +144,7 @@ class CropLoader:
         max_bad_share: float = 0.05,
         early_crops: MultiCrop | None = None,
         early_iterations: int = 0,
+        known_bad: Iterable[BadImage] = (),
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -159,8 +173,11 @@ class CropLoader:
         self.steps_per_epoch = steps_per_epoch(len(source), self.global_batch)
         self.bad: dict[int, tuple[str, str]] = {}
         self.wait_seconds = 0.0
-        self._news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[BadImage] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        for known in known_bad:
+            self._try_again(known)
+        self._check_share()
 
     @property
     def global_batch(self) -> int:
@@ -268,8 +285,8 @@ class CropLoader:
 
     # Images that cannot be read
 
-    def take_bad_report(self) -> list[tuple[str, str]]:
-        """(where, why) of the images found unreadable since the last call, for a notice."""
+    def take_bad_report(self) -> list[BadImage]:
+        """The images found unreadable since the last call, for a notice."""
         return [self._news.get() for _ in range(self._news.qsize())]
 
     def _read(self, index: int) -> np.ndarray:
@@ -287,13 +304,27 @@ class CropLoader:
                 raise
         raise RunFailed(f"none of the {n:,} images of {self.source.name} can be read")
 
+    def _try_again(self, known: BadImage) -> None:
+        """Keep an image of an earlier process on the list if it is the same one and as bad."""
+        index = known.index
+        if not 0 <= index < len(self.source) or self.source.describe(index) != known.where:
+            return
+        try:
+            self.source.read(index)
+        except (UnreadableImage, OSError) as error:
+            self.bad[index] = (known.where, str(error) or type(error).__name__)
+
     def _record(self, index: int, error: Exception) -> None:
         with self._lock:
             if index in self.bad:  # another worker was quicker
                 return
             found = (self.source.describe(index), str(error) or type(error).__name__)
             self.bad[index] = found
-            self._news.put(found)
+            self._news.put(BadImage(index, *found))
+        self._check_share()
+
+    def _check_share(self) -> None:
+        with self._lock:
             bad, n = list(self.bad.values()), len(self.source)
         if len(bad) > self.max_bad_share * n:
             files = "; ".join(f"{where} ({why})" for where, why in bad[:3])

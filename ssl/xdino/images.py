@@ -8,6 +8,7 @@ the same although one may argue: transparency is dropped, not composited.
 """
 
 import io
+import re
 import struct
 
 import numpy as np
@@ -147,10 +148,18 @@ def _decode_pillow(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         raise
     except Image.UnidentifiedImageError:
         raise UnreadableImage("not an image, or of a kind that cannot be read") from None
-    except Image.DecompressionBombError as error:  # Pillow's own limit, where ours is higher
-        raise UnreadableImage(str(error)) from error
+    except Image.DecompressionBombError as error:  # Pillow looks at the header before we do
+        raise UnreadableImage(_bomb(str(error), max_pixels)) from error
     except _DAMAGED as error:
         raise UnreadableImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def _bomb(message: str, max_pixels: int) -> str:
+    """Pillow's refusal in our words; its own limit holds where ours is higher (`allow_pixels`)."""
+    found = re.search(r"\((\d+) pixels\)", message)
+    pixels = f"{int(found[1]):,}" if found else "its"
+    limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+    return f"{pixels} pixels are more than the limit of {limit:,} pixels (data.max_pixels)"
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

@@ -76,7 +76,12 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    source = data.open_source(config.data.path, split="train", channels=config.model.in_chans)
+    source = data.open_source(
+        config.data.path,
+        split="train",
+        channels=config.model.in_chans,
+        max_pixels=config.data.max_pixels,
+    )
     mean, std = statistics(source.channels)
     c, m, o = config.crops, config.model, config.optim
     if c.mean is not None and c.std is not None:

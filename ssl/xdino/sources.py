@@ -295,7 +295,9 @@ def _open(data: str, split: str | None, channels: int | None, labelled: bool) ->
     raise UsageError(_missing(data, path))
 
 
-def open_splits(data: str, channels: int | None = None) -> tuple[Source, Source]:
+def open_splits(
+    data: str, channels: int | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[Source, Source]:
     """The labelled train and val splits of `data`. Raises UsageError where classes differ."""
     path = Path(data).expanduser()
     if path.is_dir() and not shards.tars_in(path):
@@ -305,8 +307,8 @@ def open_splits(data: str, channels: int | None = None) -> tuple[Source, Source]
                 f"{data} must hold the folders train and val, each with one folder per class; "
                 f"it has no {' and no '.join(absent)}"
             )
-    train = open_source(data, "train", channels, labelled=True)
-    val = open_source(data, "val", channels, labelled=True)
+    train = open_source(data, "train", channels, labelled=True, max_pixels=max_pixels)
+    val = open_source(data, "val", channels, labelled=True, max_pixels=max_pixels)
     here, there = set(train.classes or ()), set(val.classes or ())
     if here != there:
         parts = [
