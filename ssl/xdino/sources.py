@@ -62,16 +62,17 @@ class Source(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def encoded(self, index: int) -> bytes:
-        """Image `index` as an image file's bytes: those that are stored, else lossless PNG."""
-
     def read(self, index: int) -> np.ndarray:
         """uint8 [H, W, C]. Raises UnreadableImage or OSError for an image that cannot be read."""
-        return decode(self.encoded(index), self.channels, self.max_pixels)
 
-    @abc.abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """Image `index` as an image file's bytes: those that are stored, else lossless PNG."""
+        image = self.read(index)
+        return _png(image if image.shape[2] == 3 else image[..., 0])
+
     def member(self, index: int) -> bytes:
         """The name of image `index` below the source's root, folders and suffix included."""
+        return f"{index:08}.png".encode()
 
     @abc.abstractmethod
     def describe(self, index: int) -> str:
@@ -121,9 +122,7 @@ class ArraySource(Source):
         return image if self.channels == 1 else np.repeat(image, 3, axis=2)
 
     def encoded(self, index: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self._images[index]).save(buffer, "PNG")
-        return buffer.getvalue()
+        return _png(self._images[index])
 
     def member(self, index: int) -> bytes:
         assert self.labels is not None
@@ -136,6 +135,12 @@ class ArraySource(Source):
 
     def _content(self) -> Iterator[bytes]:
         yield self._images.tobytes()
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class FileSource(Source):
@@ -159,6 +164,9 @@ class FileSource(Source):
 
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self._root, self._paths[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        return decode(self.encoded(index), self.channels, self.max_pixels)
 
     def encoded(self, index: int) -> bytes:
         with open(self.path(index), "rb", buffering=0) as file:
@@ -215,6 +223,9 @@ class TarSource(Source):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def read(self, index: int) -> np.ndarray:
+        return decode(self.encoded(index), self.channels, self.max_pixels)
 
     def encoded(self, index: int) -> bytes:
         tar = int(self._tar[index])
