@@ -33,7 +33,7 @@ def evaluator_of(config: Config) -> Evaluator | None:
         return None
     path = config.evaluate.data or config.data.path
     try:
-        train, val = data.open_splits(path, channels=config.model.in_chans)
+        train, val = data.open_splits(path, config.model.in_chans, config.data.max_pixels)
     except UsageError as error:
         raise UsageError(
             f"evaluate.every asks for k-NN during training, which needs labels: {error}. "

@@ -17,7 +17,7 @@ Letters: B images, V views, N crops (of one size), C channels, H W of an image, 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from threading import Thread
 
@@ -58,12 +58,17 @@ Operation = Callable[..., object]  # (part [k, C, h, w], *values [k, 1, 1, 1]), 
 
 @dataclass(frozen=True)
 class View:
-    """One crop of an image. `size` in pixels; `scale` fractions of the area; two probabilities."""
+    """One crop of an image. `size` in pixels; `scale` fractions of the area; two probabilities.
+
+    `enlarged`: how many times larger the crop is meant to be than it is; radii of the blur are in
+    pixels of the larger one.
+    """
 
     size: int
     scale: tuple[float, float]
     blur: float
     solarize: float
+    enlarged: float = 1.0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -75,6 +80,8 @@ class View:
             )
         for name in ("blur", "solarize"):
             _check_probability(name, getattr(self, name))
+        if self.enlarged <= 0:
+            raise ValueError(f"enlarged must be above 0, got {self.enlarged}")
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,22 @@ def multi_crop(
     return MultiCrop(tuple(views), **photometric)  # type: ignore[arg-type]
 
 
+def at_sizes(crops: MultiCrop, global_size: int, local_size: int, globals_: int = 2) -> MultiCrop:
+    """The same crops at other sizes in pixels: one draw, the same boxes, flips and colours.
+
+    For a curriculum of resolutions (FastDINOv2, arXiv 2507.03779, resizes finished crops). The
+    blur's radius shrinks with the crop, so that it takes away as much of the picture as before.
+    The first `globals_` views are the global ones.
+    """
+
+    def resized(view: View, size: int) -> View:
+        return replace(view, size=size, enlarged=view.enlarged * view.size / size)
+
+    sizes = [global_size] * globals_ + [local_size] * (len(crops.views) - globals_)
+    views = tuple(resized(view, size) for view, size in zip(crops.views, sizes, strict=True))
+    return replace(crops, views=views)
+
+
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
@@ -224,6 +247,7 @@ def _fill(crops: MultiCrop, uniform: np.ndarray) -> np.ndarray:
     table["gray"] = rest[..., 12] < crops.grayscale
     blur, solarize = np.array([(view.blur, view.solarize) for view in views]).T[:, :, None]
     radius = crops.blur_radius[0] + (crops.blur_radius[1] - crops.blur_radius[0]) * rest[..., 14]
+    radius /= np.array([view.enlarged for view in views])[:, None]
     table["blur"] = np.where(rest[..., 13] < blur, radius, 0)
     table["solarize"] = rest[..., 15] < solarize
     return table

@@ -9,13 +9,10 @@ classification files, timm weights.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,27 +26,11 @@ from torch import Tensor, nn
 from xdino import xcit
 from xdino.backbones import BackboneSpec, statistics
 from xdino.errors import RunFailed, UsageError
+from xdino.files import written_beside
 
 BACKBONE_FILE = "backbone.safetensors"
 STATE_FILE = Path("checkpoints") / "last.pt"
 HEADER_KEY = "xdino"  # of the safetensors metadata
-
-
-# --- atomic files -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path` that becomes `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

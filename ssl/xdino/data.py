@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from xdino.images import UnreadableImage, decode
 from xdino.sources import Source, fingerprint, open_source, open_splits
 
 __all__ = [
+    "BadImage",
     "CropBatch",
     "CropLoader",
     "Source",
@@ -84,6 +85,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True, order=True)
+class BadImage:
+    """An image that cannot be read: its index in the source, how a person finds it, why."""
+
+    index: int
+    where: str
+    why: str
+
+
 @dataclass(frozen=True)
 class CropBatch:
     """One micro-batch of one rank.
@@ -105,9 +115,14 @@ class CropLoader:
 
     batch_size: images of a micro-batch on this rank; an iteration is `accumulate` micro-batches on
     each of `world_size` ranks. workers: threads, 0 to work in the calling one. prefetch: whole
-    micro-batches that are worked on ahead of the consumer. max_bad_share: of the source's images,
+    micro-batches that are worked on ahead of the consumer. early_crops: what iterations before
+    `early_iterations` get instead of `crops`; which it is follows from the iteration, also for
+    batches made ahead and after a restart. max_bad_share: of the source's images,
     how many may turn out unreadable, on this rank, before the run is stopped; until then the next
     readable image stands in.
+
+    known_bad: images that an earlier process found unreadable; they are tried once more here, and
+    those that still cannot be read count from the start.
 
     `bad` maps the index of each unreadable image found so far to (where it is, why);
     `wait_seconds` is how long the consumer has waited for batches in total. Raises UsageError for
@@ -127,6 +142,9 @@ class CropLoader:
         prefetch: int = 3,
         pin_memory: bool = False,
         max_bad_share: float = 0.05,
+        early_crops: MultiCrop | None = None,
+        early_iterations: int = 0,
+        known_bad: Iterable[BadImage] = (),
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -151,16 +169,26 @@ class CropLoader:
         self.rank, self.world_size = rank, world_size
         self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
         self.max_bad_share = max_bad_share
+        self.early_crops, self.early_iterations = early_crops, early_iterations
         self.steps_per_epoch = steps_per_epoch(len(source), self.global_batch)
         self.bad: dict[int, tuple[str, str]] = {}
         self.wait_seconds = 0.0
-        self._news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[BadImage] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        for known in known_bad:
+            self._try_again(known)
+        self._check_share()
 
     @property
     def global_batch(self) -> int:
         """Images of one iteration, over all ranks and micro-batches."""
         return self.world_size * self.batch_size * self.accumulate
+
+    def crops_at(self, iteration: int) -> MultiCrop:
+        """The crops of iteration `iteration`, counted from 0."""
+        if self.early_crops is not None and iteration < self.early_iterations:
+            return self.early_crops
+        return self.crops
 
     def iterate(self, start_iteration: int, end_iteration: int) -> Generator[CropBatch, None, None]:
         """The micro-batches of iterations start to end (exclusive), `accumulate` for each.
@@ -220,14 +248,15 @@ class CropLoader:
         start = step * self.global_batch
         start += (micro * self.world_size + self.rank) * self.batch_size
         indices = order[start : start + self.batch_size].copy()  # writable, as torch wants it
-        table = draw_batch(self.crops, self.seed, epoch, indices)
+        crops = self.crops_at(iteration)
+        table = draw_batch(crops, self.seed, epoch, indices)
         tensors = [
             torch.empty(
                 (count, self.batch_size, size, size, self.source.channels),
                 dtype=torch.uint8,
                 pin_memory=self.pin_memory,
             )
-            for size, count in self.crops.groups
+            for size, count in crops.groups
         ]
         slots = [view for tensor in tensors for view in tensor.numpy()]  # V of [B, size, size, C]
 
@@ -249,15 +278,15 @@ class CropLoader:
             try:
                 for view, slot in enumerate(slots):
                     box = found[view][column]
-                    crop(image, box, self.crops.views[view].size, slot[first + column])
+                    crop(image, box, slot.shape[1], slot[first + column])
             except Exception as error:
                 error.add_note(f"while cropping {self.source.describe(int(index))}")
                 raise
 
     # Images that cannot be read
 
-    def take_bad_report(self) -> list[tuple[str, str]]:
-        """(where, why) of the images found unreadable since the last call, for a notice."""
+    def take_bad_report(self) -> list[BadImage]:
+        """The images found unreadable since the last call, for a notice."""
         return [self._news.get() for _ in range(self._news.qsize())]
 
     def _read(self, index: int) -> np.ndarray:
@@ -275,13 +304,27 @@ class CropLoader:
                 raise
         raise RunFailed(f"none of the {n:,} images of {self.source.name} can be read")
 
+    def _try_again(self, known: BadImage) -> None:
+        """Keep an image of an earlier process on the list if it is the same one and as bad."""
+        index = known.index
+        if not 0 <= index < len(self.source) or self.source.describe(index) != known.where:
+            return
+        try:
+            self.source.read(index)
+        except (UnreadableImage, OSError) as error:
+            self.bad[index] = (known.where, str(error) or type(error).__name__)
+
     def _record(self, index: int, error: Exception) -> None:
         with self._lock:
             if index in self.bad:  # another worker was quicker
                 return
             found = (self.source.describe(index), str(error) or type(error).__name__)
             self.bad[index] = found
-            self._news.put(found)
+            self._news.put(BadImage(index, *found))
+        self._check_share()
+
+    def _check_share(self) -> None:
+        with self._lock:
             bad, n = list(self.bad.values()), len(self.source)
         if len(bad) > self.max_bad_share * n:
             files = "; ".join(f"{where} ({why})" for where, why in bad[:3])

@@ -8,11 +8,17 @@ the same although one may argue: transparency is dropped, not composited.
 """
 
 import io
+import re
 import struct
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
+
+#: What an image file is called.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
 
 #: Largest image that is decoded, in pixels: Pillow's own limit against decompression bombs.
 MAX_PIXELS = 178_956_970
@@ -56,8 +62,19 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.n
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise UnreadableImage(
-            f"{width} x {height} pixels are more than the limit of {max_pixels:,} pixels"
+            f"{width} x {height} pixels are more than the limit of {max_pixels:,} pixels "
+            "(data.max_pixels)"
         )
+
+
+def allow_pixels(max_pixels: int) -> None:
+    """Lift Pillow's own limit, which holds for the whole process, up to `max_pixels`.
+
+    Only a person who asked for more than `MAX_PIXELS` needs it; it is never lowered.
+    """
+    # Pillow warns above its number and refuses above twice that.
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
 # JPEG
@@ -131,10 +148,18 @@ def _decode_pillow(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         raise
     except Image.UnidentifiedImageError:
         raise UnreadableImage("not an image, or of a kind that cannot be read") from None
-    except Image.DecompressionBombError as error:  # Pillow's own limit, where ours is higher
-        raise UnreadableImage(str(error)) from error
+    except Image.DecompressionBombError as error:  # Pillow looks at the header before we do
+        raise UnreadableImage(_bomb(str(error), max_pixels)) from error
     except _DAMAGED as error:
         raise UnreadableImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def _bomb(message: str, max_pixels: int) -> str:
+    """Pillow's refusal in our words; its own limit holds where ours is higher (`allow_pixels`)."""
+    found = re.search(r"\((\d+) pixels\)", message)
+    pixels = f"{int(found[1]):,}" if found else "its"
+    limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+    return f"{pixels} pixels are more than the limit of {limit:,} pixels (data.max_pixels)"
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

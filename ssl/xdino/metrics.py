@@ -1,8 +1,9 @@
 """Numbers of a run as they appear: metrics.jsonl always, wandb on request, a picture of the views.
 
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
-teacher_temp, images_per_second (over all processes), wait_share (of the time, for data),
-teacher_entropy and kl (nats), centre_norm, resident_mb (Linux: what this process holds now),
+teacher_temp, global_size and local_size (of the crops, in pixels), images_per_second (over all
+processes), wait_share (of the time, for data), teacher_entropy and kl (nats), centre_norm,
+resident_mb (Linux: what this process holds now),
 peak_memory_mb (CUDA), and knn_* where it was evaluated.
 """
 

@@ -35,6 +35,8 @@ class Plan:
     precision: str
     total_batch: int
     steps_per_epoch: int
+    early_crops: augment.MultiCrop | None = None  # of the first `early_iterations`
+    early_iterations: int = 0
 
     @property
     def iterations(self) -> int:
@@ -75,7 +77,12 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    source = data.open_source(config.data.path, split="train", channels=config.model.in_chans)
+    source = data.open_source(
+        config.data.path,
+        split="train",
+        channels=config.model.in_chans,
+        max_pixels=config.data.max_pixels,
+    )
     mean, std = statistics(source.channels)
     c, m, o = config.crops, config.model, config.optim
     if c.mean is not None and c.std is not None:
@@ -134,7 +141,20 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
         ),
         frozen_iterations=o.freeze_last_layer * steps,
     )
-    return Plan(config, source, crops, spec, plan, device, precision, total_batch, steps)
+    early = config.curriculum
+    return Plan(
+        config,
+        source,
+        crops,
+        spec,
+        plan,
+        device,
+        precision,
+        total_batch,
+        steps,
+        augment.at_sizes(crops, early.global_size, early.local_size) if early.share else None,
+        round(early.share * len(plan)),
+    )
 
 
 def checkpoint_activations(backbone: nn.Module, arch: str) -> None:

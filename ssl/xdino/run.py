@@ -3,6 +3,7 @@
 config.yaml               the resolved configuration
 environment.json          every start: iteration, commit, versions, device, processes, seed
 metrics.jsonl             see `metrics`
+unreadable.jsonl          images that could not be read, if any: index, image, reason, iteration
 views.png                 the first batch as the networks saw it
 checkpoints/last.pt       the whole state; checkpoints/epoch_0020.pt and so on are kept
 checkpoints/initial.safetensors   the teacher before the first step
@@ -14,6 +15,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ import torch
 from xdino import checkpoint
 from xdino import config as configuration
 from xdino.config import Config
+from xdino.data import BadImage
 from xdino.errors import UsageError
 from xdino.metrics import check_writable
 
 CONFIG_FILE = "config.yaml"
+UNREADABLE_FILE = "unreadable.jsonl"
 INITIAL_FILE = Path("checkpoints") / "initial.safetensors"
 
 
@@ -118,6 +122,30 @@ class RunDirectory:
         starts.append({"iteration": self.iteration, "time": started, **facts})
         with checkpoint.written_beside(path) as beside:
             beside.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
+
+    def unreadable(self) -> list[BadImage]:
+        """The images that earlier starts of this run could not read."""
+        path = self.path / UNREADABLE_FILE
+        found = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+                found.append(BadImage(int(row["index"]), str(row["image"]), str(row["reason"])))
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short when the process was killed
+        return found
+
+    def add_unreadable(self, images: Iterable[BadImage], iteration: int) -> None:
+        """Add images to the list, by their index; none twice."""
+        known = {image.index for image in self.unreadable()}
+        new = {image.index: image for image in images if image.index not in known}
+        rows = [
+            {"index": i, "image": new[i].where, "reason": new[i].why, "iteration": iteration}
+            for i in sorted(new)
+        ]
+        if rows:
+            with open(self.path / UNREADABLE_FILE, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self, state: dict[str, Any]) -> None:
         checkpoint.save_state(self.path / checkpoint.STATE_FILE, state)

@@ -28,7 +28,7 @@ from xdino.config import Config
 from xdino.errors import RunFailed, Stopped, UsageError
 from xdino.learner import Learner
 from xdino.plan import Plan, build_learner, make_plan
-from xdino.run import INITIAL_FILE, RunDirectory, environment
+from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
 
@@ -120,6 +120,7 @@ def pretrain(
     if distributed.rank() == 0:
         run.create()
         facts = environment(plan.device, distributed.world_size(), config.train.seed)
+        facts |= {"data": plan.source.name, "data_fingerprint": data.fingerprint(plan.source)}
         run.record_start({**facts, "precision": plan.precision, "command": command})
         if run.state is None:
             trainer.export(run.path / INITIAL_FILE)
@@ -165,6 +166,9 @@ class _Trainer:
             prefetch=runtime.prefetch,
             pin_memory=plan.device.type == "cuda",
             max_bad_share=plan.config.data.max_bad_share,
+            early_crops=plan.early_crops,
+            early_iterations=plan.early_iterations,
+            known_bad=run.unreadable(),
         )
         if run.state is not None:
             self._restore(run.state)
@@ -222,6 +226,8 @@ class _Trainer:
                     )
         finally:
             batches.close()
+            if distributed.rank() == 0:  # others may not come: a failure is one process's
+                self._tell_bad(self.loader.take_bad_report())
             if log is not None:
                 log.close()
 
@@ -249,6 +255,7 @@ class _Trainer:
             "weight_decay": settings.weight_decay,
             "momentum": settings.momentum,
             "teacher_temp": settings.teacher_temp,
+            **self._sizes(),
             **diagnostics,
         }
         if steps:
@@ -261,19 +268,32 @@ class _Trainer:
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.plan.device) / 2**20
         return row
 
+    def _sizes(self) -> dict[str, int]:
+        """Of the crops of the step just made, in pixels."""
+        views = self.loader.crops_at(self.iteration - 1).views
+        sizes = {"global_size": views[0].size}
+        return sizes | ({"local_size": views[-1].size} if len(views) > 2 else {})
+
     def _end_epoch(self, log: metrics.MetricsLog | None, epoch: int) -> None:
         config = self.plan.config
-        bad = self.loader.take_bad_report()
-        if bad:
-            named = "; ".join(f"{name} ({reason})" for name, reason in bad[:20])
-            more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-            self.listener.notice(f"skipped {len(bad)} unreadable images: {named}{more}")
         every = config.evaluate.every
         if self.evaluator is not None and every and epoch % every == 0:
             if distributed.rank() == 0:
                 scores = self.evaluator(self.learner.teacher.backbone)
                 self._tell(log, {"iteration": self.iteration, "epoch": epoch, **scores})
             distributed.barrier()
+
+    def _tell_bad(self, found: list[data.BadImage]) -> None:
+        """Name unreadable images, and keep them in the run's list, on the first process."""
+        bad = sorted(set(found))
+        if not bad or distributed.rank() != 0:
+            return
+        self.run.add_unreadable(bad, self.iteration)
+        named = "; ".join(f"{image.where} ({image.why})" for image in bad[:20])
+        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+        self.listener.notice(
+            f"skipped {len(bad)} unreadable images (all are in {UNREADABLE_FILE}): {named}{more}"
+        )
 
     def _open_log(self) -> metrics.MetricsLog | None:
         if distributed.rank() != 0:
@@ -303,14 +323,18 @@ class _Trainer:
         if self.saved_at == self.iteration:
             return
         self.learner.check()
-        rng = distributed.gather(_rng_state(self.plan.device))
+        rng, bad = zip(
+            *distributed.gather((_rng_state(self.plan.device), self.loader.take_bad_report())),
+            strict=True,
+        )
+        self._tell_bad([image for images in bad for image in images])
         if distributed.rank() == 0:
             self.export(self.run.path / checkpoint.BACKBONE_FILE)
             self.run.save(
                 {
                     "iteration": self.iteration,
                     "learner": self.learner.state_dict(),
-                    "rng": rng,
+                    "rng": list(rng),
                     "sampler": {
                         "seed": self.plan.config.train.seed,
                         "epoch": self.iteration // self.plan.steps_per_epoch,

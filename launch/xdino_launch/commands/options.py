@@ -29,7 +29,7 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.argument("weights"),
         click.option(
-            "--data", required=True, help="Folder with train/ and val/, or a named source."
+            "--data", required=True, help="Folder or tars with train/ and val/, or a named source."
         ),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),

@@ -1,0 +1,43 @@
+"""`xdino pack`."""
+
+import os
+
+import click
+
+
+@click.command()
+@click.argument("data")
+@click.option("--out", required=True, type=click.Path(), help="FILE.tar, or a folder for --shards.")
+@click.option(
+    "--shorter-side", type=click.IntRange(1), help="Shrink larger images to this, in pixels."
+)
+@click.option("--quality", default=95, show_default=True, type=click.IntRange(1, 100), help="JPEG.")
+@click.option("--shards", type=click.IntRange(1), help="Tars a split, into the folder --out.")
+@click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
+def pack(
+    data: str, out: str, shorter_side: int | None, quality: int, shards: int | None, workers: int
+) -> None:
+    """Write the images of DATA into plain tar files that every command takes as DATA.
+
+    Without --shorter-side the files' own bytes: the same crops as from the folder. With it,
+    smaller JPEGs that are faster to read; results then say that their data were shrunk.
+    """
+    from xdino import pack as room
+    from xdino_launch.console import counter, stderr_console
+
+    console = stderr_console()
+    done = room.pack(
+        data, out, shorter_side, quality, shards, workers, progress=counter(console, "packed")
+    )
+    for where, why in done.unreadable[:20]:
+        console.print(f"kept as it is, unreadable: {where} ({why})", markup=False, soft_wrap=True)
+    if len(done.unreadable) > 20:
+        console.print(f"and {len(done.unreadable) - 20:,} more unreadable images")
+    if shorter_side is not None:
+        console.print(
+            f"{done.shrunk:,} of {done.images:,} images shrunk to a shorter side of {shorter_side} "
+            "pixels: results from this pack say so, and are not of the published distribution",
+            soft_wrap=True,
+        )
+    for path in done.files:
+        click.echo(str(path))
