@@ -250,10 +250,7 @@ def grid_probe(images: OverImages, grid: Grid | None = None, how: Sgd | None = N
     settings = choice.settings(how, views.describe())
     notes = [*choice.notes, *continued(start)]
     probe = probe_of(choice.head, trial.classes, choice.features)
-    done = trial.end(probe, settings, train, choice.read(val, columns), notes)
-    if unfinished:
-        unfinished.done()
-    return done
+    return trial.end(probe, settings, train, choice.read(val, columns), notes, unfinished)
 
 
 def grid_probe_features(
@@ -297,7 +294,4 @@ def grid_probe_features(
     probe = probe_of(choice.head, trial.classes, choice.features)
     settings, notes = choice.settings(how, "none"), [*choice.notes, *continued(start)]
     trained_on = replace(train, features=table)
-    done = trial.end(probe, settings, trained_on, choice.read(val, columns), notes)
-    if unfinished:
-        unfinished.done()
-    return done
+    return trial.end(probe, settings, trained_on, choice.read(val, columns), notes, unfinished)

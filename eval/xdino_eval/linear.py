@@ -169,10 +169,7 @@ def sgd_probe(images: OverImages, how: Sgd | None = None) -> Trained:
         start = train_head(head, views.batches, how, images.progress, unfinished)
     probe = probe_of(head, trial.classes)
     settings = how.settings(views.describe())
-    done = trial.end(probe, settings, views.trained_on(), val, continued(start))
-    if unfinished:
-        unfinished.done()
-    return done
+    return trial.end(probe, settings, views.trained_on(), val, continued(start), unfinished)
 
 
 def sgd_probe_features(
@@ -197,10 +194,7 @@ def sgd_probe_features(
     with small_products_alone(how.batch_size * head.weight.numel()):
         start = train_head(head, partial(shuffled, table, target, how), how, progress, unfinished)
     probe = probe_of(head, trial.classes)
-    done = trial.end(probe, how.settings("none"), train, val, continued(start))
-    if unfinished:
-        unfinished.done()
-    return done
+    return trial.end(probe, how.settings("none"), train, val, continued(start), unfinished)
 
 
 def train_head(

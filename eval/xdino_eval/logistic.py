@@ -101,10 +101,7 @@ def logistic_probe(
         "seed": seed,
     }
     probe = folded(model, mean, std, trial.classes)
-    done = trial.end(probe, settings, train, val, list(dict.fromkeys(notes)))
-    if unfinished:
-        unfinished.done()
-    return done
+    return trial.end(probe, settings, train, val, list(dict.fromkeys(notes)), unfinished)
 
 
 def _grid(cs: str | Sequence[float]) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ from xdino_eval.accuracy import class_indices, ranks, top1_top5
 from xdino_eval.features import Features
 from xdino_eval.knn import labels_of, row_of
 from xdino_eval.results import Row
+from xdino_eval.unfinished import Unfinished
 
 FACTS = ("protocol", "data", "train_size", "checkpoint")
 
@@ -122,10 +123,18 @@ class Probe:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training a probe gives: the row that is reported (not signed yet), and the probe."""
+    """What training a probe gives: the row that is reported (not signed yet), and the probe.
+
+    unfinished: the last state that was kept; remove it by `settled` once row and probe are safe.
+    """
 
     row: Row
     probe: Probe
+    unfinished: Unfinished | None = None
+
+    def settled(self) -> None:
+        if self.unfinished:
+            self.unfinished.done()
 
 
 def apply(probe: Probe, found: Features, names: Sequence[str] | None = None) -> Row:
@@ -231,6 +240,7 @@ class Trial:
         train: Features,
         val: Features,
         notes: Sequence[str] = (),
+        unfinished: Unfinished | None = None,
     ) -> Trained:
         """Score `val`, and say in the row what a reader must know."""
         _, _, val_class = class_indices(self.classes, labels_of(val).numpy())
@@ -245,7 +255,7 @@ class Trial:
         seconds = time.perf_counter() - self.began
         row = row_of(self.protocol, settings, score, train, val, seconds, told)
         facts = {"protocol": row.protocol, "data": train.data, "train_size": str(row.train_size)}
-        return Trained(row, replace(probe, facts={**probe.facts, **facts}))
+        return Trained(row, replace(probe, facts={**probe.facts, **facts}), unfinished)
 
 
 def check(train: Features, val: Features) -> np.ndarray:

@@ -79,7 +79,8 @@ class Unfinished:
         self._written = time.monotonic()
 
     def done(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.path.exists():
+            self.path.unlink()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -72,7 +72,7 @@ def linear(shape: LinearShape, folder: str | None, protocol: Protocol) -> Report
             arms += _over_images(shape, source, device, protocol, stack)
         if not arms:
             raise UsageError("nothing to time: --images and --features are both 0")
-        values = protocol.measure([*arms, again(arms[0])])
+        values = protocol.measure([*arms, *(again(arm) for arm in arms[::2])])
     ratios = divided(
         values,
         [

@@ -12,7 +12,7 @@ from xdino.errors import UsageError
 from xdino_eval.grid import Grid, grid_probe, grid_probe_features
 from xdino_eval.linear import OverImages, Sgd, sgd_probe, sgd_probe_features
 from xdino_eval.logistic import logistic_probe
-from xdino_eval.probe import Probe, apply, write_predictions
+from xdino_eval.probe import Probe, Trained, apply, write_predictions
 from xdino_eval.results import Row
 from xdino_launch.evaluate import Subject
 
@@ -25,8 +25,11 @@ def train(
     strengths: str | Sequence[float],
     keep_in: Path | None,
     save_head: str | None,
-) -> Row:
+) -> tuple[Row, Trained]:
     """Train a probe by `protocol`, keep it if asked, and say what it scores.
+
+    Returns:
+        The row, and what to tell (`settled`) when it is safe.
 
     Args:
         keep_in: folder for the state to go on from. save_head: file for the probe.
@@ -56,7 +59,7 @@ def train(
     (row,) = subject.sign([done.row])
     if save_head is not None:
         done.probe.signed(subject.train.classes, row.checkpoint).save(save_head)
-    return row
+    return row, done
 
 
 def use(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xdino import xcit
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import grid as grids
+from xdino_eval import heads as heads_of
 from xdino_eval import linear
 from xdino_eval.features import Features
 from xdino_eval.grid import Grid, Tokens, grid_probe, grid_probe_features
@@ -197,6 +198,7 @@ def test_an_interrupted_probe_goes_on(probe, frozen, make_source, tmp_path):
     epochs: list[int] = []
     parts = probe(replace(kept, progress=lambda done, _: epochs.append(done)), how=how)
     assert epochs == [4, 5]
+    parts.settled()
     assert not left.exists()
     assert torch.equal(whole.probe.weight, parts.probe.weight)
     assert torch.equal(whole.probe.bias, parts.probe.bias)
@@ -217,6 +219,42 @@ def test_a_head_that_diverges_hurts_no_other(points):
     assert "class, lr 1e+38, wd 0.0: diverged" in row.notes
     with pytest.raises(RunFailed, match="every probe of the grid diverged"):
         grid_probe_features(train, val, Grid(lrs=(1e38,)), how)
+
+
+def test_weights_that_are_finite_and_overflow_are_no_choice(points):
+    heads = Heads(new_head(12, 4, 0, "cpu"), torch.zeros(2))
+    heads.weight[1] = 3e38
+    x, target = points(20).features, points(20).labels // 3
+    top1 = top1_of_heads(heads, x, target)
+    assert top1[0] is not None
+    assert top1[1] is None
+
+
+@pytest.mark.parametrize("threads", [2, 5, 40])
+def test_heads_shared_out_over_threads_are_the_same(threads):
+    data = [(torch.randn(16, 20), torch.randint(5, (16,))) for _ in range(4)]
+    grid = Grid(lrs=(0.01, 0.3, 3.0), weight_decays=(0.0, 0.02), features=("class", "both"))
+    columns, how = grid.columns(20), Sgd(epochs=3, batch_size=16)
+    found = []
+    for number in (1, threads):
+        stacks = grids.new_stacks(grid, columns, 5, 0, "cpu")
+        before = torch.get_num_threads()
+        train_heads(stacks, lambda epoch: iter(data), columns, grid.head_lrs, how, threads=number)
+        assert torch.get_num_threads() == before
+        found.append(stacks)
+    for name in columns:
+        torch.testing.assert_close(found[0][name].weight, found[1][name].weight)
+        torch.testing.assert_close(found[0][name].momenta[0], found[1][name].momenta[0])
+
+
+def test_threads_are_for_products_that_are_worth_one():
+    grid = Grid()
+    columns = grid.columns(384)
+
+    def threads(classes: int) -> int:
+        return heads_of.threads_for(grids.new_stacks(grid, columns, classes, 0, "cpu"), 256, 64)
+
+    assert (threads(2), threads(100), threads(1000)) == (1, 12, 13)
 
 
 def test_top1_of_heads_does_not_depend_on_blocks(monkeypatch):

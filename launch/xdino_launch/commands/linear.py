@@ -94,8 +94,9 @@ def linear(
     subject = Subject.open(**subject_options(options))
     kept = results_file(options["weights"], options["out"])
     keep_in = kept.parent if kept else None
-    row = train(subject, protocol, how, many, strengths or "default", keep_in, save_head)
+    row, done = train(subject, protocol, how, many, strengths or "default", keep_in, save_head)
     finish([row], options["weights"], options["out"], options["as_json"])
+    done.settled()
 
 
 def _apply(
