@@ -1,6 +1,11 @@
-"""The evaluator that is handed to a trainer: k-NN on fixed subsets of two labelled sources."""
+"""What judges a run while it trains and at its end, on fixed subsets of two labelled sources.
+
+`knn_callback` makes the function that is handed to a trainer. `linear_at_end` is for the backbone
+that the run has written: by then nothing can disturb training any more.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -8,9 +13,14 @@ from torch import nn
 
 from xdino.data import Source
 from xdino.errors import UsageError
-from xdino_eval.features import extract
+from xdino_eval.features import device_of, extract
+from xdino_eval.grid import grid_probe_features
 from xdino_eval.knn import classify, labels_of, normalise
+from xdino_eval.logistic import logistic_probe
+from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform, Judged
+
+AT_END = "at the end of pretraining, images of a split at most"
 
 
 def knn_callback(
@@ -69,6 +79,46 @@ def knn_callback(
         return out
 
     return evaluate
+
+
+def linear_at_end(
+    backbone: nn.Module,
+    train_source: Source,
+    val_source: Source,
+    protocol: str,
+    limit: int | None = None,
+    batch_size: int = 128,
+    workers: int = 2,
+    precision: str = "fp32",
+) -> Row:
+    """A linear probe's row, not signed yet, with the limit on images among its settings.
+
+    Args:
+        backbone: judged where it lies. protocol: "logistic" or "grid", both on features extracted
+            once.
+        limit: at most so many images of each source, the same in every call; None = all.
+
+    Raises:
+        UsageError, RunFailed: as the protocol.
+    """
+    transform = EvalTransform.of(cast(Judged, backbone))
+    train, val = (
+        extract(
+            backbone,
+            source,
+            transform,
+            batch_size,
+            workers=workers,
+            precision=precision,
+            indices=fixed_subset(len(source), limit),
+        )
+        for source in (train_source, val_source)
+    )
+    if protocol == "grid":
+        row = grid_probe_features(train, val, device=device_of(backbone)).row
+    else:
+        row = logistic_probe(train, val).row
+    return replace(row, settings={**row.settings, AT_END: limit})
 
 
 def fixed_subset(number: int, limit: int | None) -> np.ndarray:

@@ -1,19 +1,21 @@
 """A grid of linear probes for about the price of one.
 
-What a probe costs is the backbone, or the reading of cached features, not the head. So one pass
-over the images trains a head for every learning rate, weight decay and choice of features side by
-side (DINOv2, https://arxiv.org/abs/2304.07193, appendix B.3, whose thirteen learning rates are the
-default). Each head is the probe of `linear.sgd_probe` to rounding: the same start, the same
-batches, a cosine per epoch, an optimiser state of its own. The published grid reports the best
-head of the reported split; here a held-out part of the training split chooses, no head is trained
-on it, and the reported split scores the chosen head alone.
+What a probe over images costs is the backbone, not the head. So one pass over the images trains a
+head for every learning rate, weight decay and choice of features side by side (DINOv2,
+https://arxiv.org/abs/2304.07193, appendix B.3, whose thirteen learning rates are the default). Over
+features extracted once there is nothing but heads: thirteen are thirteen times the arithmetic, in
+one product instead of thirteen and shared out over the cores. Each head is the probe of
+`linear.sgd_probe` to rounding: the same start, the same batches, a cosine per epoch, an optimiser
+state of its own. The published grid reports the best head of the reported split; here a held-out
+part of the training split chooses, no head is trained on it, and the reported split scores the
+chosen head alone.
 
 Letters: N images, B images of a batch, D width, K classes, G heads on one choice of features.
 """
 
 import itertools
 import math
-import time
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,28 +26,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xdino.data import Source
 from xdino.errors import RunFailed, UsageError, nearest
-from xdino_eval.accuracy import class_indices
-from xdino_eval.features import Features, Progress, device_of, evaluating, extract
-from xdino_eval.heads import Heads, top1_of_heads, train_heads
-from xdino_eval.knn import labels_of, row_of
+from xdino_eval.features import Features, Progress, evaluating
+from xdino_eval.heads import Heads, threads_for, top1_of_heads, train_heads
 from xdino_eval.linear import (
+    SECONDS_BETWEEN,
+    OverImages,
     Sgd,
-    Unfinished,
-    both_labelled,
     continued,
     held_out,
     new_head,
-    save_head,
-    score_of,
-    settings_of,
+    probe_of,
     shuffled,
     small_products_alone,
 )
-from xdino_eval.results import Row
-from xdino_eval.transform import EvalTransform
-from xdino_eval.views import AugmentedImages
+from xdino_eval.probe import Trained, Trial, check
+from xdino_eval.unfinished import Unfinished
 
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 FEATURES = ("class", "patches", "both")
@@ -86,6 +82,11 @@ class Grid:
     def pairs(self) -> list[tuple[float, float]]:
         """(lr, weight decay) of the G heads on one choice of features."""
         return list(itertools.product(self.lrs, self.weight_decays))
+
+    @property
+    def head_lrs(self) -> list[float]:
+        """The learning rate of each of the G heads."""
+        return [lr for lr, _ in self.pairs]
 
     def columns(self, width: int) -> dict[str, slice]:
         """Where each choice of features lies in what `Tokens` returns, `[B, width]`."""
@@ -137,8 +138,17 @@ class Choice:
     lr: float
     weight_decay: float
     head: nn.Linear
-    settings: dict[str, object]
+    told: dict[str, object]
     notes: list[str]
+
+    def settings(self, how: Sgd, augmentation: str) -> dict[str, object]:
+        """The chosen probe's, and the grid that it was chosen from."""
+        chosen = replace(how, lr=self.lr, weight_decay=self.weight_decay)
+        return chosen.settings(augmentation) | self.told
+
+    def read(self, found: Features, columns: dict[str, slice]) -> Features:
+        """The columns that the chosen head reads."""
+        return replace(found, features=found.features[:, columns[self.features]])
 
 
 def choose(
@@ -170,7 +180,7 @@ def choose(
     notes = [f"{what}: diverged" for what, score in table.items() if score is None]
     if len(grid.lrs) > 1 and lr in (min(grid.lrs), max(grid.lrs)):
         notes.append(f"lr = {lr:g} is an end of the grid")
-    settings = {
+    told: dict[str, object] = {
         "features": name,
         "lrs": list(grid.lrs),
         "weight_decays": list(grid.weight_decays),
@@ -181,7 +191,7 @@ def choose(
         "holdout_top1": round(top1, 4),
         "holdout_top1_of_grid": table,
     }
-    return Choice(name, lr, decay, stacks[name].head(place), settings, notes)
+    return Choice(name, lr, decay, stacks[name].head(place), told, notes)
 
 
 def new_stacks(
@@ -209,76 +219,38 @@ def split(classes: np.ndarray, grid: Grid, seed: int) -> tuple[np.ndarray, np.nd
     return np.flatnonzero(~mask), np.flatnonzero(mask)
 
 
-def grid_probe(
-    backbone: nn.Module,
-    train_source: Source,
-    val_source: Source,
-    transform: EvalTransform,
-    grid: Grid | None = None,
-    how: Sgd | None = None,
-    device: torch.device | str | None = None,
-    workers: int = 2,
-    precision: str = "fp32",
-    save_to: Path | str | None = None,
-    progress: Progress | None = None,
-    keep_in: Path | str | None = None,
-) -> Row:
+def grid_probe(images: OverImages, grid: Grid | None = None, how: Sgd | None = None) -> Trained:
     """`linear.sgd_probe` for a whole grid: one pass over augmented images trains every head.
 
     Args:
         how: but for lr and weight_decay, which are the grid's.
-        save_to, keep_in: as for `sgd_probe`, of the chosen head and of all of them.
 
     Raises:
         UsageError: a split without labels, features that the backbone does not give, too few
             images. RunFailed: nothing could be read, or every head diverged.
     """
     grid, how = grid or Grid(), how or Sgd()
-    train_labels = both_labelled(train_source, val_source)
-    network = Tokens(backbone, grid.features)
-    began = time.perf_counter()
-    device = device_of(backbone) if device is None else torch.device(device)
-    classes, train_class, _ = class_indices(train_labels, np.empty(0, np.int64))
-    to_train, to_choose = split(train_class, grid, how.seed)
-    look = partial(
-        extract,
-        network,
-        transform=transform,
-        batch_size=how.batch_size,
-        device=device,
-        workers=workers,
-        precision=precision,
-    )
-    val, held = look(val_source), look(train_source, indices=to_choose)  # moves the backbone too
+    network = Tokens(images.backbone, grid.features)
+    trial = Trial("linear, SGD grid", images.labels())
+    to_train, to_choose = split(trial.train_class, grid, how.seed)
+    val = images.look(network, images.val, how.batch_size)  # moves the backbone too
+    held = images.look(network, images.train, how.batch_size, to_choose)
     columns = grid.columns(val.features.shape[1])
-    lrs = [lr for lr, _ in grid.pairs]
-    stacks = new_stacks(grid, columns, len(classes), how.seed, device)
-    images = AugmentedImages(
-        network,
-        train_source,
-        transform,
-        train_class,
-        to_train,
-        how.batch_size,
-        how.seed,
-        device,
-        workers,
-        precision,
-    )
-    unfinished = Unfinished.of(keep_in, backbone, train_source, transform, grid, how, precision)
-    with evaluating(backbone):
-        start = train_heads(stacks, images.batches, columns, lrs, how, progress, unfinished)
-    train = images.trained_on()
+    stacks = new_stacks(grid, columns, len(trial.classes), how.seed, images.where)
+    views = images.augmented(network, trial.train_class, to_train, how)
+    unfinished = images.unfinished(grid, how)
+    with evaluating(images.backbone):
+        start = train_heads(
+            stacks, views.batches, columns, grid.head_lrs, how, images.progress, unfinished
+        )
+    train = views.trained_on()
     train.skipped.extend(held.skipped)
-    target = torch.from_numpy(train_class[held.indices.numpy()])
+    target = torch.from_numpy(trial.train_class[held.indices.numpy()])
     choice = choose(stacks, grid, columns, held, target)
-    row = _row("linear, SGD grid", choice, how, images.describe(), columns, classes, train, val)
-    if save_to is not None:
-        save_head(save_to, choice.head, classes, choice.features)
-    if unfinished:
-        unfinished.done()
-    seconds = round(time.perf_counter() - began, 3)
-    return replace(row, seconds=seconds, notes=[*row.notes, *continued(start)])
+    settings = choice.settings(how, views.describe())
+    notes = [*choice.notes, *continued(start)]
+    probe = probe_of(choice.head, trial.classes, choice.features)
+    return trial.end(probe, settings, train, choice.read(val, columns), notes, unfinished)
 
 
 def grid_probe_features(
@@ -287,49 +259,39 @@ def grid_probe_features(
     grid: Grid | None = None,
     how: Sgd | None = None,
     device: torch.device | str = "cpu",
-    save_to: Path | str | None = None,
+    keep_in: Path | str | None = None,
     progress: Progress | None = None,
-) -> Row:
+    cores: int | None = None,
+) -> Trained:
     """`grid_probe` on features extracted once, by `Tokens` with the grid's choice of features.
 
+    Args:
+        cores: over which the heads are shared out (None: those of this process). Their number
+            changes sums in the last digit.
+
     Raises:
-        UsageError: a split without labels, or too few images. RunFailed: every head diverged.
+        UsageError: a split without labels, splits of different widths, or too few images.
+        RunFailed: a feature is not finite, or every head diverged.
     """
     grid, how = grid or Grid(), how or Sgd()
-    began = time.perf_counter()
-    classes, train_class, _ = class_indices(labels_of(train).numpy(), labels_of(val).numpy())
-    to_train, to_choose = (torch.from_numpy(i) for i in split(train_class, grid, how.seed))
+    trial = Trial("linear, SGD grid on features", check(train, val))
+    to_train, to_choose = (torch.from_numpy(i) for i in split(trial.train_class, grid, how.seed))
     columns = grid.columns(train.features.shape[1])
-    lrs = [lr for lr, _ in grid.pairs]
-    stacks = new_stacks(grid, columns, len(classes), how.seed, device)
-    table, target = train.features[to_train].to(device), torch.from_numpy(train_class)
+    stacks = new_stacks(grid, columns, len(trial.classes), how.seed, device)
+    table, target = train.features[to_train].to(device), torch.from_numpy(trial.train_class)
     batches = partial(shuffled, table, target[to_train].to(device), how)
+    unfinished = Unfinished.of(
+        keep_in, "grid", train.features, target, grid, how, seconds=SECONDS_BETWEEN
+    )
+    threads = threads_for(stacks, how.batch_size, cores or os.cpu_count() or 1)
     largest = max(heads.weight.numel() for heads in stacks.values())
     with small_products_alone(how.batch_size * largest):
-        train_heads(stacks, batches, columns, lrs, how, progress)
+        start = train_heads(
+            stacks, batches, columns, grid.head_lrs, how, progress, unfinished, threads
+        )
     held = replace(train, features=train.features[to_choose])
     choice = choose(stacks, grid, columns, held, target[to_choose])
-    if save_to is not None:
-        save_head(save_to, choice.head, classes, choice.features)
+    probe = probe_of(choice.head, trial.classes, choice.features)
+    settings, notes = choice.settings(how, "none"), [*choice.notes, *continued(start)]
     trained_on = replace(train, features=table)
-    protocol = "linear, SGD grid on features"
-    row = _row(protocol, choice, how, "none", columns, classes, trained_on, val)
-    return replace(row, seconds=round(time.perf_counter() - began, 3))
-
-
-def _row(
-    protocol: str,
-    choice: Choice,
-    how: Sgd,
-    augmentation: str,
-    columns: dict[str, slice],
-    classes: np.ndarray,
-    train: Features,
-    val: Features,
-) -> Row:
-    """The chosen head's row, with its score on `val`."""
-    chosen = replace(how, lr=choice.lr, weight_decay=choice.weight_decay)
-    own = replace(val, features=val.features[:, columns[choice.features]])
-    score = score_of(choice.head, classes, own)
-    settings = settings_of(chosen, augmentation) | choice.settings
-    return row_of(protocol, settings, score, train, val, 0.0, choice.notes)
+    return trial.end(probe, settings, trained_on, choice.read(val, columns), notes, unfinished)

@@ -9,10 +9,8 @@ same without augmentation, on features extracted once.
 Letters: N images, B images of a batch, D width, K classes, s side of a crop.
 """
 
-import hashlib
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,22 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from xdino.checkpoint import written_beside
 from xdino.data import Source, fingerprint
 from xdino.errors import RunFailed, UsageError
-from xdino_eval.accuracy import class_indices, ranks, top1_top5
 from xdino_eval.features import Features, Progress, device_of, evaluating, extract
-from xdino_eval.knn import labels_of, row_of
-from xdino_eval.results import Row
+from xdino_eval.probe import Probe, Trained, Trial, check
 from xdino_eval.transform import EvalTransform
+from xdino_eval.unfinished import Unfinished
 from xdino_eval.views import AugmentedImages, draw
 
 THREADS_PAY = 1e9  # multiplications in one product of features [B, D] and weights [D, K]
+SECONDS_BETWEEN = 60.0  # at least, between two states kept of a probe on features, whose epochs fly
 
 
 @dataclass(frozen=True)
@@ -61,53 +56,145 @@ class Sgd:
         peak = self.lr * self.batch_size / 256
         return peak * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
+    def settings(self, augmentation: str) -> dict[str, object]:
+        """What a results row says of it."""
+        return {
+            "epochs": self.epochs,
+            "batch": self.batch_size,
+            "lr": self.lr,
+            "lr_rule": "x batch / 256, cosine per epoch",
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "augmentation": augmentation,
+            "seed": self.seed,
+            "reported": "last epoch",
+        }
+
 
 @dataclass(frozen=True)
-class Unfinished:
-    """The file that a long probe leaves after every epoch, to go on from, and removes at its end.
+class OverImages:
+    """The frozen backbone and the labelled images of a probe, and how they are read.
 
-    Its name follows from all that the probe depends on: another probe never takes it up.
+    Training images are augmented at the transform's size, validation images go through the
+    transform. The backbone is in evaluation mode throughout and comes back in its own.
+
+    backbone: float32 [B, C, s, s] -> [B, D]; moved to `device` (None = where it is).
+    keep_in: a folder for the state after each epoch; the same probe goes on from there.
+    progress: told (epochs done, epochs).
     """
 
-    path: Path
+    backbone: nn.Module
+    train: Source
+    val: Source
+    transform: EvalTransform
+    device: torch.device | str | None = None
+    workers: int = 2
+    precision: str = "fp32"
+    keep_in: Path | str | None = None
+    progress: Progress | None = None
 
-    @classmethod
-    def of(
-        cls, folder: Path | str | None, backbone: nn.Module, train: Source, *told: object
-    ) -> "Unfinished | None":
-        """The file in `folder` (None = nothing is kept) of the probe that `told` describes."""
-        if folder is None:
+    @property
+    def where(self) -> torch.device:
+        return device_of(self.backbone) if self.device is None else torch.device(self.device)
+
+    def labels(self) -> np.ndarray:
+        """The labels of `train`. Raises UsageError where either split has none."""
+        if self.train.labels is None or self.val.labels is None:
+            bare = self.train if self.train.labels is None else self.val
+            raise UsageError(f"{bare.name} has no labels to train a probe or to score it")
+        return self.train.labels
+
+    def look(
+        self,
+        network: nn.Module,
+        source: Source,
+        batch_size: int,
+        indices: Sequence[int] | np.ndarray | None = None,
+    ) -> Features:
+        """Features of a split's centre crops; this also moves the network."""
+        return extract(
+            network,
+            source,
+            self.transform,
+            batch_size,
+            self.where,
+            self.workers,
+            self.precision,
+            indices,
+        )
+
+    def augmented(
+        self, network: nn.Module, classes: np.ndarray, indices: np.ndarray, how: Sgd
+    ) -> AugmentedImages:
+        """The training images `indices`, augmented anew in every epoch."""
+        return AugmentedImages(
+            network,
+            self.train,
+            self.transform,
+            classes,
+            indices,
+            how.batch_size,
+            how.seed,
+            self.where,
+            self.workers,
+            self.precision,
+        )
+
+    def unfinished(self, *told: object) -> Unfinished | None:
+        """Where the state of the probe that `told` describes is kept."""
+        if self.keep_in is None:
             return None
-        digest = hashlib.blake2b(repr((fingerprint(train), *told)).encode(), digest_size=8)
-        for name, value in backbone.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return cls(Path(folder) / f"linear-{digest.hexdigest()}.unfinished")
+        images = fingerprint(self.train), self.transform, self.precision
+        return Unfinished.of(self.keep_in, self.backbone, *images, *told)
 
-    def load(self) -> tuple[int, dict[str, Tensor]]:
-        """How many epochs are done, and the tensors of that moment; (0, {}) without a file.
 
-        Raises:
-            RunFailed: the file is damaged.
-        """
-        if not self.path.exists():
-            return 0, {}
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return int(file.metadata()["epoch"]), tensors
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise RunFailed(
-                f"{self.path}, an unfinished probe, is damaged ({error}): delete it"
-            ) from error
+def sgd_probe(images: OverImages, how: Sgd | None = None) -> Trained:
+    """The published protocol: a linear head on the frozen backbone, augmented anew every epoch.
 
-    def save(self, epoch: int, tensors: dict[str, Tensor]) -> None:
-        with written_beside(self.path) as beside:
-            kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(kept, beside, {"epoch": str(epoch)})
+    `images.val` is read once, before the first epoch, and scored once, after the last. The same
+    arguments give the same row on the same device.
 
-    def done(self) -> None:
-        self.path.unlink(missing_ok=True)
+    Raises:
+        UsageError: a split without labels. RunFailed: nothing could be read, or a feature or the
+            loss is not finite.
+    """
+    how = how or Sgd()
+    trial = Trial("linear, SGD", images.labels())
+    val = images.look(images.backbone, images.val, how.batch_size)
+    head = new_head(val.features.shape[1], len(trial.classes), how.seed, images.where)
+    everything = np.arange(len(images.train))
+    views = images.augmented(images.backbone, trial.train_class, everything, how)
+    unfinished = images.unfinished(how)
+    with evaluating(images.backbone):
+        start = train_head(head, views.batches, how, images.progress, unfinished)
+    probe = probe_of(head, trial.classes)
+    settings = how.settings(views.describe())
+    return trial.end(probe, settings, views.trained_on(), val, continued(start), unfinished)
+
+
+def sgd_probe_features(
+    train: Features,
+    val: Features,
+    how: Sgd | None = None,
+    device: torch.device | str = "cpu",
+    keep_in: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """`sgd_probe` on features extracted once: no augmentation, seconds instead of hours.
+
+    Raises:
+        UsageError: a split without labels, or splits of different widths. RunFailed: a feature or
+            the loss is not finite.
+    """
+    how = how or Sgd()
+    trial = Trial("linear, SGD on features", check(train, val))
+    table, target = train.features.to(device), torch.from_numpy(trial.train_class).to(device)
+    head = new_head(table.shape[1], len(trial.classes), how.seed, device)
+    unfinished = Unfinished.of(keep_in, "sgd", train.features, target, how, seconds=SECONDS_BETWEEN)
+    with small_products_alone(how.batch_size * head.weight.numel()):
+        start = train_head(head, partial(shuffled, table, target, how), how, progress, unfinished)
+    probe = probe_of(head, trial.classes)
+    return trial.end(probe, how.settings("none"), train, val, continued(start), unfinished)
 
 
 def train_head(
@@ -146,6 +233,8 @@ def train_head(
             optimizer.step()
             total += loss.detach()
         if not total.isfinite():
+            if unfinished:
+                unfinished.done()  # going on from there would end here again
             raise RunFailed(f"the probe's loss is not finite in epoch {epoch}; lower its lr")
         if unfinished and epoch + 1 < how.epochs:
             tensors: dict[str, Tensor] = dict(head.named_parameters())
@@ -167,67 +256,9 @@ def new_head(width: int, classes: int, seed: int, device: torch.device | str) ->
     return head.to(device)
 
 
-def sgd_probe(
-    backbone: nn.Module,
-    train_source: Source,
-    val_source: Source,
-    transform: EvalTransform,
-    how: Sgd | None = None,
-    device: torch.device | str | None = None,
-    workers: int = 2,
-    precision: str = "fp32",
-    save_to: Path | str | None = None,
-    progress: Progress | None = None,
-    keep_in: Path | str | None = None,
-) -> Row:
-    """The published protocol: a linear head on the frozen `backbone`, augmented anew every epoch.
-
-    Training images go through `augment` at the transform's size, validation images through the
-    transform; `val_source` is read once, after the last epoch. The backbone is in evaluation mode
-    throughout. The same arguments give the same row on the same device.
-
-    Args:
-        backbone: float32 [B, C, s, s] -> [B, D]; moved to `device` (None = where it is).
-        save_to: keeps the head as safetensors: weight [K, D], bias [K], classes int64 [K].
-        keep_in: a folder for the state after each epoch; the same call goes on from there.
-
-    Raises:
-        UsageError: a split without labels. RunFailed: nothing could be read, or the loss is not
-            finite.
-    """
-    how = how or Sgd()
-    train_labels = both_labelled(train_source, val_source)
-    began = time.perf_counter()
-    device = device_of(backbone) if device is None else torch.device(device)
-    val = extract(
-        backbone, val_source, transform, how.batch_size, device, workers, precision
-    )  # also moves the backbone
-    classes, train_class, _ = class_indices(train_labels, np.empty(0, np.int64))
-    head = new_head(val.features.shape[1], len(classes), how.seed, device)
-    images = AugmentedImages(
-        backbone,
-        train_source,
-        transform,
-        train_class,
-        np.arange(len(train_source)),
-        how.batch_size,
-        how.seed,
-        device,
-        workers,
-        precision,
-    )
-    unfinished = Unfinished.of(keep_in, backbone, train_source, transform, how, precision)
-    with evaluating(backbone):
-        start = train_head(head, images.batches, how, progress, unfinished)
-    train = images.trained_on()
-    if save_to is not None:
-        save_head(save_to, head, classes)
-    settings = settings_of(how, images.describe())
-    score = score_of(head, classes, val)
-    if unfinished:
-        unfinished.done()
-    seconds = time.perf_counter() - began
-    return row_of("linear, SGD", settings, score, train, val, seconds, continued(start))
+def probe_of(head: nn.Linear, classes: np.ndarray, features: str = "class") -> Probe:
+    """A trained head as something to keep and to score with."""
+    return Probe(head.weight.detach(), head.bias.detach(), classes, features)
 
 
 def shuffled(
@@ -244,69 +275,22 @@ def continued(epoch: int) -> list[str]:
     return [f"went on from epoch {epoch}; seconds are of this part alone"] if epoch else []
 
 
-def both_labelled(train: Source, val: Source) -> np.ndarray:
-    """The labels of `train`. Raises UsageError where either split has none."""
-    if train.labels is None or val.labels is None:
-        bare = train if train.labels is None else val
-        raise UsageError(f"{bare.name} has no labels to train a probe or to score it")
-    return train.labels
-
-
-def sgd_probe_features(
-    train: Features,
-    val: Features,
-    how: Sgd | None = None,
-    device: torch.device | str = "cpu",
-    save_to: Path | str | None = None,
-    progress: Progress | None = None,
-) -> Row:
-    """`sgd_probe` on features extracted once: no augmentation, seconds instead of hours.
-
-    Raises:
-        UsageError: a split without labels. RunFailed: the loss is not finite.
-    """
-    how = how or Sgd()
-    began = time.perf_counter()
-    classes, train_class, _ = class_indices(labels_of(train).numpy(), labels_of(val).numpy())
-    table, target = train.features.to(device), torch.from_numpy(train_class).to(device)
-    head = new_head(table.shape[1], len(classes), how.seed, device)
-    with small_products_alone(how.batch_size * head.weight.numel()):
-        train_head(head, partial(shuffled, table, target, how), how, progress)
-    if save_to is not None:
-        save_head(save_to, head, classes)
-    score = score_of(head, classes, val)
-    return row_of(
-        "linear, SGD on features",
-        settings_of(how, "none"),
-        score,
-        train,
-        val,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def save_head(
-    path: Path | str, head: nn.Linear, classes: np.ndarray, features: str = "class"
-) -> None:
-    """Write weight [K, D], bias [K] and the labels of the classes, int64 [K], as safetensors.
-
-    The header says which `features` the head reads.
-    """
-    tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
-    tensors["classes"] = torch.from_numpy(classes)
-    with written_beside(Path(path)) as beside:
-        save_file(tensors, beside, {"features": features})
-
-
 def held_out(classes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """bool [N]: about `fraction` of the images, the same share of every class, at random.
 
-    Every 1/fraction-th image of a shuffle that is sorted by class; classes may be of any size.
+    Every 1/fraction-th image of a shuffle that is sorted by class; classes may be of any size. A
+    class is never held out whole: what no head was trained on cannot choose between them.
+
+    Args:
+        classes: int64 [N], in 0..K-1.
     """
     shuffled = draw(seed, 0, 1).permutation(len(classes))
     by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
     mask = np.zeros(len(classes), dtype=bool)
     mask[by_class[np.arange(0.5 / fraction, len(classes), 1 / fraction).astype(int)]] = True
+    size = np.bincount(classes)
+    whole = np.bincount(classes, weights=mask).astype(int) == size
+    mask[whole[classes]] = False
     return mask
 
 
@@ -316,25 +300,3 @@ def small_products_alone(multiplications: float) -> threadpool_limits:
     On a machine that others use they lose ten- to a hundredfold to threads that wait for another.
     """
     return threadpool_limits(1 if multiplications < THREADS_PAY else None)
-
-
-def score_of(head: nn.Linear, classes: np.ndarray, val: Features) -> tuple[float, float]:
-    """Top-1 and top-5 in per cent of `head` on `val`, for classes numbered as in training."""
-    _, _, target = class_indices(classes, labels_of(val).numpy())
-    with torch.no_grad():
-        scores = head(val.features.to(head.weight.device)).cpu()
-    return top1_top5(ranks(scores, torch.from_numpy(target)))
-
-
-def settings_of(how: Sgd, augmentation: str) -> dict[str, object]:
-    return {
-        "epochs": how.epochs,
-        "batch": how.batch_size,
-        "lr": how.lr,
-        "lr_rule": "x batch / 256, cosine per epoch",
-        "momentum": how.momentum,
-        "weight_decay": how.weight_decay,
-        "augmentation": augmentation,
-        "seed": how.seed,
-        "reported": "last epoch",
-    }

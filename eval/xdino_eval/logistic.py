@@ -7,22 +7,22 @@ Letters: N images, D width, K classes.
 """
 
 import os
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from xdino.errors import UsageError, nearest
-from xdino_eval.accuracy import class_indices, ranks, top1_top5
-from xdino_eval.features import Features
-from xdino_eval.knn import labels_of, row_of
+from xdino_eval.features import Features, Progress
 from xdino_eval.linear import THREADS_PAY, held_out, small_products_alone
-from xdino_eval.results import Row
+from xdino_eval.probe import Probe, Trained, Trial, check
+from xdino_eval.unfinished import Unfinished
 
 GRIDS = {
     "default": tuple(10.0 ** np.linspace(-4, 2, 7)),
@@ -39,7 +39,9 @@ def logistic_probe(
     cs: str | Sequence[float] = "default",
     holdout: float = 0.1,
     seed: int = 0,
-) -> Row:
+    keep_in: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Trained:
     """Logistic regression; C from a held-out part of `train`; `val` is scored once, at the end.
 
     Features are standardised by the mean and standard deviation of `train` (without it L-BFGS
@@ -49,47 +51,57 @@ def logistic_probe(
     Args:
         cs: inverse strengths of the regularisation, or a name in `GRIDS`.
         holdout: the fraction of `train` that chooses among them, taken evenly from every class.
+        keep_in: a folder for the scores of the fits that are done; the same call makes the others.
+        progress: told (fits done, fits).
 
     Raises:
-        UsageError: a split without labels, fewer than two classes, or a grid or a fraction that
-            makes no sense.
+        UsageError: a split without labels, splits of different widths, fewer than two classes, too
+            few images to hold any out, or a grid or a fraction that makes no sense. RunFailed: a
+            feature is not finite.
     """
-    began = time.perf_counter()
     grid = _grid(cs)
     if not 0 < holdout < 1:
         raise UsageError(f"holdout must lie between 0 and 1, got {holdout}")
-    classes, train_class, val_class = class_indices(
-        labels_of(train).numpy(), labels_of(val).numpy()
-    )
-    if len(classes) < 2:
+    trial = Trial("linear, logistic regression", check(train, val))
+    if len(trial.classes) < 2:
         raise UsageError(f"{train.data} has one class only: there is nothing to tell apart")
     mean, std = train.features.mean(0), train.features.std(0)
     std = torch.where(std > 0, std, 1.0)
-    x_train = ((train.features - mean) / std).numpy()
-    x_val = ((val.features - mean) / std).numpy()
-
-    held = held_out(train_class, holdout, seed)
+    x, y = ((train.features - mean) / std).numpy(), trial.train_class
+    unfinished = Unfinished.of(
+        keep_in, "logistic", train.features, torch.from_numpy(y), grid, holdout, seed, MAX_ITER
+    )
     notes: list[str] = []
-    chosen, held_top1 = grid[0], None
+    chosen, scores = grid[0], [float("nan")]
     if len(grid) > 1:
-        models = _fits(x_train[~held], train_class[~held], grid, notes)
-        scores = [_logistic_score(m, x_train[held], train_class[held])[0] for m in models]
-        chosen, held_top1 = grid[int(np.argmax(scores))], round(max(scores), 4)
+        held = held_out(y, holdout, seed)
+        if not held.any():
+            raise UsageError(
+                f"{len(y)} training images are too few to hold out {holdout:g} of them"
+            )
+        scores = _held_out_scores(x, y, held, grid, notes, unfinished, progress)
+        chosen = grid[int(np.argmax(scores))]
         if chosen in (grid[0], grid[-1]):
             notes.append(f"C = {chosen:g} is an end of the grid")
-    (model,) = _fits(x_train, train_class, [chosen], notes)
-    score = _logistic_score(model, x_val, val_class)
-    settings = {
+    (model,) = _fits(x, y, [chosen])
+    if model.n_iter_.max() >= MAX_ITER:
+        notes.append(f"C = {chosen:g}: not converged after {MAX_ITER} iterations")
+    settings: dict[str, object] = {
         "C": chosen,
         "cs": list(grid),
         "holdout": holdout,
-        "holdout_top1": held_top1,
+        "holdout_top1": round(max(scores), 4) if len(grid) > 1 else None,
+        "holdout_top1_of_grid": {
+            f"C {c:g}": round(score, 4) for c, score in zip(grid, scores, strict=True)
+        }
+        if len(grid) > 1
+        else {},
         "features": "standardised by train mean and standard deviation",
         "solver": f"lbfgs, at most {MAX_ITER} iterations",
         "seed": seed,
     }
-    seconds = time.perf_counter() - began
-    return row_of("linear, logistic regression", settings, score, train, val, seconds, notes)
+    probe = folded(model, mean, std, trial.classes)
+    return trial.end(probe, settings, train, val, list(dict.fromkeys(notes)), unfinished)
 
 
 def _grid(cs: str | Sequence[float]) -> tuple[float, ...]:
@@ -101,10 +113,39 @@ def _grid(cs: str | Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
-def _fits(
-    x: np.ndarray, y: np.ndarray, grid: Sequence[float], notes: list[str]
-) -> list[LogisticRegression]:
-    """One model a value of C, small ones side by side; those that did not converge are noted."""
+def _held_out_scores(
+    x: np.ndarray,
+    y: np.ndarray,
+    held: np.ndarray,
+    grid: Sequence[float],
+    notes: list[str],
+    unfinished: Unfinished | None,
+    progress: Progress | None,
+) -> list[float]:
+    """Top-1 in per cent of each C on the images `held` out; fits that did not converge are noted."""
+    done, kept = unfinished.load() if unfinished else (0, {})
+    scores, iterations = ([*kept[n].tolist()] if kept else [] for n in ("scores", "iterations"))
+    for model in _fits(x[~held], y[~held], grid[done:]):
+        # Every class has an image that is not held out, so the classes of the fit are 0..K-1.
+        scores.append(100.0 * float(np.mean(model.predict(x[held]) == y[held])))
+        iterations.append(int(model.n_iter_.max()))
+        if unfinished:
+            tensors = {"scores": torch.tensor(scores, dtype=torch.float64)}
+            unfinished.save(len(scores), tensors | {"iterations": torch.tensor(iterations)})
+        if progress:
+            progress(len(scores), len(grid))
+    notes += [
+        f"C = {c:g}: not converged after {MAX_ITER} iterations"
+        for c, number in zip(grid, iterations, strict=True)
+        if number >= MAX_ITER
+    ]
+    if done:
+        notes.append(f"{done} of {len(grid)} fits were made before; seconds are of the others")
+    return scores
+
+
+def _fits(x: np.ndarray, y: np.ndarray, grid: Sequence[float]) -> Iterator[LogisticRegression]:
+    """One model a value of C, in this order, small ones side by side."""
     multiplications = x.size * (int(y.max()) + 1)
     workers = os.cpu_count() if multiplications < THREADS_PAY else 1
     models = [LogisticRegression(C=c, max_iter=MAX_ITER) for c in grid]
@@ -114,22 +155,21 @@ def _fits(
         ThreadPoolExecutor(workers) as pool,
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        list(pool.map(lambda model: model.fit(x, y), models))
-    notes += [
-        f"C = {model.C:g}: not converged after {MAX_ITER} iterations"
-        for model in models
-        if model.n_iter_.max() >= MAX_ITER
-    ]
-    return models
+        try:
+            yield from pool.map(lambda model: model.fit(x, y), models)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _logistic_score(
-    model: LogisticRegression, x: np.ndarray, target: np.ndarray
-) -> tuple[float, float]:
-    logits = model.decision_function(x)  # [N, K]; of two classes, [N] for the second
-    if logits.ndim == 1:
-        logits = np.stack([np.zeros_like(logits), logits], axis=1)
-    # A class that the fit never saw, because all of it is held out, is never a prediction.
-    scores = np.full((len(x), int(max(model.classes_.max(), target.max())) + 1), -np.inf)
-    scores[:, model.classes_] = logits
-    return top1_top5(ranks(torch.from_numpy(scores), torch.from_numpy(target)))
+def folded(model: LogisticRegression, mean: Tensor, std: Tensor, classes: np.ndarray) -> Probe:
+    """The fit on (x - mean) / std as a probe of x: weight w / std, bias b - sum(w mean / std).
+
+    Folded in double precision. Of two classes scikit-learn keeps the second's scores alone; the
+    first's are 0.
+    """
+    weight, bias = torch.from_numpy(model.coef_).double(), torch.from_numpy(model.intercept_)
+    weight = weight / std.double()
+    bias = bias.double() - weight @ mean.double()
+    if len(weight) == 1:
+        weight, bias = (torch.cat([torch.zeros_like(t), t]) for t in (weight, bias))
+    return Probe(weight.float(), bias.float(), classes)

@@ -77,7 +77,11 @@ class AugmentedImages:
     unreadable: set[int] = field(default_factory=set)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features float32 [B, D], classes int64 [B]) of one epoch, in its own order."""
+        """(features float32 [B, D], classes int64 [B]) of one epoch, in its own order.
+
+        Raises:
+            RunFailed: a feature is not finite.
+        """
         seed, size = self.seed, self.transform.size
 
         def crop(image: np.ndarray, index: int) -> np.ndarray:
@@ -90,9 +94,15 @@ class AugmentedImages:
                 continue
             with torch.no_grad(), autocast(self.device, self.precision):
                 inputs = self.transform.normalise(batch.images.to(self.device))
-                features = self.backbone(inputs)
+                features = self.backbone(inputs).float()
+            broken = (~features.isfinite().all(1)).nonzero()[:, 0]
+            if len(broken):  # else every head would take the blame
+                raise RunFailed(
+                    f"{len(broken)} features of a batch are not finite in epoch {epoch}, the first "
+                    f"of {self.source.describe(int(batch.indices[int(broken[0])]))}"
+                )
             target = torch.from_numpy(self.classes[batch.indices])
-            yield features.float(), target.to(self.device)
+            yield features, target.to(self.device)
 
     def describe(self) -> str:
         return f"RandomResizedCrop({self.transform.size}, bilinear) + flip"

@@ -89,7 +89,9 @@ def _numbers(row: dict[str, Any]) -> list[str]:
                 f"{row['images_per_second']:.0f} images/s",
                 f"{100 * row['wait_share']:.0f} % waiting for data",
             ]
-    shown += [f"{key} {value:.1f}" for key, value in row.items() if key.startswith("knn_")]
+    shown += [
+        f"{key} {value:.1f}" for key, value in row.items() if key.startswith(("knn_", "linear_"))
+    ]
     return shown
 
 

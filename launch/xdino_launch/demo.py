@@ -55,7 +55,7 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
     ):
         scored = [
             *knn.evaluate(bank, queries, [NEIGHBOURS]),
-            logistic.logistic_probe(bank, queries, STRENGTHS),
+            logistic.logistic_probe(bank, queries, STRENGTHS).row,
         ]
         rows += results.signed(scored, sha, what)
     (run_dir / "results.json").unlink(missing_ok=True)  # the rows of an earlier demo in this folder

@@ -1,7 +1,7 @@
 """What the evaluation commands share: a backbone, two labelled splits, a transform."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,12 @@ from xdino.errors import RunFailed, UsageError
 from xdino.plan import resolve_device
 from xdino_eval import attention, results
 from xdino_eval.features import Features, cache_key, cached, extract
+from xdino_eval.grid import Tokens, needs_both
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
+
+OpenData = Callable[[str, int | None], tuple[data.Source, data.Source]]
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,17 @@ class Subject:
         device: str = "auto",
         precision: str = "fp32",
         cache: str | None = None,
+        open_data: "OpenData | None" = None,
     ) -> "Subject":
         """Load and open everything, or say in a sentence what is wrong.
+
+        open_data: data and channels -> the two splits; None: `open_splits`.
 
         Raises:
             UsageError, RunFailed: as `load_backbone` and `open_splits`.
         """
         backbone = checkpoint.load_backbone(weights, arch, role)
-        train, val = open_splits(data, channels=backbone.in_chans)  # type: ignore[arg-type]
+        train, val = (open_data or open_splits)(data, backbone.in_chans)  # type: ignore[arg-type]
         try:
             transform = EvalTransform.of(backbone, size, resize, mean, std)  # type: ignore[arg-type]
         except ValueError as error:
@@ -67,39 +73,46 @@ class Subject:
         kept = Path(cache) if cache else None
         return cls(backbone, train, val, transform, where, batch_size, workers, precision, kept)
 
-    def features(self) -> tuple[Features, Features]:
+    def features(self, tokens: Sequence[str] = ("class",)) -> tuple[Features, Features]:
         """Features of both splits; unreadable images are named on standard error."""
+        return self.of("train", self.train, tokens), self.of("val", self.val, tokens)
+
+    def of(self, split: str, source: data.Source, tokens: Sequence[str]) -> Features:
+        """Features of one split, read from the cache where they are in it.
+
+        tokens: what is read off the backbone, see `grid.Tokens`.
+        """
         console = stderr_console()
-        both = []
-        for split, source in (("train", self.train), ("val", self.val)):
-            compute = partial(
-                extract,
-                self.backbone,
-                source,
+        network = self.backbone if tuple(tokens) == ("class",) else Tokens(self.backbone, tokens)
+        compute = partial(
+            extract,
+            network,
+            source,
+            self.transform,
+            self.batch_size,
+            self.device,
+            self.workers,
+            self.precision,
+            progress=counter(console, f"features of {split}"),
+        )
+        if self.cache is not None:
+            weights: Any = self.backbone.weights
+            which = [features_name(weights), str(self.backbone.spec)]
+            if network is not self.backbone:
+                which += ["both"] if needs_both(tokens) else tokens
+            key = cache_key(
+                weights["sha256"],
+                ", ".join(which),
                 self.transform,
-                self.batch_size,
-                self.device,
-                self.workers,
+                data.fingerprint(source),
                 self.precision,
-                progress=counter(console, f"features of {split}"),
             )
-            weights: Any = getattr(self.backbone, "weights", None)  # None: a choice of tokens
-            if self.cache is not None and weights is not None:
-                which = f"{features_name(weights)}, {self.backbone.spec}"
-                key = cache_key(
-                    weights["sha256"],
-                    which,
-                    self.transform,
-                    data.fingerprint(source),
-                    self.precision,
-                )
-                found = cached(self.cache, key, compute)
-            else:
-                found = compute()
-            for name, reason in found.skipped:
-                console.print(f"skipped {name}: {reason}", markup=False)
-            both.append(found)
-        return both[0], both[1]
+            found = cached(self.cache, key, compute)
+        else:
+            found = compute()
+        for name, reason in found.skipped:
+            console.print(f"skipped {name}: {reason}", markup=False)
+        return found
 
     def progress(self, verb: str) -> Any:
         return counter(stderr_console(), verb)

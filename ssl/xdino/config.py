@@ -184,9 +184,12 @@ class Train:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
-    """k-NN while training, and the size at which the frozen backbone is judged later."""
+    """k-NN while training, a linear probe at the end, and the size at which both judge."""
 
     every: Annotated[int, Field(ge=0)] = 0  # epochs between k-NN evaluations; 0 for never
+    linear: Literal["logistic", "grid"] | None = (
+        None  # the probe at the end; "grid" wants many images
+    )
     data: str | None = None  # labelled train/ and val/; None: data.path
     limit: Positive = 10_000  # images of each split at most, the same ones every time
     input_size: Positive | None = None  # None: crops.global_size

@@ -3,8 +3,8 @@
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
 teacher_temp, global_size and local_size (of the crops, in pixels), images_per_second (over all
 processes), wait_share (of the time, for data), teacher_entropy and kl (nats), centre_norm,
-resident_mb (Linux: what this process holds now),
-peak_memory_mb (CUDA), and knn_* where it was evaluated.
+resident_mb (Linux: what this process holds now), peak_memory_mb (CUDA), and knn_* and linear_*
+(per cent) where they were evaluated.
 """
 
 import json
@@ -73,7 +73,7 @@ class MetricsLog:
         id_file = run_dir / "wandb-id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        return wandb.init(
+        run = wandb.init(
             project=project,
             id=id_file.read_text().strip(),
             name=run_dir.name,
@@ -83,13 +83,18 @@ class MetricsLog:
             config=config,
             settings=wandb.Settings(console="off", silent=True),
         )
+        # Rows lie at their iteration, in whatever order they come: by its own counter wandb drops
+        # what a continued run, or an evaluation after the last step, says of an earlier one.
+        run.define_metric("iteration")
+        run.define_metric("*", step_metric="iteration")
+        return run
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it must say its iteration."""
         plain = {k: _rounded(v) for k, v in row.items()}
         self._file.write(json.dumps(plain) + "\n")
         if self._wandb is not None:
-            self._wandb.log(plain, step=plain["iteration"])
+            self._wandb.log(plain)
 
     def close(self) -> None:
         self._file.close()

@@ -94,7 +94,7 @@ def pretrain(
 
     Args:
         evaluator: given the teacher's backbone every `evaluate.every` epochs; returns numbers for
-            metrics.jsonl and leaves the network as it was.
+            metrics.jsonl and leaves the network as it was. If it fails, training goes on.
         listener: is told how it goes.
         command: what a person typed, for environment.json.
 
@@ -279,8 +279,15 @@ class _Trainer:
         every = config.evaluate.every
         if self.evaluator is not None and every and epoch % every == 0:
             if distributed.rank() == 0:
-                scores = self.evaluator(self.learner.teacher.backbone)
-                self._tell(log, {"iteration": self.iteration, "epoch": epoch, **scores})
+                try:
+                    scores = self.evaluator(self.learner.teacher.backbone)
+                except (OSError, RuntimeError, ValueError, MemoryError) as error:
+                    # A number is missing then; the run is worth more than the number.
+                    self.listener.notice(
+                        f"the evaluation after epoch {epoch} failed, training goes on: {error}"
+                    )
+                else:
+                    self._tell(log, {"iteration": self.iteration, "epoch": epoch, **scores})
             distributed.barrier()
 
     def _tell_bad(self, found: list[data.BadImage]) -> None:

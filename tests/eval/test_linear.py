@@ -13,7 +13,7 @@ from torchvision.transforms import functional as TF
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import linear, logistic
 from xdino_eval.features import Features
-from xdino_eval.linear import Sgd, held_out
+from xdino_eval.linear import OverImages, Sgd, held_out
 from xdino_eval.transform import EvalTransform
 from xdino_eval.views import augment, crop_parameters, draw
 
@@ -91,11 +91,13 @@ def test_learning_rate_is_a_cosine_per_epoch():
 def test_sgd_on_features_separates_blobs(blobs, tmp_path):
     train, val = blobs(spread=0.15)
     how = Sgd(epochs=20, batch_size=32, lr=1.0)
-    row = linear.sgd_probe_features(train, val, how, save_to=tmp_path / "head.safetensors")
+    done = linear.sgd_probe_features(train, val, how)
+    row = done.row
+    done.probe.save(tmp_path / "head.safetensors")
     assert row.top1 > 99
     assert row.top5 == 100.0, "three classes: the true one is always among the first five"
     assert row.settings["reported"] == "last epoch"
-    assert linear.sgd_probe_features(train, val, how).top1 == row.top1
+    assert linear.sgd_probe_features(train, val, how).row.top1 == row.top1
     head = load_file(tmp_path / "head.safetensors")
     assert head["classes"].tolist() == [2, 5, 11]
     best = (val.features @ head["weight"].T + head["bias"]).argmax(1)
@@ -117,7 +119,9 @@ def test_sgd_probe_on_augmented_images(frozen, make_source):
     frozen.train()
     weights = {name: value.clone() for name, value in frozen.state_dict().items()}
     rows = [
-        linear.sgd_probe(frozen, train, val, EvalTransform.of(frozen), how, workers=workers)
+        linear.sgd_probe(
+            OverImages(frozen, train, val, EvalTransform.of(frozen), workers=workers), how
+        ).row
         for workers in (1, 3)
     ]
     assert frozen.training
@@ -127,14 +131,15 @@ def test_sgd_probe_on_augmented_images(frozen, make_source):
     assert rows[0].top1 > 60
     assert (rows[0].train_size, rows[0].val_size) == (29, 16)
     assert [note.split()[0] for note in rows[0].notes] == ["1", "2"]
+    bare = make_source(3, labelled=False)
     with pytest.raises(UsageError, match="no labels"):
-        linear.sgd_probe(frozen, train, make_source(3, labelled=False), EvalTransform.of(frozen))
+        linear.sgd_probe(OverImages(frozen, train, bare, EvalTransform.of(frozen)))
 
 
 @pytest.mark.parametrize("labels", [(2, 5, 11), (0, 7), tuple(range(8))])
 def test_logistic_is_scikit_learns(blobs, labels):
     train, val = blobs(labels=labels)
-    row = logistic.logistic_probe(train, val, cs=[0.02])
+    row = logistic.logistic_probe(train, val, cs=[0.02]).row
     mean, std = train.features.mean(0), train.features.std(0)
     model = LogisticRegression(C=0.02, max_iter=1000)
     model.fit(((train.features - mean) / std).numpy(), train.labels.numpy())
@@ -150,9 +155,9 @@ def test_logistic_chooses_c_on_training_images_only(blobs, monkeypatch):
     train, val = blobs(spread=1.0)
     train.labels[::5] = train.labels[::5].flip(0)  # some wrong labels: C matters
     grid = (1e-9, 1e-3, 0.1, 10.0)
-    row = logistic.logistic_probe(train, val, cs=grid[::-1])
+    row = logistic.logistic_probe(train, val, cs=grid[::-1]).row
     wrong = Features(val.features, val.labels.flip(0), val.indices)
-    other = logistic.logistic_probe(train, wrong, cs=grid)
+    other = logistic.logistic_probe(train, wrong, cs=grid).row
     assert row.settings == other.settings, "the choice does not look at val"
     x = ((train.features - train.features.mean(0)) / train.features.std(0)).numpy()
     y = train.labels.numpy()
@@ -161,7 +166,7 @@ def test_logistic_chooses_c_on_training_images_only(blobs, monkeypatch):
     assert row.settings["C"] == grid[int(np.argmax(scores))]
     assert row.settings["holdout_top1"] == pytest.approx(100 * max(scores), abs=1e-3)
     monkeypatch.setattr(logistic, "MAX_ITER", 1)
-    hurried = logistic.logistic_probe(train, val, cs=[1.0])
+    hurried = logistic.logistic_probe(train, val, cs=[1.0]).row
     assert hurried.notes == ["C = 1: not converged after 1 iterations"]
 
 
@@ -186,7 +191,7 @@ def test_classes_of_one_image_and_classes_that_val_alone_has(blobs):
     rare.labels[:9] = torch.arange(100, 109)
     strange = Features(val.features, val.labels.clone(), val.indices)
     strange.labels[:60] = 77
-    row = logistic.logistic_probe(rare, strange, cs=[0.01, 0.1, 1.0])
+    row = logistic.logistic_probe(rare, strange, cs=[0.01, 0.1, 1.0]).row
     assert row.top1 <= row.top5 <= 50.0
 
 

@@ -1,5 +1,7 @@
 """The grid of probes: each head is the probe trained alone, and val has no say in the choice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ from torch import Tensor, nn
 from xdino import xcit
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import grid as grids
+from xdino_eval import heads as heads_of
 from xdino_eval import linear
 from xdino_eval.features import Features
 from xdino_eval.grid import Grid, Tokens, grid_probe, grid_probe_features
 from xdino_eval.heads import Heads, top1_of_heads, train_heads
-from xdino_eval.linear import Sgd, new_head, train_head
+from xdino_eval.linear import OverImages, Sgd, new_head, train_head
 from xdino_eval.transform import EvalTransform
 
 
@@ -82,7 +85,9 @@ def test_every_head_is_the_probe_trained_alone(decays):
 def test_best_row_is_the_same_probe_trained_alone(points, tmp_path):
     train, val = points(), points(100, seed=1)
     how = Sgd(epochs=6, batch_size=32)
-    row = grid_probe_features(train, val, how=how, save_to=tmp_path / "head.safetensors")
+    done = grid_probe_features(train, val, how=how)
+    row = done.row
+    done.probe.save(tmp_path / "head.safetensors")
     assert row.protocol == "linear, SGD grid on features"
     assert row.settings["lrs"] == list(grids.LRS)
     assert len(row.settings["holdout_top1_of_grid"]) == 13
@@ -94,9 +99,9 @@ def test_best_row_is_the_same_probe_trained_alone(points, tmp_path):
     assert (row.train_size, row.settings["holdout_size"]) == (len(kept), len(held)) == (180, 20)
 
     part = Features(train.features[kept], train.labels[kept], train.indices[kept], data="points")
-    single = linear.sgd_probe_features(
-        part, val, Sgd(epochs=6, batch_size=32, lr=lr), save_to=tmp_path / "single.safetensors"
-    )
+    trained = linear.sgd_probe_features(part, val, Sgd(epochs=6, batch_size=32, lr=lr))
+    trained.probe.save(tmp_path / "single.safetensors")
+    single = trained.row
     assert (row.top1, row.top5) == (single.top1, single.top5)
     same = set(single.settings) - {"lr"}
     assert {name: row.settings[name] for name in same} == {
@@ -110,17 +115,17 @@ def test_best_row_is_the_same_probe_trained_alone(points, tmp_path):
             torch.testing.assert_close(
                 ours.get_tensor(name), theirs.get_tensor(name), rtol=1e-5, atol=1e-6
             )
-        assert ours.metadata() == {"features": "class"}
+        assert ours.metadata()["features"] == "class"
 
 
 def test_val_has_no_say_in_the_choice(points):
     train, val = points(), points(60, seed=1)
     grid = Grid(weight_decays=(0.0, 0.1), features=("class", "patches", "both"))
     how = Sgd(epochs=3, batch_size=32)
-    row = grid_probe_features(train, val, grid, how)
+    row = grid_probe_features(train, val, grid, how).row
     assert len(row.settings["holdout_top1_of_grid"]) == 3 * 13 * 2
     wrong = Features(-val.features, val.labels.flip(0), val.indices, data="points")
-    other = grid_probe_features(train, wrong, grid, how)
+    other = grid_probe_features(train, wrong, grid, how).row
     assert other.settings == row.settings
     assert other.top1 != row.top1
 
@@ -147,7 +152,7 @@ def test_grid_over_images(small_xcit, make_source):
     grid = Grid(lrs=(1.0, 10.0, 100.0), features=("class", "both"))
     how = Sgd(epochs=6, batch_size=8)
     rows = [
-        grid_probe(small_xcit, train, val, transform, grid, how, workers=workers)
+        grid_probe(OverImages(small_xcit, train, val, transform, workers=workers), grid, how).row
         for workers in (1, 3)
     ]
     assert small_xcit.training
@@ -161,7 +166,7 @@ def test_grid_over_images(small_xcit, make_source):
     assert rows[0].notes[:2] == [f"{n} images of stand-in could not be read" for n in (1, 2)]
 
     lone = Grid(lrs=(chosen["lr"],), features=(chosen["features"],))
-    single = grid_probe(small_xcit, train, val, transform, lone, how)
+    single = grid_probe(OverImages(small_xcit, train, val, transform), lone, how).row
     assert (single.top1, single.top5) == (rows[0].top1, rows[0].top5)
     assert single.settings["holdout_top1"] == chosen["holdout_top1"]
 
@@ -181,42 +186,75 @@ def interrupt_after(epochs: int):
 @pytest.mark.parametrize("probe", [linear.sgd_probe, grid_probe])
 def test_an_interrupted_probe_goes_on(probe, frozen, make_source, tmp_path):
     train, val = make_source(40, classes=3), make_source(12, classes=3, seed=1)
-    how = {"how": Sgd(epochs=5, batch_size=8, lr=2.0)}
-    arguments = (frozen, train, val, EvalTransform.of(frozen))
-    whole = probe(*arguments, **how, save_to=tmp_path / "whole")
+    how = Sgd(epochs=5, batch_size=8, lr=2.0)
+    images = OverImages(frozen, train, val, EvalTransform.of(frozen))
+    kept = replace(images, keep_in=tmp_path / "kept")
+    whole = probe(images, how=how)
     with pytest.raises(Interrupted):
-        probe(*arguments, **how, progress=interrupt_after(3), keep_in=tmp_path / "kept")
+        probe(replace(kept, progress=interrupt_after(3)), how=how)
     (left,) = (tmp_path / "kept").iterdir()
-    probe(*arguments, how=Sgd(epochs=2, batch_size=8), keep_in=tmp_path / "kept")
+    probe(kept, how=Sgd(epochs=2, batch_size=8))
     assert left.exists(), "another probe neither takes it up nor removes it"
     epochs: list[int] = []
-    row = probe(
-        *arguments,
-        **how,
-        save_to=tmp_path / "parts",
-        progress=lambda done, _: epochs.append(done),
-        keep_in=tmp_path / "kept",
-    )
+    parts = probe(replace(kept, progress=lambda done, _: epochs.append(done)), how=how)
     assert epochs == [4, 5]
+    parts.settled()
     assert not left.exists()
-    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
-    assert (row.top1, row.settings) == (whole.top1, whole.settings)
-    assert row.notes[-1].startswith("went on from epoch 3")
+    assert torch.equal(whole.probe.weight, parts.probe.weight)
+    assert torch.equal(whole.probe.bias, parts.probe.bias)
+    assert (parts.row.top1, parts.row.settings) == (whole.row.top1, whole.row.settings)
+    assert parts.row.notes[-1].startswith("went on from epoch 3")
     left.write_bytes(b"no such thing")
     with pytest.raises(RunFailed, match="unfinished probe, is damaged"):
-        probe(*arguments, **how, keep_in=tmp_path / "kept")
+        probe(kept, how=how)
 
 
 def test_a_head_that_diverges_hurts_no_other(points):
     train, val = points(), points(60, seed=1)
     how = Sgd(epochs=3, batch_size=32)
-    calm = grid_probe_features(train, val, Grid(lrs=(0.01, 0.1)), how)
-    row = grid_probe_features(train, val, Grid(lrs=(0.01, 0.1, 1e38)), how)
+    calm = grid_probe_features(train, val, Grid(lrs=(0.01, 0.1)), how).row
+    row = grid_probe_features(train, val, Grid(lrs=(0.01, 0.1, 1e38)), how).row
     assert (row.top1, row.settings["lr"]) == (calm.top1, calm.settings["lr"])
     assert row.settings["holdout_top1_of_grid"]["class, lr 1e+38, wd 0.0"] is None
     assert "class, lr 1e+38, wd 0.0: diverged" in row.notes
     with pytest.raises(RunFailed, match="every probe of the grid diverged"):
         grid_probe_features(train, val, Grid(lrs=(1e38,)), how)
+
+
+def test_weights_that_are_finite_and_overflow_are_no_choice(points):
+    heads = Heads(new_head(12, 4, 0, "cpu"), torch.zeros(2))
+    heads.weight[1] = 3e38
+    x, target = points(20).features, points(20).labels // 3
+    top1 = top1_of_heads(heads, x, target)
+    assert top1[0] is not None
+    assert top1[1] is None
+
+
+@pytest.mark.parametrize("threads", [2, 5, 40])
+def test_heads_shared_out_over_threads_are_the_same(threads):
+    data = [(torch.randn(16, 20), torch.randint(5, (16,))) for _ in range(4)]
+    grid = Grid(lrs=(0.01, 0.3, 3.0), weight_decays=(0.0, 0.02), features=("class", "both"))
+    columns, how = grid.columns(20), Sgd(epochs=3, batch_size=16)
+    found = []
+    for number in (1, threads):
+        stacks = grids.new_stacks(grid, columns, 5, 0, "cpu")
+        before = torch.get_num_threads()
+        train_heads(stacks, lambda epoch: iter(data), columns, grid.head_lrs, how, threads=number)
+        assert torch.get_num_threads() == before
+        found.append(stacks)
+    for name in columns:
+        torch.testing.assert_close(found[0][name].weight, found[1][name].weight)
+        torch.testing.assert_close(found[0][name].momenta[0], found[1][name].momenta[0])
+
+
+def test_threads_are_for_products_that_are_worth_one():
+    grid = Grid()
+    columns = grid.columns(384)
+
+    def threads(classes: int) -> int:
+        return heads_of.threads_for(grids.new_stacks(grid, columns, classes, 0, "cpu"), 256, 64)
+
+    assert (threads(2), threads(100), threads(1000)) == (1, 12, 13)
 
 
 def test_top1_of_heads_does_not_depend_on_blocks(monkeypatch):
@@ -252,11 +290,11 @@ def test_refusals(frozen, make_source, points):
     transform = EvalTransform.of(frozen)
     train, val = make_source(30), make_source(6)
     with pytest.raises(UsageError, match=r"need the patch tokens of an XCiT.*Frozen gives none"):
-        grid_probe(frozen, train, val, transform, Grid(features=("class", "both")))
+        grid_probe(OverImages(frozen, train, val, transform), Grid(features=("class", "both")))
     with pytest.raises(UsageError, match="no labels to train a probe"):
-        grid_probe(frozen, train, make_source(3, labelled=False), transform)
+        grid_probe(OverImages(frozen, train, make_source(3, labelled=False), transform))
     with pytest.raises(UsageError, match="4 training images are too few to hold out"):
-        grid_probe(frozen, make_source(4), val, transform)
+        grid_probe(OverImages(frozen, make_source(4), val, transform))
     with pytest.raises(UsageError, match="too few"):
         grid_probe_features(points(3), points(3))
     bare = Features(torch.ones(30, 4), None, torch.arange(30), data="points")

@@ -4,13 +4,14 @@ What is timed here is tiny and says nothing about speed: tests/benchmarks holds 
 """
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from xdino_launch import bench, cli
+from xdino_launch import bench, bench_linear, cli
 from xdino_launch.bench_timing import Arm, Interval, Ratio, again, divided, interval, measure
 
 STEP = (
@@ -130,6 +131,36 @@ def test_knn(run):
     assert scores["k = 200"][1] == 100.0  # of five classes
 
 
+def test_linear(run):
+    report = run(
+        "linear", "--images", "6", "--size", "32", "--features", "40", "--dim", "8",
+        "--classes", "5", "--batch", "4", "--lrs", "3",
+    )  # fmt: skip
+    assert {"grid / one, cached features", "grid / one, images"} < set(report["ratios"])
+    assert sum(name.startswith("A/A") for name in report["ratios"]) == 2
+    arithmetic = report["facts"]["arithmetic of a batch, cached features, GFLOP"]
+    assert arithmetic["grid"] == pytest.approx(3 * arithmetic["one probe"])
+
+
+def test_both_arms_of_linear_see_the_same_images(tmp_path):
+    """And the grid's first head, which has the least learning rate, moves with them."""
+    shape = bench_linear.LinearShape(images=5, size=32, batch=4, lrs=2, features=0, classes=2)
+    with ExitStack() as stack:
+        source = bench_linear._source(shape, None, stack)
+        arms = bench_linear._over_images(
+            shape, source, torch.device("cpu"), bench.Protocol(rounds=1), stack
+        )
+        read: list[int] = []
+        take = source.read
+        source.read = lambda index: (read.append(index), take(index))[1]
+        seen = []
+        for arm in arms:
+            assert arm.measure(0) > 0
+            seen.append(sorted(read))
+            read.clear()
+    assert seen == [[0, 1, 2, 3, 4]] * 2
+
+
 def test_scaling(run):
     report = run(
         "scaling", "--arch", "xcit_nano_12_p16", "--against", "vit_tiny_patch16_224",
@@ -160,6 +191,8 @@ def test_threads_are_given_back():
         ([*STEP, "--precision", "fp64"], "--precision takes fp32, bf16, fp16, got fp64"),
         ([*STEP, "--arch", "xcit_nano_12_p17"], "did you mean"),
         (["knn", "--reference", "EMPTY", "--queries", "50"], "needs 100 queries or more"),
+        (["linear", "--images", "0", "--features", "0"], "nothing to time"),
+        (["linear", "--data", "nowhere"], "nowhere"),
         (["scaling", "--sizes", "224"], "two or more different sizes"),
         (["scaling", "--sizes", "big"], "--sizes takes numbers"),
         (["pipeline", "--data", "nowhere"], "nowhere"),

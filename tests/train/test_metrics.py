@@ -36,10 +36,15 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
     for iteration in (0, 1):
         log = MetricsLog(tmp_path, iteration, "offline", "test", {"optim": {"lr": 1}})
         log.write({"iteration": iteration + 1, "loss": 1.0})
+        log.write({"iteration": iteration + 1, "knn_top1": 50.0})  # at the same iteration
+        log.write({"iteration": 1, "linear_top1": 60.0})  # and one that comes late
         ids.append(log._wandb.id)
         log.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb-id.txt").read_text()
-    assert list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}"))
+    kept = list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}/*.wandb"))
+    assert kept
+    for file in kept:
+        assert all(name in file.read_bytes() for name in (b"loss", b"knn_top1", b"linear_top1"))
 
 
 def test_collapse_is_said_in_words():

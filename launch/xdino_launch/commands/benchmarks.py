@@ -134,6 +134,36 @@ def bench_knn(
     finish_bench(report, out)
 
 
+@bench.command("linear")
+@click.option("--data", help="Labelled images; without it, noise.")
+@click.option("--arch", default="xcit_nano_12_p16", show_default=True)
+@click.option("--images", default=256, show_default=True, type=click.IntRange(0), help="0: none.")
+@click.option("--size", default=224, show_default=True, type=click.IntRange(16), help="Pixels.")
+@click.option(
+    "--features", default=10_000, show_default=True, type=click.IntRange(0), help="Cached; 0: none."
+)
+@click.option("--dim", default=384, show_default=True, type=click.IntRange(1), help="Of cached.")
+@click.option("--classes", default=1_000, show_default=True, type=click.IntRange(2))
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Images.")
+@click.option("--lrs", default=13, show_default=True, type=click.IntRange(2), help="Of the grid.")
+@click.option("--device", default="cpu", show_default=True)
+@bench_options(threads=1)
+def bench_linear(
+    data: str | None,
+    rounds: int,
+    threads: int,
+    seconds: float | None,
+    out: str | None,
+    **shape: Any,
+) -> None:
+    """Seconds an epoch of one linear probe and of a grid, over images and over cached features."""
+    from xdino_launch import bench_linear as rooms
+    from xdino_launch.bench import Protocol
+
+    protocol = Protocol(rounds, threads, seconds)
+    finish_bench(rooms.linear(rooms.LinearShape(**shape), data, protocol), out)
+
+
 @bench.command("scaling")
 @click.option("--arch", default="xcit_small_12_p16", show_default=True)
 @click.option("--against", default="vit_small_patch16_224", show_default=True, help="Of timm.")

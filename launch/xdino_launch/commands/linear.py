@@ -1,9 +1,9 @@
 """`xdino linear`."""
 
-from dataclasses import replace
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
@@ -33,8 +33,19 @@ from xdino_launch.commands.options import (
 @click.option("--features", help="Grid: any of class,patches,both; class by default.")
 @click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--save-head", type=click.Path(), help="SGD: keep the head, as safetensors.")
+@click.option("--save-head", type=click.Path(dir_okay=False), help="Keep the probe in this file.")
+@click.option("--apply", "probe", metavar="HEAD", help="Score with a saved probe, train nothing.")
+@click.option(
+    "--split", type=click.Choice(["train", "val"]), help="--apply: of DATA; val by default."
+)
+@click.option(
+    "--predictions",
+    type=click.Path(dir_okay=False),
+    help="--apply: write image, prediction, probability, label as CSV; DATA needs no labels then.",
+)
+@click.pass_context
 def linear(
+    ctx: click.Context,
     protocol: str,
     epochs: int,
     lr: float,
@@ -44,23 +55,33 @@ def linear(
     cs: str,
     seed: int,
     save_head: str | None,
+    probe: str | None,
+    split: str | None,
+    predictions: str | None,
     **options: Any,
 ) -> None:
     """A linear probe of the frozen features, trained on train/, scored on val/.
 
-    The protocols over images leave their state after each epoch beside the results; the same
-    command goes on from there.
+    Long probes leave their state beside the results; the same command goes on from there. A
+    saved probe (--save-head, by any protocol) is used on other images by --apply.
     """
+    if probe is not None:
+        _apply(ctx, probe, split, predictions, options)
+        return
+    for name, value in {"--split": split, "--predictions": predictions}.items():
+        if value is not None:
+            raise UsageError(f"{name} belongs to --apply HEAD, a probe that --save-head kept")
     if lr <= 0:
         raise UsageError(f"--lr must be above 0, got {lr}")
     chosen = {"--lrs": lrs, "--wds": wds, "--features": features}
     for name, value in chosen.items():
         if value is not None and not protocol.startswith("grid"):
             raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
-    from xdino_eval import linear as rooms
-    from xdino_eval.grid import Grid, Tokens, grid_probe, grid_probe_features
-    from xdino_eval.logistic import GRIDS, logistic_probe
+    from xdino_eval.grid import Grid
+    from xdino_eval.linear import Sgd
+    from xdino_eval.logistic import GRIDS
     from xdino_launch.evaluate import Subject
+    from xdino_launch.probing import train
 
     given: dict[str, Any] = {
         "lrs": numbers(lrs, "lrs"),
@@ -69,32 +90,32 @@ def linear(
     }
     many = Grid(**{name: values for name, values in given.items() if values is not None})
     strengths = cs if cs in GRIDS else numbers(cs, "c")
+    how = Sgd(epochs=epochs, batch_size=options["batch_size"], lr=lr, seed=seed)
     subject = Subject.open(**subject_options(options))
-    how = rooms.Sgd(epochs=epochs, batch_size=options["batch_size"], lr=lr, seed=seed)
     kept = results_file(options["weights"], options["out"])
-    over_images: dict[str, Any] = {
-        "transform": subject.transform,
-        "how": how,
-        "device": subject.device,
-        "workers": options["workers"],
-        "precision": options["precision"],
-        "save_to": save_head,
-        "progress": subject.progress("epoch"),
-        "keep_in": kept.parent if kept else None,
-    }
-    three = subject.backbone, subject.train, subject.val
-    if protocol == "sgd":
-        row = rooms.sgd_probe(*three, **over_images)
-    elif protocol == "grid":
-        row = grid_probe(*three, grid=many, **over_images)
-    elif protocol == "grid-features":
-        network = Tokens(subject.backbone, many.features)
-        train, val = replace(subject, backbone=network).features()
-        row = grid_probe_features(train, val, many, how, save_to=save_head)
-    else:
-        train, val = subject.features()
-        if protocol == "sgd-features":
-            row = rooms.sgd_probe_features(train, val, how, save_to=save_head)
-        else:
-            row = logistic_probe(train, val, strengths or "default", seed=seed)
-    finish(subject.sign([row]), options["weights"], options["out"], options["as_json"])
+    keep_in = kept.parent if kept else None
+    row, done = train(subject, protocol, how, many, strengths or "default", keep_in, save_head)
+    finish([row], options["weights"], options["out"], options["as_json"])
+    done.settled()
+
+
+def _apply(
+    ctx: click.Context,
+    probe: str,
+    split: str | None,
+    predictions: str | None,
+    options: dict[str, Any],
+) -> None:
+    """`--apply`: options that only training has are refused."""
+    training = ("protocol", "epochs", "lr", "lrs", "wds", "features", "cs", "seed", "save_head")
+    for name in training:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = {"cs": "c"}.get(name, name).replace("_", "-")
+            raise UsageError(f"--apply trains nothing: leave out --{option}")
+    from xdino_launch.probing import use
+
+    rows = use(subject_options(options), probe, split, predictions)
+    if predictions is not None:
+        click.echo(f"predictions: {predictions}", err=True)
+    if rows:
+        finish(rows, options["weights"], options["out"], options["as_json"])

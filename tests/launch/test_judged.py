@@ -1,0 +1,171 @@
+"""Evaluation during and after pretraining: what it leaves, and that it disturbs nothing."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdino import checkpoint, config
+from xdino.errors import RunFailed, UsageError
+from xdino.train import pretrain
+from xdino_eval import evaluate
+from xdino_launch import local
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Dark and bright images in train/ and val/."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 12)):
+        for number in range(count):
+            name = "dark" if number % 2 else "bright"
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 90, (24, 24, 3)) + 160 * (name == "bright")
+            Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def tiny(folder):
+    def make(**evaluate) -> config.Config:
+        return config.parse(
+            {
+                "model": {
+                    "arch": "xcit_nano_12_p8",
+                    "embed_dim": 32,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "drop_path": 0.3,  # training draws from torch's generator
+                },
+                "head": {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 8},
+                "crops": {"global_size": 24, "local_size": 16, "local_count": 2},
+                "data": {"path": str(folder)},
+                "optim": {"warmup_epochs": 1},
+                "train": {"epochs": 2, "batch_size": 8},
+                "evaluate": evaluate,
+                "runtime": {
+                    "device": "cpu",
+                    "workers": 1,
+                    "log_every": 1,
+                    "keep_every": 0,
+                    "wandb": "offline",
+                },
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def wandb(monkeypatch):
+    """A stand-in for wandb: the rows that reach it, in order."""
+    rows: list[dict] = []
+    run = SimpleNamespace(log=rows.append, finish=lambda: None, define_metric=lambda *a, **k: None)
+    stub = SimpleNamespace(init=lambda **how: run, Settings=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    return rows
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_evaluation_leaves_numbers_and_the_same_bits(tiny, tmp_path, wandb, capsys):
+    plain, judged = tmp_path / "plain", tmp_path / "judged"
+    local.run_pretraining(tiny(), plain)
+    assert not (plain / "results.json").exists()
+    wandb.clear()
+    local.run_pretraining(tiny(every=1, linear="logistic", limit=20), judged)
+    one, two = (checkpoint.load_state(r / "checkpoints" / "last.pt") for r in (plain, judged))
+    for role in ("student", "teacher"):
+        assert one["learner"][role].keys() == two["learner"][role].keys()
+        for name, value in one["learner"][role].items():
+            assert torch.equal(value, two["learner"][role][name]), name
+    assert torch.equal(one["rng"][0]["torch"], two["rng"][0]["torch"])
+    sums = [checkpoint.sha256(r / "backbone.safetensors") for r in (plain, judged)]
+    assert sums[0] == sums[1]
+
+    (row,) = json.loads((judged / "results.json").read_text())
+    assert (row["protocol"], row["checkpoint"]) == ("linear, logistic regression", sums[1])
+    assert (row["train_size"], row["val_size"]) == (20, 12)
+    assert row["features"] == "teacher, iteration 6"
+    assert row["settings"][evaluate.AT_END] == 20
+    told = metrics(judged)
+    assert [r["iteration"] for r in told if "knn_top1" in r] == [3, 6]
+    assert told[-1] == {
+        "iteration": 6,
+        "epoch": 2,
+        "linear_top1": pytest.approx(row["top1"]),
+        "linear_top5": 100.0,
+    }
+    assert wandb == told, "k-NN and the probe reach wandb too"
+    assert "linear_top1" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_probe_comes_back_to_it(tiny, tmp_path, monkeypatch):
+    configuration = tiny(linear="grid")
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "linear_at_end", kill)
+        with pytest.raises(KeyboardInterrupt):
+            local.run_pretraining(configuration, tmp_path)
+    before = checkpoint.sha256(tmp_path / "backbone.safetensors")
+    for _ in range(2):
+        local.run_pretraining(configuration, tmp_path)
+        (row,) = json.loads((tmp_path / "results.json").read_text())
+        assert row["protocol"] == "linear, SGD grid on features"
+        assert sum("linear_top1" in r for r in metrics(tmp_path)) == 1
+    assert checkpoint.sha256(tmp_path / "backbone.safetensors") == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), RunFailed("3 features are not finite"), MemoryError()]
+)
+def test_an_evaluation_that_fails_costs_its_number_alone(
+    tiny, tmp_path, monkeypatch, capsys, error
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluate, "extract", fail)
+    path = local.run_pretraining(tiny(every=1, linear="logistic"), tmp_path)
+    assert checkpoint.load_backbone(path).weights["iteration"] == 6
+    shown = capsys.readouterr().err
+    assert shown.count("the evaluation after epoch") == 2
+    assert "training goes on" in shown
+    assert "the linear probe at the end failed" in shown
+    assert [r["iteration"] for r in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_defect_is_not_hidden(tiny, tmp_path):
+    def evaluator(_):
+        raise TypeError("a mistake of ours")
+
+    with pytest.raises(TypeError, match="of ours"):
+        pretrain(tiny(every=1), tmp_path, evaluator=evaluator)
+
+
+def test_damaged_results_are_left_alone_and_the_run_is_whole(tiny, tmp_path, capsys):
+    local.run_pretraining(tiny(linear="logistic"), tmp_path)
+    (tmp_path / "results.json").write_text("[1, 2")
+    local.run_pretraining(tiny(linear="logistic"), tmp_path)
+    assert "does not hold result rows" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == "[1, 2"
+
+
+def test_a_probe_needs_labels_before_anything_is_trained(tiny, folder, tmp_path):
+    flat = str(folder / "train" / "dark")
+    with pytest.raises(UsageError, match=r"evaluate.linear asks for a probe.*--evaluate.linear"):
+        local.run_pretraining(tiny(linear="grid", data=flat), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=r"evaluate.linear cannot be 'svm'"):
+        tiny(linear="svm")
