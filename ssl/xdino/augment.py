@@ -20,7 +20,6 @@ from threading import Thread
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 ATTEMPTS = 10  # boxes tried per view before the central fallback, as torchvision does
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -267,15 +266,17 @@ def crop(
     The box is cut first, so the filter never reads past its edge, as in the published pipeline.
     """
     top, left, height, width = box
-    part = torch.from_numpy(image)[None, top : top + height, left : left + width]  # [1, h, w, C]
-    # The batch dimension has to come before the permutation: only then are the strides those of
-    # torch.channels_last, for which the uint8 kernel needs no unpacking and is twice as fast.
-    resized = F.interpolate(
-        part.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True
-    ).permute(0, 2, 3, 1)[0]
     if out is None:
-        return np.ascontiguousarray(resized.numpy())
-    out[:] = resized.numpy()
+        out = np.empty((size, size, image.shape[2]), np.uint8)
+    elif not out.flags.c_contiguous:  # the uint8 kernel would write as if it were
+        out[:] = crop(image, box, size)
+        return out
+    part = image[top : top + height, left : left + width]
+    # What F.interpolate(mode="bicubic", antialias=True) calls, but straight into `out`, and cut by
+    # numpy, which saves a third of what a small crop costs. The strides of `target` are those of
+    # torch.channels_last, for which the uint8 kernel needs no unpacking and is twice as fast.
+    source, target = (torch.from_numpy(x[None].transpose(0, 3, 1, 2)) for x in (part, out))
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, (size, size), False, out=target)
     return out
 
 

@@ -30,7 +30,7 @@ _TILE = 4096  # pixels of a band, about: a plane of it is 16 kB
 # numba computes in float64 as soon as one number is a Python float, so constants are typed. They
 # become part of the compiled code: numba's cache knows this file's date, not that of others.
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX, _TOP = (np.float32(x) for x in (0, 1, 2, 3, 4, 6, 255))
-_TINY = np.float32(1e-6)
+_TINY, _SIXTH = np.float32(1e-6), np.float32(1 / 6)
 _RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
 
 # Sums may be taken in lanes and multiply-adds fused; no value is infinite or NaN. Divisions stay
@@ -162,7 +162,7 @@ def _hue(tile: np.ndarray, n: int, turn: np.float32) -> None:
         else:
             sector = red - green + _FOUR * chroma
         sector = sector / max(chroma, _TINY) + sixths
-        sector -= _SIX * np.floor(sector / _SIX)  # in [0, 6)
+        sector -= _SIX * np.floor(sector * _SIXTH)  # in [0, 6)
         # Each channel is a tent of the hue, as in the eager path.
         tile[0, x] = low + chroma * (min(max(abs(sector - _THREE), _ONE), _TWO) - _ONE)
         tile[1, x] = low + chroma * (_TWO - min(max(abs(sector - _TWO), _ONE), _TWO))
