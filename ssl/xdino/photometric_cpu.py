@@ -25,6 +25,9 @@ from numba.core.errors import NumbaError
 
 from xdino.augment import BRIGHTNESS, CONTRAST, LUMA, SATURATION, TABLE_DTYPE
 
+if numba.config.DISABLE_JIT:  # the loops below are hopeless in the interpreter
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 _TILE = 4096  # pixels of a band, about: a plane of it is 16 kB
 
 # numba computes in float64 as soon as one number is a Python float, so constants are typed. They
