@@ -26,6 +26,7 @@ from xdino.checkpoint import BACKBONE_FILE, load_backbone, written_beside
 from xdino.config import Crops
 from xdino.data import Source, epoch_order
 from xdino.errors import RunFailed
+from xdino.photometric import photometric
 from xdino.plan import photometric_of, resolve_device
 from xdino.run import CONFIG_FILE
 from xdino_eval.features import Progress, autocast, device_of, evaluating, extract, read_batches
@@ -244,7 +245,7 @@ def view_features(
             if len(batch.indices):
                 table = augment.draw_batch(views, seed, 0, batch.indices).T.reshape(-1)  # [B * q]
                 pixels = batch.images.flatten(0, 1).to(device)
-                features = backbone(augment.photometric(pixels, table, views)).float().cpu()
+                features = backbone(photometric(pixels, table, views)).float().cpu()
                 out.append(features.unflatten(0, (-1, q)))
             if progress:
                 progress(done, len(indices))

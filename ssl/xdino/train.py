@@ -27,6 +27,7 @@ from xdino import config as configuration
 from xdino.config import Config
 from xdino.errors import RunFailed, Stopped, UsageError
 from xdino.learner import Learner
+from xdino.photometric import photometric
 from xdino.plan import Plan, build_learner, make_plan
 from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
 
@@ -55,7 +56,7 @@ def to_device(
         V, B = pixels.shape[:2]
         table = batch.table[first : first + V].reshape(-1)
         views = pixels.to(device, non_blocking=True).flatten(0, 1)
-        groups.append(augment.photometric(views, table, crops).unflatten(0, (V, B)))
+        groups.append(photometric(views, table, crops).unflatten(0, (V, B)))
         first += V
     return groups
 

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -106,6 +108,18 @@ def test_crop_writes_into_its_place(channels):
     image = np.random.default_rng(0).integers(0, 256, (31, 47, channels), dtype=np.uint8)
     batch = np.zeros((3, 16, 16, channels), np.uint8)
     box = np.array([2, 3, 20, 30])
+    part = torch.from_numpy(image)[None, 2:22, 3:33].permute(0, 3, 1, 2)
+    expected = F.interpolate(part, (16, 16), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     crop(image, box, 16, batch[1])
-    assert (batch[1] == crop(image, box, 16)).all()
+    assert (batch[1] == expected.numpy()).all()
+    assert (crop(image, box, 16) == batch[1]).all()
     assert not batch[[0, 2]].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_crop_writes_between_other_columns(channels):
+    image = np.random.default_rng(0).integers(0, 256, (31, 47, channels), dtype=np.uint8)
+    wide = np.zeros((16, 20, channels), np.uint8)
+    crop(image, np.array([2, 3, 20, 30]), 16, wide[:, 2:18])
+    assert (wide[:, 2:18] == crop(image, np.array([2, 3, 20, 30]), 16)).all()
+    assert not wide[:, [0, 1, 18, 19]].any()

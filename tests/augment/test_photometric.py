@@ -1,4 +1,8 @@
-"""Every photometric stage against torchvision and Pillow on the same pixels and parameters."""
+"""Every photometric stage against torchvision and Pillow on the same pixels and parameters.
+
+Everything here runs on both paths, the compiled and the eager one; test_photometric_cpu.py compares
+the two with each other.
+"""
 
 import numpy as np
 import pytest
@@ -7,19 +11,18 @@ import torchvision.transforms.functional as tvf
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 
-from xdino import augment
+from xdino import photometric as room
 from xdino.augment import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     SATURATION,
-    blur_kernels,
     boxes,
     crop,
     draw_batch,
     multi_crop,
-    photometric,
 )
+from xdino.photometric import blur_kernels
 
 #: Stage -> (mean, 99.9th percentile) of the absolute difference from Pillow, in levels of 0..255.
 #: Pillow truncates to whole levels after each operation (0.5 on average), keeps hues in 256 steps,
@@ -50,6 +53,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["compiled", "eager"])
+def photometric(request):
+    """The same function on either path; no falling back in silence."""
+    if request.param == "eager":
+        return room.photometric_eager
+    assert room._compiled() is not None
+    return room.photometric
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,7 @@ def by_pillow(pixels: np.ndarray, row: np.void, stages: tuple[str, ...]) -> np.n
 
 
 @pytest.mark.parametrize("stage", BOUNDS)
-def test_stage_against_pillow(batch, stage):
+def test_stage_against_pillow(photometric, batch, stage):
     crops, table = batch
     if stage != "all":
         table = only(table, stage)
@@ -113,7 +125,7 @@ def test_stage_against_pillow(batch, stage):
     assert np.percentile(difference, 99.9) <= high + 2e-4
 
 
-def test_jitter_is_torchvisions_in_floating_point(batch):
+def test_jitter_is_torchvisions_in_floating_point(photometric, batch):
     """Without Pillow's rounding there is no difference left but the contrast's whole mean."""
     crops, table = batch
     for stage, (column, operation) in FACTORS.items():
@@ -130,7 +142,7 @@ def test_jitter_is_torchvisions_in_floating_point(batch):
         assert (ours - theirs).abs().max() * 255 <= bound, stage
 
 
-def test_order_of_the_jitter_matters_and_is_kept(batch):
+def test_order_of_the_jitter_matters_and_is_kept(photometric, batch):
     crops, table = batch
     table = only(table, "jitter")
     table["factor"] = [1.4, 0.6, 1.2, 0.1]
@@ -139,7 +151,7 @@ def test_order_of_the_jitter_matters_and_is_kept(batch):
     assert (first - photometric(crops, table, PLAIN)).abs().mean() * 255 > 0.5
 
 
-def test_normalisation_and_type(batch):
+def test_normalisation_and_type(photometric, batch):
     crops, table = batch
     off = only(table, "none")
     spec = multi_crop()
@@ -153,9 +165,11 @@ def test_normalisation_and_type(batch):
     assert torch.equal(half, result.bfloat16())
 
 
-def test_the_same_bits_for_any_number_of_threads_and_nearly_for_any_batch(batch, monkeypatch):
+def test_the_same_bits_for_any_number_of_threads_and_nearly_for_any_batch(
+    photometric, batch, monkeypatch
+):
     crops, table = batch
-    monkeypatch.setattr(augment, "_BLOCK_FLOATS", 4 * 96 * 96 * 3)  # 8 blocks
+    monkeypatch.setattr(room, "_BLOCK_FLOATS", 4 * 96 * 96 * 3)  # 8 blocks
     whole = photometric(crops, table, PLAIN)
     assert torch.equal(whole, photometric(crops, table, PLAIN))
     torch.set_num_threads(2)
@@ -167,16 +181,16 @@ def test_the_same_bits_for_any_number_of_threads_and_nearly_for_any_batch(batch,
     torch.testing.assert_close(part, whole[torch.from_numpy(some)], atol=2e-6, rtol=0)
 
 
-def test_works_under_inference_mode_with_threads(batch, monkeypatch):
+def test_works_under_inference_mode_with_threads(photometric, batch, monkeypatch):
     crops, table = batch
-    monkeypatch.setattr(augment, "_BLOCK_FLOATS", 4 * 96 * 96 * 3)
+    monkeypatch.setattr(room, "_BLOCK_FLOATS", 4 * 96 * 96 * 3)
     expected = photometric(crops, table, PLAIN)
     torch.set_num_threads(2)
     with torch.inference_mode():
         assert torch.equal(expected, photometric(crops.clone(), table, PLAIN))
 
 
-def test_one_channel_takes_what_is_defined_for_it(batch):
+def test_one_channel_takes_what_is_defined_for_it(photometric, batch):
     crops, table = batch
     spec = multi_crop(mean=(0,), std=(1,))
     gray = crops[..., :1].contiguous()
@@ -196,14 +210,14 @@ def test_one_channel_takes_what_is_defined_for_it(batch):
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_other_numbers_of_channels_run(batch, channels):
+def test_other_numbers_of_channels_run(photometric, batch, channels):
     crops, table = batch
     spec = multi_crop(mean=(0.5,) * channels, std=(1,) * channels)
     many = crops[..., [0, 1, 2, 0][:channels]].contiguous()
     assert photometric(many, table, spec).isfinite().all()
 
 
-def test_crops_smaller_than_the_blur(batch):
+def test_crops_smaller_than_the_blur(photometric, batch):
     crops, table = batch
     tiny = crops[:, :2, :3].contiguous()
     result = photometric(tiny, only(table, "blur"), PLAIN)
@@ -221,7 +235,7 @@ def test_blur_kernels_sum_to_one_and_have_the_right_width():
     np.testing.assert_allclose(variance, radius**2, rtol=1e-9)
 
 
-def test_shapes_that_disagree_are_named(batch):
+def test_shapes_that_disagree_are_named(photometric, batch):
     crops, table = batch
     with pytest.raises(ValueError, match="one entry per crop"):
         photometric(crops, table[:3], PLAIN)
