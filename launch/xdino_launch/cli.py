@@ -19,6 +19,7 @@ from xdino_launch.commands import (
     pictures,
     pretraining,
     showing,
+    suite,
     weights,
 )
 from xdino_launch.commands.options import Commands
@@ -39,6 +40,9 @@ for command in (
     linear.linear,
     features.features,
     features.quality,
+    suite.retrieval,
+    suite.copydetection,
+    suite.davis,
     pictures.attention,
     weights.export,
     showing.report,
