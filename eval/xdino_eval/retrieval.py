@@ -266,7 +266,7 @@ def evaluate(
         protocol="retrieval",
         settings={
             "size": size,
-            "scales": [round(scale, 4) for scale in SCALES] if scales else [1.0],
+            "scales": ", ".join(f"{scale:.3g}" for scale in (SCALES if scales else (1.0,))),
             "queries": "cropped" if crop_queries else "whole",
         },
         top1=None,

@@ -1,12 +1,14 @@
 """The published retrieval, copy detection and video segmentation beside ours, on made sets.
 
-    python tests/benchmarks/published_suite.py DINO_DIR [--scorer DAVIS_DIR]
+    python tests/benchmarks/published_suite.py DINO_DIR [--xcit XCIT_DIR] [--scorer DAVIS_DIR]
 
-DINO_DIR is a checkout of facebookresearch/dino, DAVIS_DIR one of
+DINO_DIR is a checkout of facebookresearch/dino, XCIT_DIR one of facebookresearch/xcit (retrieval is
+the one of the three that takes an XCiT there), DAVIS_DIR one of
 davisvideochallenge/davis2017-evaluation. Their scripts run whole and unchanged, as `__main__`, in
 processes of their own, on the CPU; what that needs is replaced from outside, in `shims`. OpenCV
 (`cv2`) must be importable for the video scripts. Both sides get one vit_tiny/16 with the same
-weights: random, spread out so that patches differ, the last norm's bias centring the features.
+weights: random, spread out so that patches differ, the last norm's bias centring the features; so does
+xcit_nano_12_p16.
 Nothing here measures time.
 """
 
@@ -22,20 +24,27 @@ import subprocess
 import sys
 import tempfile
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-SHARED = {"seed": 0, "arch": "vit_tiny", "patch": 16}
+SEED = 0
 
 
 # --- the published side -----------------------------------------------------------------------
 
 
-def shims(dino: Path) -> None:
+def shims(dino: Path, xcit: Path | None) -> None:
     """One process, no GPU, no network, and the names that newer libraries dropped."""
+    if xcit is not None:
+        from xdino_launch.bench_reference import load_xcit
+
+        published = load_xcit(xcit)
+        torch.hub.load = lambda _, arch, **how: getattr(published, arch)(**how)
     sys.path.insert(0, str(dino))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -60,9 +69,9 @@ def shims(dino: Path) -> None:
     utils.init_distributed_mode = alone
 
 
-def run_published(dino: Path, script: str, arguments: list[str]) -> None:
+def run_published(dino: Path, xcit: Path | None, script: str, arguments: list[str]) -> None:
     """Run one published script as it stands; in a process of its own."""
-    shims(dino)
+    shims(dino, xcit)
     sys.argv = [script, *arguments]
     runpy.run_path(str(dino / script), run_name="__main__")
 
@@ -181,15 +190,19 @@ def make_davis(root: Path, rng: np.random.Generator) -> None:
     (root / "ImageSets/2017/val.txt").write_text("wide\ntall\n")
 
 
-def make_weights(dino: Path, path: Path) -> None:
-    """A published vit_tiny whose random features tell patches and images apart."""
-    sys.path.insert(0, str(dino))
-    import vision_transformer
+@dataclass(frozen=True)
+class Network:
+    """names: the published one and ours. path: of its weights."""
 
-    torch.manual_seed(SHARED["seed"])
-    model = vision_transformer.vit_tiny(patch_size=SHARED["patch"], num_classes=0).eval()
+    published: tuple[str, ...]
+    ours: str
+    path: Path
+
+
+def spread(model: nn.Module, path: Path) -> None:
+    """Save random weights that tell patches and images apart, features about zero."""
     rng = np.random.default_rng(1)
-    for name, value in model.named_parameters():
+    for name, value in model.eval().named_parameters():
         if value.ndim > 1 and "pos_embed" not in name:
             value.data *= 4
     shown = np.stack([texture(rng, 224, 224) for _ in range(16)])
@@ -197,6 +210,25 @@ def make_weights(dino: Path, path: Path) -> None:
     with torch.no_grad():
         model.norm.bias -= model(images).mean(0)
     torch.save(model.state_dict(), path)
+
+
+def make_vit(dino: Path, folder: Path) -> Network:
+    sys.path.insert(0, str(dino))
+    import vision_transformer
+
+    torch.manual_seed(SEED)
+    path = folder / "vit_tiny.pth"
+    spread(vision_transformer.vit_tiny(patch_size=16, num_classes=0), path)
+    return Network(("--arch", "vit_tiny", "--patch_size", "16"), "vit_tiny_patch16_224", path)
+
+
+def make_xcit(xcit: Path, folder: Path) -> Network:
+    from xdino_launch.bench_reference import load_xcit
+
+    torch.manual_seed(SEED)
+    path, name = folder / "xcit_nano.pth", "xcit_nano_12_p16"
+    spread(getattr(load_xcit(xcit), name)(num_classes=0), path)
+    return Network(("--arch", name), name, path)
 
 
 # --- side by side -----------------------------------------------------------------------------
@@ -211,23 +243,25 @@ def child(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def ours(command: str, weights: Path, *arguments: str | Path) -> dict[str, float]:
-    """The metrics that `xdino COMMAND` gives."""
-    arch = f"{SHARED['arch']}_patch{SHARED['patch']}_224"
-    text = child("-m", "xdino_launch", command, weights, "--arch", arch, "--json", *arguments)
-    return json.loads(text)[0]["metrics"]
-
-
 class Sides:
-    """Prints figures beside each other and remembers whether all agreed."""
+    """Runs both sides, prints figures beside each other, remembers whether all agreed."""
 
-    def __init__(self, dino: Path, weights: Path) -> None:
-        self.dino, self.weights, self.equal = dino, weights, True
+    def __init__(self, dino: Path, xcit: Path | None) -> None:
+        self.dino, self.xcit, self.equal = dino, xcit, True
 
-    def published(self, script: str, *arguments: str | Path) -> str:
-        common = ("--arch", SHARED["arch"], "--patch_size", str(SHARED["patch"]))
-        common += ("--pretrained_weights", str(self.weights))
-        return child(__file__, self.dino, "--script", script, *common, *arguments)
+    def published(self, network: Network, script: str, *arguments: str | Path) -> str:
+        """What a published script printed."""
+        shimmed = [] if self.xcit is None else ["--xcit", self.xcit]
+        weights = ("--pretrained_weights", network.path)
+        return child(
+            __file__, self.dino, *shimmed, "--script", script, *network.published, *weights,
+            *arguments,
+        )  # fmt: skip
+
+    def ours(self, network: Network, command: str, *arguments: str | Path) -> dict[str, float]:
+        """The metrics that `xdino COMMAND` gives."""
+        how = ("--arch", network.ours, "--json", *arguments)
+        return json.loads(child("-m", "xdino_launch", command, network.path, *how))[0]["metrics"]
 
     def show(self, name: str, theirs: float, mine: float, decimals: int) -> None:
         same = round(theirs, decimals) == round(mine, decimals)
@@ -236,16 +270,16 @@ class Sides:
         print(f"{name:<46} {theirs:12.{decimals}f} {mine:12.{decimals}f}  {verdict}")
 
 
-def compare_retrieval(sides: Sides, root: Path) -> None:
+def compare_retrieval(sides: Sides, network: Network, root: Path) -> None:
     for scales in (False, True):
         text = sides.published(
-            "eval_image_retrieval.py", "--data_path", root, "--multiscale", str(scales),
+            network, "eval_image_retrieval.py", "--data_path", root, "--multiscale", str(scales),
             "--use_cuda", "false", "--num_workers", "0",
         )  # fmt: skip
-        found = ours(
-            "retrieval", sides.weights, "--data", root, *(["--multiscale"] if scales else [])
+        found = sides.ours(
+            network, "retrieval", "--data", root, *(["--multiscale"] if scales else [])
         )
-        what = "retrieval, 3 scales" if scales else "retrieval, 1 scale"
+        what = f"{network.ours.split('_')[0]} retrieval, {'3 scales' if scales else '1 scale'}"
         medium, hard = re.search(r"mAP M: ([\d.]+), H: ([\d.]+)", text).groups()
         sides.show(f"{what}: mAP medium", float(medium), found["mAP medium"], 2)
         sides.show(f"{what}: mAP hard", float(hard), found["mAP hard"], 2)
@@ -256,17 +290,17 @@ def compare_retrieval(sides: Sides, root: Path) -> None:
                 sides.show(f"{what}: mP@{kappa} {kind}", float(value), mine, 2)
 
 
-def compare_copies(sides: Sides, root: Path) -> None:
+def compare_copies(sides: Sides, network: Network, root: Path) -> None:
     data, none = root / "copydays", root / "none"
     for white in (False, True):
         distractors, whitening = root / "distractors", root / "whitening"
         text = sides.published(
-            "eval_copy_detection.py", "--data_path", data, "--imsize", "48", "--num_workers", "0",
-            "--use_cuda", "false", "--distractors_path", distractors,
+            network, "eval_copy_detection.py", "--data_path", data, "--imsize", "48",
+            "--num_workers", "0", "--use_cuda", "false", "--distractors_path", distractors,
             "--whitening_path", whitening if white else none,
         )  # fmt: skip
-        found = ours(
-            "copydetection", sides.weights, "--data", data, "--size", "48", "--distractors",
+        found = sides.ours(
+            network, "copydetection", "--data", data, "--size", "48", "--distractors",
             distractors, *(["--whitening", whitening] if white else []),
         )  # fmt: skip
         what = "copies, whitened" if white else "copies"
@@ -274,10 +308,12 @@ def compare_copies(sides: Sides, root: Path) -> None:
             sides.show(f"{what}: mAP {block}", float(value), found[f"mAP {block}"] / 100, 3)
 
 
-def compare_davis(sides: Sides, root: Path, scorer: Path | None) -> None:
+def compare_davis(sides: Sides, network: Network, root: Path, scorer: Path | None) -> None:
     theirs, mine = root.parent / "masks_published", root.parent / "masks_ours"
-    sides.published("eval_video_segmentation.py", "--data_path", root, "--output_dir", theirs)
-    found = ours("davis", sides.weights, "--data", root, "--out", mine)
+    sides.published(
+        network, "eval_video_segmentation.py", "--data_path", root, "--output_dir", theirs
+    )
+    found = sides.ours(network, "davis", "--data", root, "--out", mine)
     pixels = differing = objects = 0
     for path in sorted(theirs.rglob("*.png")):
         with Image.open(path) as a, Image.open(mine / path.relative_to(theirs)) as b:
@@ -299,6 +335,7 @@ def compare_davis(sides: Sides, root: Path, scorer: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dino", type=Path)
+    parser.add_argument("--xcit", type=Path)
     parser.add_argument("--scorer", type=Path)
     parser.add_argument("--keep", type=Path, help="Folder for the made sets; else a temporary one.")
     parser.add_argument("--only", default="retrieval,copies,davis", help="Which of them.")
@@ -306,29 +343,30 @@ def main() -> None:
     parser.add_argument("--score", nargs=2, type=Path, help=argparse.SUPPRESS)
     known, rest = parser.parse_known_args()
     if known.script:
-        return run_published(known.dino, known.script, rest)
+        return run_published(known.dino, known.xcit, known.script, rest)
     if known.score:
         return run_scorer(known.dino, *known.score)
     if rest:
         parser.error(f"unknown: {' '.join(rest)}")
-    rng = np.random.default_rng(SHARED["seed"])
+    rng = np.random.default_rng(SEED)
     with contextlib.ExitStack() as stack:
         root = known.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(parents=True, exist_ok=True)
-        weights = root / "vit_tiny.pth"
-        make_weights(known.dino, weights)
-        sides = Sides(known.dino, weights)
+        vit = make_vit(known.dino, root)
+        sides = Sides(known.dino, known.xcit)
         print(f"{'':<46} {'published':>12} {'ours':>12}")
         chosen = known.only.split(",")
         if "retrieval" in chosen:
             make_retrieval(root / "retrieval", rng)
-            compare_retrieval(sides, root / "retrieval")
+            compare_retrieval(sides, vit, root / "retrieval")
+            if known.xcit is not None:
+                compare_retrieval(sides, make_xcit(known.xcit, root), root / "retrieval")
         if "copies" in chosen:
             make_copydays(root, rng)
-            compare_copies(sides, root)
+            compare_copies(sides, vit, root)
         if "davis" in chosen:
             make_davis(root / "davis", rng)
-            compare_davis(sides, root / "davis", known.scorer)
+            compare_davis(sides, vit, root / "davis", known.scorer)
     print("all equal" if sides.equal else "NOT all equal")
     sys.exit(0 if sides.equal else 1)
 

@@ -69,7 +69,7 @@ def test_scales_of_flat_images_change_nothing(folder, colours):
     once = evaluate(colours, benchmark, crop_queries=True)
     often = evaluate(colours, benchmark, crop_queries=True, scales=True)
     assert often.metrics == pytest.approx(once.metrics)
-    assert often.settings["scales"] == [1.0, 0.7071, 0.5]
+    assert often.settings["scales"] == "1, 0.707, 0.5"
 
 
 def test_average_precision():
