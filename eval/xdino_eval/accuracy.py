@@ -56,3 +56,16 @@ def top1_top5(rank: Tensor) -> tuple[float, float]:
     """Per cent of `rank` (int64 [M], from `ranks`) below 1 and below 5."""
     top1, top5 = (100.0 * (rank < k).sum().item() / len(rank) for k in (1, 5))
     return top1, top5
+
+
+def average_precision(ranks: np.ndarray, positives: int) -> float:
+    """The area under precision over recall, by trapezoids, 0..1.
+
+    Args:
+        ranks: ascending ranks of the positives that were found, from 0.
+        positives: how many there are.
+    """
+    found = np.arange(len(ranks))
+    before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
+    after = (found + 1) / (ranks + 1)
+    return float((before + after).sum() / 2 / positives)

@@ -21,17 +21,19 @@ LONGEST_SETTING = 16  # characters of a setting that a table shows
 
 @dataclass(frozen=True)
 class Row:
-    """One measured accuracy and its protocol.
+    """One measurement and its protocol.
 
-    `top1` and `top5` are in per cent, `seconds` is the wall clock of the evaluation (for cached
-    features without their extraction), sizes count the images that could be read. `checkpoint` is
-    a SHA-256 or a name, `features` says which: "teacher, iteration 1234" or "raw pixels".
+    `top1` and `top5` are in per cent, None for what is no classification; such a row has named
+    `metrics` instead ("mAP medium", "J mean"), in per cent too. `seconds` is the wall clock of the
+    evaluation (for cached features without their extraction), sizes count the images that could be
+    read. `checkpoint` is a SHA-256 or a name, `features` says which: "teacher, iteration 1234" or
+    "raw pixels".
     """
 
     protocol: str
     settings: dict[str, Any]
-    top1: float
-    top5: float
+    top1: float | None
+    top5: float | None
     data: str
     transform: str
     train_size: int
@@ -40,6 +42,7 @@ class Row:
     features: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
@@ -64,7 +67,7 @@ def load(path: Path | str) -> list[Row]:
         if not isinstance(entries, list):
             raise ValueError("not a list")
         for entry in entries:
-            if set(entry) != names:
+            if set(entry) | {"metrics"} != names:  # rows of before metrics have none
                 raise ValueError(f"a row with the fields {sorted(entry)}")
         return [Row(**entry) for entry in entries]
     except (ValueError, TypeError) as error:
@@ -92,10 +95,14 @@ def append(path: Path | str, rows: Sequence[Row]) -> None:
 
 
 def table(rows: Iterable[Row]) -> Table:
-    """The rows for a terminal: accuracies in per cent, one line a row."""
+    """The rows for a terminal: accuracies in per cent, one line a row, metrics where there are any."""
+    rows = list(rows)
+    named = any(row.metrics for row in rows)
     out = Table(title=None, header_style="bold", pad_edge=False)
     for name in ("protocol", "settings", "features", "data"):
         out.add_column(name, overflow="fold")
+    if named:
+        out.add_column("metrics, per cent", no_wrap=True)
     for name in ("top-1", "top-5", "train", "val", "s"):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -108,13 +115,19 @@ def table(rows: Iterable[Row]) -> Table:
             ),
             row.features,
             row.data,
-            f"{row.top1:.2f}",
-            f"{row.top5:.2f}",
+            *([_lines(row.metrics)] if named else []),
+            *("-" if value is None else f"{value:.2f}" for value in (row.top1, row.top5)),
             f"{row.train_size:,}",
             f"{row.val_size:,}",
             f"{row.seconds:.1f}",
         )
     return out
+
+
+def _lines(metrics: dict[str, float]) -> str:
+    """One line a metric, the values under each other."""
+    longest = max(map(len, metrics), default=0)
+    return "\n".join(f"{name:<{longest}} {value:6.2f}" for name, value in metrics.items())
 
 
 def _short(value: object) -> str:

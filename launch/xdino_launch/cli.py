@@ -20,6 +20,7 @@ from xdino_launch.commands import (
     pictures,
     pretraining,
     showing,
+    suite,
     weights,
 )
 from xdino_launch.commands.options import Commands
@@ -40,6 +41,9 @@ for command in (
     linear.linear,
     features.features,
     features.quality,
+    suite.retrieval,
+    suite.copydetection,
+    suite.davis,
     pictures.attention,
     weights.export,
     packing.pack,

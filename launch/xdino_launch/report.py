@@ -172,9 +172,11 @@ def short(digest: str) -> str:
     return (head[:12] if is_hash else head) + plus + changes
 
 
-def aligned(value: float, others: Iterable[float]) -> str:
+def aligned(value: float | None, others: Iterable[float | None]) -> str:
     """A number as its file has it, filled up to stand with its point below the others' points."""
-    decimals = max(len(plain(other).partition(".")[2]) for other in others)
+    if value is None:
+        return ""
+    decimals = max(len(plain(other).partition(".")[2]) for other in others if other is not None)
     whole, point, part = plain(value).partition(".")
     if not decimals:
         return whole
@@ -311,7 +313,8 @@ def result_table(runs: Sequence[Run]) -> str:
         body.append(
             "<tr>" + (f'<th scope="row">{text(name)}</th>' if len(runs) > 1 else "") +
             f"<td>{text(row.features)}</td>"
-            f"<td>{text(row.protocol)}{_settings(row.settings)}{warnings(row.notes)}</td>"
+            f"<td>{text(row.protocol)}{_named(row.metrics)}{_settings(row.settings)}"
+            f"{warnings(row.notes)}</td>"
             f'<td class="n top1">{aligned(row.top1, top1s)}</td>'
             f'<td class="n">{aligned(row.top5, top5s)}</td>'
             + origin(row.data, row.transform)
@@ -325,6 +328,13 @@ def result_table(runs: Sequence[Run]) -> str:
         sentence("Accuracies in per cent of the frozen features; train and val in images."),
         table(head, body, "results"),
         *missing,
+    )
+
+
+def _named(metrics: dict[str, float]) -> str:
+    """What a protocol measures that is no classification, a line a metric, in per cent."""
+    return "".join(
+        f"<div>{text(name)} <b>{text(value)}</b></div>" for name, value in metrics.items()
     )
 
 

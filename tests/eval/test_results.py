@@ -70,3 +70,28 @@ def test_table():
     Console(file=out, width=160).print(table([ROW, many]))
     for text in ("k-NN", "k 20, temperature 0.07", "71.25", "10,000", "cs 0.1..100 (4)"):
         assert text in out.getvalue()
+
+
+def test_metrics_of_what_is_no_classification(tmp_path):
+    path = tmp_path / "results.json"
+    row = replace(ROW, top1=None, top5=None, metrics={"mAP medium": 12.345, "mP@1 hard": 100.0})
+    append(path, [ROW, row])
+    assert load(path) == [ROW, row]
+    out = io.StringIO()
+    Console(file=out, width=160).print(table([ROW, row]))
+    for text in ("71.25", "mAP medium  12.3", "mP@1 hard  100.00", " - "):
+        assert text in out.getvalue()
+    out = io.StringIO()
+    Console(file=out, width=160).print(table([ROW]))
+    assert "metrics" not in out.getvalue()
+
+
+def test_rows_of_before_metrics_are_read(tmp_path):
+    path = tmp_path / "results.json"
+    append(path, [ROW])
+    (entry,) = json.loads(path.read_text())
+    del entry["metrics"]
+    path.write_text(json.dumps([entry]))
+    assert load(path) == [ROW]
+    append(path, [ROW])
+    assert len(load(path)) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from xdino import augment, checkpoint, config, data
+from xdino import augment, checkpoint, config, data, photometric
 from xdino.errors import Stopped, UsageError
 from xdino.plan import make_plan
 from xdino.train import Listener, pretrain
@@ -32,7 +32,7 @@ def test_other_sizes_are_the_same_draw():
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     assert (augment.boxes(a, 90, 120) == augment.boxes(b, 90, 120)).all()
     views = torch.from_numpy(augment.crop(image, augment.boxes(b, 90, 120)[0, 0], 112))[None]
-    assert augment.photometric(views, b[0, :1], small).isfinite().all()
+    assert photometric.photometric(views, b[0, :1], small).isfinite().all()
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (1, 1), (1, 5), (4, 3)])

@@ -1,0 +1,202 @@
+"""`xdino retrieval`, `xdino copydetection` and `xdino davis`: the rest of DINO's evaluations."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xdino_launch.commands.options import finish
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from xdino_eval.results import Row
+
+
+def suite_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What these three take, whatever they measure."""
+    options = [
+        click.argument("weights"),
+        click.option("--arch", help="Architecture, where the file does not say."),
+        click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
+        click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+WORKERS = click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
+OUT = click.option("--out", type=click.Path(), help="Append to this results.json.")
+
+
+def opened(weights: str, arch: str | None, role: str, device: str) -> "nn.Module":
+    """The frozen backbone, where it shall run."""
+    from xdino.checkpoint import load_backbone
+    from xdino.plan import resolve_device
+
+    where = resolve_device(device)
+    return load_backbone(weights, arch, role).to(where)
+
+
+def told(row: "Row", backbone: "nn.Module", weights: str, out: str | None, as_json: bool) -> None:
+    """A row, signed, to where rows go."""
+    from xdino_eval.results import signed
+    from xdino_launch.evaluate import features_name
+
+    facts: Any = backbone.weights
+    finish(signed([row], facts["sha256"], features_name(facts)), weights, out, as_json)
+
+
+def progress(verb: str) -> Any:
+    from xdino_launch.console import counter, stderr_console
+
+    return counter(stderr_console(), verb)
+
+
+@click.command()
+@suite_options
+@click.option("--data", required=True, type=click.Path(), help="Folder that holds the sets.")
+@click.option("--dataset", default="roxford5k", show_default=True, help="roxford5k or rparis6k.")
+@click.option("--size", default=224, show_default=True, type=click.IntRange(1), help="Longer side.")
+@click.option("--multiscale", is_flag=True, help="Average scales 1, 1/sqrt2 and 1/2.")
+@click.option("--crop-queries", is_flag=True, help="Query boxes alone, as the benchmark has it.")
+@WORKERS
+@OUT
+def retrieval(
+    weights: str,
+    data: str,
+    dataset: str,
+    size: int,
+    multiscale: bool,
+    crop_queries: bool,
+    workers: int,
+    out: str | None,
+    arch: str | None,
+    role: str,
+    device: str,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Image retrieval on revisited Oxford or Paris: mAP and mP@1,5,10, easy, medium and hard.
+
+    \b
+    --data FOLDER holds, as distributed:
+      FOLDER/roxford5k/gnd_roxford5k.pkl    (or rparis6k/gnd_rparis6k.pkl)
+      FOLDER/roxford5k/jpg/NAME.jpg         every image that it names
+
+    DINO's published numbers show the network whole query images; the benchmark's protocol crops
+    them to the query's box (--crop-queries).
+    """
+    from xdino_eval import retrieval as room
+
+    benchmark = room.open_benchmark(data, dataset)
+    backbone = opened(weights, arch, role, device)
+    row = room.evaluate(
+        backbone, benchmark, size, multiscale, crop_queries, workers, precision,
+        progress("descriptors"),
+    )  # fmt: skip
+    told(row, backbone, weights, out, as_json)
+
+
+@click.command()
+@suite_options
+@click.option("--data", required=True, type=click.Path(), help="Copydays folder.")
+@click.option("--distractors", type=click.Path(path_type=Path), help="Images among the originals.")
+@click.option("--whitening", type=click.Path(path_type=Path), help="Images to learn whitening on.")
+@click.option("--size", default=320, show_default=True, type=click.IntRange(1), help="Both sides.")
+@click.option("--batch-size", default=16, type=click.IntRange(1), show_default=True)
+@WORKERS
+@OUT
+def copydetection(
+    weights: str,
+    data: str,
+    distractors: Path | None,
+    whitening: Path | None,
+    size: int,
+    batch_size: int,
+    workers: int,
+    out: str | None,
+    arch: str | None,
+    role: str,
+    device: str,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Copy detection on Copydays: mAP of the strong copies, and of the weaker ones that are there.
+
+    \b
+    --data FOLDER holds, as distributed:
+      FOLDER/original/*.jpg, FOLDER/strong/*.jpg
+      FOLDER/jpegqual/75/*.jpg, FOLDER/crops/10/*.jpg, ...    may be absent
+    A copy's name begins with the four characters of its original's.
+    """
+    from xdino_eval import copydetection as room
+
+    copydays = room.open_copydays(data)
+    for folder in (distractors, whitening):
+        if folder is not None:
+            room.image_names(folder)
+    backbone = opened(weights, arch, role, device)
+    row = room.evaluate(
+        backbone, copydays, size, distractors, whitening, batch_size, workers, precision,
+        progress("descriptors"),
+    )  # fmt: skip
+    told(row, backbone, weights, out, as_json)
+
+
+@click.command()
+@suite_options
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="DAVIS-2017 folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for masks.")
+@click.option("--split", default="val", show_default=True, help="ImageSets/2017/SPLIT.txt")
+@click.option(
+    "--size", default=480, show_default=True, type=click.IntRange(64), help="Shorter side."
+)
+@click.option("--context", default=7, show_default=True, type=click.IntRange(1), help="Frames.")
+@click.option(
+    "--radius", default=12, show_default=True, type=click.IntRange(0), help="0: no limit."
+)
+@click.option(
+    "--topk", default=5, show_default=True, type=click.IntRange(1), help="Patches voting."
+)
+@click.option("--temperature", default=0.1, show_default=True, type=click.FloatRange(0.02))
+@click.option("--results", type=click.Path(), help="Append to this results.json.")
+def davis(
+    weights: str,
+    data: Path,
+    out: Path,
+    split: str,
+    size: int,
+    context: int,
+    radius: int,
+    topk: int,
+    temperature: float,
+    results: str | None,
+    arch: str | None,
+    role: str,
+    device: str,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Video segmentation on DAVIS-2017: the first frame's mask, carried on by frozen features.
+
+    \b
+    --data FOLDER holds, as distributed (480p):
+      FOLDER/ImageSets/2017/val.txt                 names of videos
+      FOLDER/JPEGImages/480p/VIDEO/00000.jpg ...    frames
+      FOLDER/Annotations/480p/VIDEO/00000.png ...   masks; the first is needed, all are scored
+    Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
+    official scorer reads. J and F are measured as it does, where all frames are annotated.
+    """
+    from xdino_eval import davis as room
+
+    videos = room.open_davis(data, split)
+    backbone = opened(weights, arch, role, device)
+    how = room.Propagation(context, radius, topk, temperature)
+    row = room.evaluate(backbone, data, videos, out, how, size, precision, progress("frames"))
+    told(row, backbone, weights, results, as_json)
