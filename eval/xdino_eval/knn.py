@@ -50,7 +50,9 @@ KS = (10, 20, 100, 200)
 VOTES = 2048  # queries that vote at a time: bounds the votes to 16 MB for 1,000 classes
 SAMPLE = 1000  # queries on which an index is compared with the exact search
 EXACT = How()
-_STREAM = 3  # second half of the Philox key of few-shot draws; `xdino.data` and `augment` use others
+_STREAM = (
+    3  # second half of the Philox key of few-shot draws; `xdino.data` and `augment` use others
+)
 
 Grid = dict[tuple[int, float], tuple[float, float]]
 """(k, temperature) -> top-1 and top-5 in per cent."""
@@ -424,11 +426,15 @@ def part_of(pieces: Pieces, how: How, shared: bool = False, name: str = "trainin
         for piece in full
     ]
     skipped = sum(len(piece.skipped) for piece in pieces)
-    everyone = distributed.gather((told, skipped)) if shared else [(told, skipped)]
-    counted = [label for told, _ in everyone for label, _ in told]
-    widths = {width for told, _ in everyone for _, width in told}
+    broken = sum(_not_finite(piece.features) for piece in full)
+    facts = (told, skipped, broken)
+    everyone = distributed.gather(facts) if shared else [facts]
+    counted = [label for told, *_ in everyone for label, _ in told]
+    widths = {width for told, *_ in everyone for _, width in told}
     if not counted:
         raise UsageError(f"{pieces[0].data} has no {name} image: there is nothing to score")
+    if broken := sum(broken for *_, broken in everyone):
+        raise UsageError(f"{broken} {name} features of {pieces[0].data} are not finite")
     if len(widths) > 1:
         raise ValueError(f"features of one split have different widths: {sorted(widths)}")
     if any(label is None for label in counted):
@@ -437,7 +443,7 @@ def part_of(pieces: Pieces, how: How, shared: bool = False, name: str = "trainin
     table = tables[0] if len(tables) == 1 else JoinedTable(tables)
     whole = isinstance(table, Tensor) and how.bank_block is None
     counts = tuple(
-        sum(len(label) for label, _ in told if label is not None) for told, _ in everyone
+        sum(len(label) for label, _ in told if label is not None) for told, *_ in everyone
     )
     split = Split(
         normalise(table) if whole else UnitTable(table),  # type: ignore[arg-type]
@@ -445,7 +451,12 @@ def part_of(pieces: Pieces, how: How, shared: bool = False, name: str = "trainin
         counts,
         name,
     )
-    return Part(split, pieces[0].data, pieces[0].transform, sum(count for _, count in everyone))
+    return Part(split, pieces[0].data, pieces[0].transform, sum(skipped for _, skipped, _ in everyone))
+
+
+def _not_finite(features: Tensor) -> int:
+    """How many rows hold a number that is not finite; read in blocks, for it may lie on disk."""
+    return sum(int((~block.isfinite().all(1)).sum()) for block in features.split(1 << 16))
 
 
 def _rows(

@@ -152,9 +152,7 @@ def as_float32(part: Any) -> Tensor:
     return part.detach().float().contiguous()
 
 
-def read(
-    table: Table, rows: slice, device: torch.device = CPU, name: str = "training"
-) -> Tensor:
+def read(table: Table, rows: slice, device: torch.device = CPU, name: str = "training") -> Tensor:
     """float32 [n, D] on `device`. Raises UsageError where a number is not finite."""
     part = as_float32(table[rows])
     if not part.isfinite().all():
@@ -230,8 +228,9 @@ def by_torch(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
     bands = []
     for first in range(0, len(queries), band):
         some = queries[first : first + band]
-        best = some.new_empty(len(some), 0), torch.empty(
-            len(some), 0, dtype=torch.int64, device=some.device
+        best = (
+            some.new_empty(len(some), 0),
+            torch.empty(len(some), 0, dtype=torch.int64, device=some.device),
         )
         for start in range(0, len(bank), piece):
             tile = some @ bank[start : start + piece].T
@@ -350,7 +349,9 @@ class Index:
         settings = how.index_settings(N)
         if how.engine == "ivf":
             lists = settings["lists"]
-            index: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, lists, faiss.METRIC_INNER_PRODUCT)
+            index: Any = faiss.IndexIVFFlat(
+                faiss.IndexFlatIP(D), D, lists, faiss.METRIC_INNER_PRODUCT
+            )
             spread = np.linspace(0, N - 1, min(N, 64 * lists)).astype(np.int64)
             index.train(take(bank, spread).numpy())
             index.nprobe = settings["probes"]

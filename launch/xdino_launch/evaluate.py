@@ -2,23 +2,29 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 
-from xdino import checkpoint, data
+from xdino import checkpoint, data, distributed
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import resolve_device
 from xdino_eval import attention, results
 from xdino_eval.features import Features, cache_key, cached, extract
 from xdino_eval.results import Row
+from xdino_eval.shares import cut, kept, share
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
+
+
+NONE = torch.empty(0, dtype=torch.int64)
+NO_FEATURES = Features(torch.empty(0, 0), NONE, NONE)
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,22 @@ class Subject:
         device: str = "auto",
         precision: str = "fp32",
         cache: str | None = None,
+        one_split: bool = False,
     ) -> "Subject":
         """Load and open everything, or say in a sentence what is wrong.
+
+        Args:
+            one_split: only train, which a folder of class folders is too; `val` is the same.
 
         Raises:
             UsageError, RunFailed: as `load_backbone` and `open_splits`.
         """
         backbone = checkpoint.load_backbone(weights, arch, role)
-        train, val = open_splits(data, channels=backbone.in_chans)  # type: ignore[arg-type]
+        channels: Any = backbone.in_chans
+        if one_split:
+            train = val = open_source(data, "train", channels, labelled=True)
+        else:
+            train, val = open_splits(data, channels=channels)
         try:
             transform = EvalTransform.of(backbone, size, resize, mean, std)  # type: ignore[arg-type]
         except ValueError as error:
@@ -69,37 +83,69 @@ class Subject:
 
     def features(self) -> tuple[Features, Features]:
         """Features of both splits; unreadable images are named on standard error."""
+        train, val = (
+            self.features_of(name, source)
+            for name, source in (("train", self.train), ("val", self.val))
+        )
+        return train, val
+
+    def features_of(
+        self, split: str, source: data.Source, indices: np.ndarray | None = None, part: str = ""
+    ) -> Features:
+        """Features of one source, or of its images `indices`, which the cache calls `part`."""
         console = stderr_console()
-        both = []
-        for split, source in (("train", self.train), ("val", self.val)):
-            compute = partial(
-                extract,
-                self.backbone,
-                source,
+        compute = partial(
+            extract,
+            self.backbone,
+            source,
+            self.transform,
+            self.batch_size,
+            self.device,
+            self.workers,
+            self.precision,
+            indices=indices,
+            progress=counter(console, f"features of {split}"),
+            may_be_empty=indices is not None,
+        )
+        weights: Any = getattr(self.backbone, "weights", None)  # None: a choice of tokens
+        if self.cache is not None and weights is not None:
+            which = f"{features_name(weights)}, {self.backbone.spec}{part}"
+            key = cache_key(
+                weights["sha256"],
+                which,
                 self.transform,
-                self.batch_size,
-                self.device,
-                self.workers,
+                data.fingerprint(source),
                 self.precision,
-                progress=counter(console, f"features of {split}"),
             )
-            weights: Any = getattr(self.backbone, "weights", None)  # None: a choice of tokens
-            if self.cache is not None and weights is not None:
-                which = f"{features_name(weights)}, {self.backbone.spec}"
-                key = cache_key(
-                    weights["sha256"],
-                    which,
-                    self.transform,
-                    data.fingerprint(source),
-                    self.precision,
-                )
-                found = cached(self.cache, key, compute)
-            else:
-                found = compute()
-            for name, reason in found.skipped:
-                console.print(f"skipped {name}: {reason}", markup=False)
-            both.append(found)
-        return both[0], both[1]
+            found = (kept if part else cached)(self.cache, key, compute)
+        else:
+            found = compute()
+        for name, reason in found.skipped:
+            console.print(f"skipped {name}: {reason}", markup=False)
+        return found
+
+    def share(self, split: str, source: data.Source, rows: int | None = None) -> list[Features]:
+        """This process's share of the features of a source, every process its own.
+
+        In pieces of about `rows` images, which lie in the cache's folder; None is one piece.
+
+        Raises:
+            RunFailed: as `extract` on any of the processes.
+        """
+        rank, processes = distributed.rank(), distributed.world_size()
+        if processes == 1 and rows is None:
+            return [self.features_of(split, source)]
+        places = share(len(source), self.batch_size, rank, processes)
+        pieces = cut(places, self.batch_size, rows)
+
+        def extract_pieces() -> list[Features]:
+            return [
+                self.features_of(split, source, piece, f", {piece[0]} to {piece[-1]}")
+                for piece in pieces
+                if len(piece)
+            ] or [replace(NO_FEATURES, data=source.name)]
+
+        return distributed.together(extract_pieces)
 
     def progress(self, verb: str) -> Any:
         return counter(stderr_console(), verb)
@@ -111,6 +157,7 @@ class Subject:
 
 
 open_splits = data.open_splits
+open_source = data.open_source
 
 
 def features_name(weights: dict[str, Any]) -> str:
