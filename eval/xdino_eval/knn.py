@@ -451,7 +451,9 @@ def part_of(pieces: Pieces, how: How, shared: bool = False, name: str = "trainin
         counts,
         name,
     )
-    return Part(split, pieces[0].data, pieces[0].transform, sum(skipped for _, skipped, _ in everyone))
+    return Part(
+        split, pieces[0].data, pieces[0].transform, sum(skipped for _, skipped, _ in everyone)
+    )
 
 
 def _not_finite(features: Tensor) -> int:

@@ -22,7 +22,6 @@ from xdino_eval.shares import cut, kept, share
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
 
-
 NONE = torch.empty(0, dtype=torch.int64)
 NO_FEATURES = Features(torch.empty(0, 0), NONE, NONE)
 
@@ -137,13 +136,14 @@ class Subject:
             return [self.features_of(split, source)]
         places = share(len(source), self.batch_size, rank, processes)
         pieces = cut(places, self.batch_size, rows)
+        shown = f"{self.transform.describe()}, {self.precision}"
 
         def extract_pieces() -> list[Features]:
             return [
                 self.features_of(split, source, piece, f", {piece[0]} to {piece[-1]}")
                 for piece in pieces
                 if len(piece)
-            ] or [replace(NO_FEATURES, data=source.name)]
+            ] or [replace(NO_FEATURES, data=source.name, transform=shown)]
 
         return distributed.together(extract_pieces)
 

@@ -88,7 +88,7 @@ def knn(
                 "ks": parsed,
                 "temperature": temperatures,
                 "how": how,
-                "shared": joined,
+                "shared": distributed.world_size() > 1,
             }
             train = subject.share("train", subject.train, bank_block)
             if leave_one_out:
