@@ -31,7 +31,7 @@ from xdino_eval.accuracy import class_indices, ranks
 from xdino_eval.features import Features
 from xdino_eval.results import Row
 from xdino_eval.search import (
-    EMPTY,
+    EXACT,
     Exact,
     How,
     JoinedTable,
@@ -44,12 +44,12 @@ from xdino_eval.search import (
     searcher,
     take,
     unpack,
+    without,
 )
 
 KS = (10, 20, 100, 200)
 VOTES = 2048  # queries that vote at a time: bounds the votes to 16 MB for 1,000 classes
 SAMPLE = 1000  # queries on which an index is compared with the exact search
-EXACT = How()
 _STREAM = (
     3  # second half of the Philox key of few-shot draws; `xdino.data` and `augment` use others
 )
@@ -169,11 +169,12 @@ def scores(
     recalled = np.zeros(len(reach) + 1)
     for owner, first, block in _blocks(queries, bank.table.shape[1], how.query_block):
         number = np.arange(first, first + len(block))
-        keys = _others(answers.nearest(block, reach[-1] + alone), number, alone)
+        keys = answers.nearest(block, reach[-1] + alone).cpu()
+        keys = without(keys, number) if alone else keys
         if exact is not None:
             some = torch.from_numpy(np.isin(number, sample))
             wanted = exact.nearest(block[some], reach[-1] + alone)
-            wanted = _others(wanted, number[some.numpy()], alone)
+            wanted = without(wanted, number[some.numpy()]) if alone else wanted
             shares = [recall(keys[some], wanted, k) for k in reach] if len(wanted) else 0
             recalled += np.append(shares, 1) * len(wanted)
         if owner != queries.rank:
@@ -226,18 +227,6 @@ def _blocks(queries: Split, width: int, step: int):  # type: ignore[no-untyped-d
             if len(queries.counts) > 1:
                 block = distributed.broadcast(block, owner)
             yield owner, queries.offset(owner) + start, block
-
-
-def _others(keys: Tensor, number: np.ndarray, alone: bool) -> Tensor:
-    """Keys int64 [b, k + 1] -> [b, k] without the query itself; `number`: its row, int64 [b].
-
-    Where k + 1 others are as near, the query is not among its own nearest, and the last is dropped.
-    """
-    keys = keys.cpu()
-    if not alone:
-        return keys
-    itself = unpack(keys)[1] == torch.from_numpy(number)[:, None]
-    return keys.masked_fill(itself, EMPTY).topk(keys.shape[1] - 1, dim=1).values
 
 
 def classify(

@@ -135,6 +135,9 @@ class How:
         return {} if self.exact else {"search": "hnsw", "links": 32}
 
 
+EXACT = How()
+
+
 class Searcher(Protocol):
     """What answers queries, float32 [b, D], by keys, int64 [b, min(k, N)], the nearest first."""
 
@@ -210,6 +213,15 @@ def merged(keys: list[Tensor], k: int) -> Tensor:
     """The k best of several answers: int64 [b, at most k], the nearest first."""
     together = torch.cat(keys, 1)
     return together.topk(min(k, together.shape[1]), dim=1).values
+
+
+def without(keys: Tensor, row: np.ndarray) -> Tensor:
+    """Keys int64 [b, k + 1] -> [b, k] without each query's own row, int64 [b].
+
+    Where k + 1 others are as near, the own row is not among them, and the last is dropped.
+    """
+    own = unpack(keys)[1] == torch.from_numpy(row).to(keys.device)[:, None]
+    return keys.masked_fill(own, EMPTY).topk(keys.shape[1] - 1, dim=1).values
 
 
 # --- exact ------------------------------------------------------------------------------------

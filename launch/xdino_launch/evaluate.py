@@ -1,7 +1,7 @@
 """What the evaluation commands share: a backbone, two labelled splits, a transform."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from xdino_eval.shares import cut, kept, share
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
 
+Splits = Callable[[str, int], tuple[data.Source, data.Source]]
 NONE = torch.empty(0, dtype=torch.int64)
 NO_FEATURES = Features(torch.empty(0, 0), NONE, NONE)
 
@@ -56,22 +57,19 @@ class Subject:
         device: str = "auto",
         precision: str = "fp32",
         cache: str | None = None,
-        one_split: bool = False,
+        splits: Splits | None = None,
     ) -> "Subject":
         """Load and open everything, or say in a sentence what is wrong.
 
         Args:
-            one_split: only train, which a folder of class folders is too; `val` is the same.
+            splits: opens train and val; None = `open_splits`.
 
         Raises:
             UsageError, RunFailed: as `load_backbone` and `open_splits`.
         """
         backbone = checkpoint.load_backbone(weights, arch, role)
         channels: Any = backbone.in_chans
-        if one_split:
-            train = val = open_source(data, "train", channels, labelled=True)
-        else:
-            train, val = open_splits(data, channels=channels)
+        train, val = (splits or open_splits)(data, channels)
         try:
             transform = EvalTransform.of(backbone, size, resize, mean, std)  # type: ignore[arg-type]
         except ValueError as error:
@@ -157,7 +155,25 @@ class Subject:
 
 
 open_splits = data.open_splits
-open_source = data.open_source
+
+
+def open_one_split(name: str, channels: int) -> tuple[data.Source, data.Source]:
+    """The labelled train split, which a folder of class folders is too, as train and as val."""
+    source = data.open_source(name, "train", channels, labelled=True)
+    return source, source
+
+
+def open_any_splits(name: str, channels: int) -> tuple[data.Source, data.Source]:
+    """Both splits, labelled or not; the same source twice where there is no val."""
+
+    def one(split: str) -> data.Source:
+        try:
+            return data.open_source(name, split, channels, labelled=True)
+        except UsageError:
+            return data.open_source(name, split, channels)
+
+    path, train = Path(name).expanduser(), one("train")
+    return train, one("val") if not path.exists() or (path / "val").is_dir() else train
 
 
 def features_name(weights: dict[str, Any]) -> str:

@@ -148,7 +148,9 @@ def test_an_index_carries_its_recall(kind):
 
 def test_refusals_are_a_sentence_each():
     train, val = clustered(50), clustered(20, seed=1)
-    nothing = Features(torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0), data="v")
+    nothing = Features(
+        torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0), data="v"
+    )
     unlabelled = replace(val, labels=None, data="v")
     broken = replace(val, features=val.features.clone().fill_(torch.nan), data="v")
     alone = replace(train, labels=torch.where(torch.arange(50) == 3, 8, train.labels % 2))

@@ -168,3 +168,60 @@ def test_two_processes_give_the_numbers_of_one(weights, folder, tmp_path):
     for sentences in (first[-2:], second[-2:]):
         assert "60 shots need 60 images of every class" in sentences[0]
         assert sentences[1] == "the last one fails"
+
+
+# Neighbour sheets
+
+
+def sheets(weights: Path, data: Path, *options: str) -> list[Path]:
+    arguments = ["neighbours", str(weights), "--data", str(data), *options]
+    result = CliRunner().invoke(xdino, arguments, catch_exceptions=False)
+    return [Path(line) for line in result.stdout.split()]
+
+
+def test_neighbours_of_a_split_of_a_folder_and_of_files(weights, folder, tmp_path):
+    files = sheets(weights, folder, "--queries", "10", "--k", "4", "--out", str(tmp_path / "a"))
+    assert [file.name for file in files] == [
+        "neighbours-001-sheet.png", "neighbours-002-sheet.png", "neighbours.json",
+    ]  # fmt: skip
+    told = json.loads(files[-1].read_text())
+    assert (told["k"], told["train_size"], len(told["queries"])) == (4, 68, 9), "one cannot be read"
+    for query in told["queries"]:
+        assert query["label"] == Path(query["image"]).parent.name
+        assert "/val/" in query["image"]
+        assert len(query["neighbours"]) == 4
+    flat = folder / "train" / "a"  # no labels, no val
+    *_, numbers = sheets(weights, flat, "--queries", "3", "--out", str(tmp_path / "b"))
+    told = json.loads(numbers.read_text())
+    for query in told["queries"]:
+        assert query["label"] is None
+        assert query["index"] not in [near["index"] for near in query["neighbours"]]
+    given = folder / "train" / "b" / "001.png"
+    *_, numbers = sheets(weights, folder, "--images", str(given), "--out", str(tmp_path / "c"))
+    (query,) = json.loads(numbers.read_text())["queries"]
+    assert query["image"] == str(given)
+    assert query["neighbours"][0]["image"] == str(given)
+    assert query["neighbours"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_neighbours_of_a_run_lie_in_the_run(weights, folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "backbone.safetensors").write_bytes(weights.read_bytes())
+    files = sheets(run, folder, "--queries", "2")
+    assert [file.relative_to(run).as_posix() for file in files] == [
+        "neighbours/neighbours-001-sheet.png", "neighbours/neighbours.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "needs --out FOLDER"),
+        (("--out", "o", "--images", "nowhere.png"), "there is no image file nowhere.png"),
+        (("--out", "o", "--images", "x", "--queries", "2"), "not both"),
+    ],
+)
+def test_refusals_of_neighbours(weights, folder, options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        sheets(weights, folder, *options)

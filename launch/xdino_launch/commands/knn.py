@@ -73,14 +73,16 @@ def knn(
     from xdino_eval import knn as rooms
     from xdino_eval.search import How
     from xdino_eval.shares import folder_for
-    from xdino_launch.evaluate import Subject
+    from xdino_launch.evaluate import Subject, open_one_split
 
     device = resolve_device(options["device"])
     how = How.named(search, device, bank_block)
     joined = distributed.start(device)
     try:
         subject = distributed.together(
-            lambda: Subject.open(**subject_options(options), one_split=leave_one_out)
+            lambda: Subject.open(
+                **subject_options(options), splits=open_one_split if leave_one_out else None
+            )
         )
         with folder_for(subject.cache, bank_block is not None) as folder:
             subject = replace(subject, cache=folder)
