@@ -151,7 +151,9 @@ def write(
 def sheet(page: Sequence[Found], bank_source: Source, query_source: Source) -> Figure:
     """A row a query, itself first."""
     columns = 1 + max(len(query.neighbours) for query in page)
-    figure = Figure(figsize=(1.35 * columns, 1.6 * len(page)), dpi=100, layout="constrained")
+    size = 1.35 * columns, 1.6 * len(page) + 0.2
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure.supxlabel("blue: the query's class · orange, dashed: another", fontsize=7)
     grid = figure.subplots(len(page), columns, squeeze=False)
     for row, query in zip(grid, page, strict=True):
         for axes in row:
@@ -161,7 +163,7 @@ def sheet(page: Sequence[Found], bank_source: Source, query_source: Source) -> F
             colour, line = {True: (RIGHT, "-"), False: (WRONG, "--"), None: (UNKNOWN, "-")}[
                 near.right
             ]
-            title = " ".join([f"{near.similarity:.2f}", *([near.label] if near.label else [])])
+            title = " ".join([f"{near.similarity:.3f}", *([near.label] if near.label else [])])
             _show(axes, bank_source.read(near.index), title, colour, line)
     return figure
 

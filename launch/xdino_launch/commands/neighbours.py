@@ -26,8 +26,6 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
         raise UsageError("--queries draws from the data and --images names files: not both")
     if not (options["out"] or Path(options["weights"]).is_dir()):
         raise UsageError("neighbours needs --out FOLDER where WEIGHTS is not a run")
-    if options["as_json"]:
-        raise UsageError("neighbours writes its JSON beside the sheets: leave --json out")
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
         raise UsageError(f"there is no image file {missing[0]}")
@@ -66,3 +64,10 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
     folder = Path(options["out"] or Path(options["weights"]) / "neighbours")
     for path in rooms.write(found, subject.train, asked, folder, told):
         click.echo(str(path))
+
+
+# Two of the shared options mean something else here: there are no rows, and the JSON is a file.
+neighbours.params = [option for option in neighbours.params if option.name != "as_json"]
+for option in neighbours.params:
+    if option.name == "out" and isinstance(option, click.Option):
+        option.help = "Folder for the sheets; of a run, its neighbours/ by default."
