@@ -17,7 +17,7 @@ Letters: N images of the bank (training), M queries, D width, K classes, b queri
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -215,7 +215,7 @@ def _searchers(bank: Split, how: How) -> tuple[Searcher, Searcher | None]:
     return answers, of_all(Exact(bank.table, replace(how, engine="faiss")) if own else None)
 
 
-def _blocks(queries: Split, width: int, step: int):  # type: ignore[no-untyped-def]
+def _blocks(queries: Split, width: int, step: int) -> Iterator[tuple[int, int, Tensor]]:
     """(process that holds them, number of the first, float32 [b, D]) of blocks of the queries."""
     for owner, count in enumerate(queries.counts):
         for start in range(0, count, step):

@@ -176,18 +176,23 @@ def take(table: Table, rows: np.ndarray, step: int = 1 << 16) -> Tensor:
     return torch.cat(chosen)
 
 
-def similarities(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
-    """The definition: float32 [pairs], inner products of queries[query] and bank[row].
+def similarities(queries: Tensor, bank: Tensor, row: Tensor, query: Tensor | None = None) -> Tensor:
+    """The definition: inner products of queries and rows of the bank, float32 [b, m].
 
     Args:
-        queries: float32 [b, D]. bank: float32 [n, D]. query, row: int64 [pairs].
+        queries: float32 [M, D]. bank: float32 [n, D]. row: int64 [b, m], rows of the bank.
+        query: int64 [b], the query that each line of `row` belongs to; None = in order, b = M.
     """
-    step = max(1, (PAIRS if queries.device.type == "cpu" else 64 * PAIRS) // queries.shape[1])
-    wide = queries.double()
-    found = torch.empty(len(query), device=queries.device)
-    for start in range(0, len(query), step):
-        pairs = slice(start, start + step)
-        found[pairs] = (bank[row[pairs]].double() * wide[query[pairs]]).sum(-1).float()
+    D, m = queries.shape[1], max(1, row.shape[1])
+    step = max(1, (PAIRS if queries.device.type == "cpu" else 64 * PAIRS) // (m * D))
+    found = torch.empty(row.shape, device=queries.device)
+    for start in range(0, len(row), step):
+        lines = slice(start, start + step)
+        asked = queries[lines] if query is None else queries[query[lines]]  # [step, D]
+        # Multiplied where it lies: every copy of these numbers costs as much as the sums.
+        near = bank.index_select(0, row[lines].flatten()).view(-1, m, D)
+        products = near.double().mul_(asked.double()[:, None])  # [step, m, D]
+        found[lines] = products.sum(-1)
     return found
 
 
@@ -302,6 +307,9 @@ class Exact:
             for start, part in self.parts():
                 longest = max(longest, part.norm(dim=1).max().item())
                 found, local = self.engine(part, queries, min(reach, len(part)))
+                if not start:
+                    approx, keys = found, pack(similarities(queries, part, local), local)
+                    continue
                 best = torch.cat([approx, found], 1).topk(
                     min(reach, approx.shape[1] + found.shape[1]), dim=1
                 )
@@ -310,7 +318,7 @@ class Exact:
                 row = local[query, best.indices[query, place] - approx.shape[1]]
                 both = torch.cat([keys, torch.full_like(local, EMPTY)], 1)
                 keys, approx = both.gather(1, best.indices), best.values
-                measured = similarities(queries, part, query, row)
+                measured = similarities(queries, part, row[:, None], query)[:, 0]
                 keys[query, place] = pack(measured, row + start)
         nearest_first = keys.topk(k, dim=1).values
         if reach < N:
@@ -392,9 +400,9 @@ class Index:
             if len(row):
                 vectors = torch.from_numpy(self.index.reconstruct_batch(row.numpy()))
                 measured = similarities(
-                    queries[start : start + 64], vectors, query, torch.arange(len(row))
+                    queries, vectors, torch.arange(len(row))[:, None], start + query
                 )
-                keys[start + query, place] = pack(measured, row)
+                keys[start + query, place] = pack(measured[:, 0], row)
         keys = keys.sort(dim=1, descending=True).values
         short = (found < 0).any(1).nonzero()[:, 0]
         if len(short):
