@@ -142,6 +142,7 @@ def extract(
     precision: str = "fp32",
     indices: Sequence[int] | np.ndarray | None = None,
     progress: Progress | None = None,
+    may_be_empty: bool = False,
 ) -> Features:
     """The features of `source`, in its order, one centre crop an image.
 
@@ -151,6 +152,7 @@ def extract(
         workers: threads that read and resize.
         precision: "fp32", or "bf16" by autocast; features are float32 in either case.
         indices: the places in the source to read; None = all.
+        may_be_empty: where no image can be read, features are [0, 0] instead of a failure.
 
     Raises:
         RunFailed: no image could be read, or a feature is not finite.
@@ -177,10 +179,10 @@ def extract(
                 kept.append(batch.indices)
             if progress:
                 progress(filled + len(skipped), len(order))
-    if not filled:
+    if not filled and not may_be_empty:
         reason = f"; the first: {': '.join(skipped[0])}" if skipped else " (it is empty)"
         raise RunFailed(f"no image of {source.name} could be read{reason}")
-    read = np.concatenate(kept)
+    read = np.concatenate([np.empty(0, np.int64), *kept])
     features = features[:filled]
     broken = (~features.isfinite().all(1)).nonzero()[:, 0]
     if len(broken):

@@ -2,26 +2,30 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 
-from xdino import checkpoint, data
+from xdino import checkpoint, data, distributed
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import resolve_device
 from xdino_eval import attention, results
 from xdino_eval.features import Features, cache_key, cached, extract
 from xdino_eval.grid import Tokens, needs_both
 from xdino_eval.results import Row
+from xdino_eval.shares import cut, kept, share
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
 
-OpenData = Callable[[str, int | None], tuple[data.Source, data.Source]]
+Splits = Callable[[str, int], tuple[data.Source, data.Source]]
+NONE = torch.empty(0, dtype=torch.int64)
+NO_FEATURES = Features(torch.empty(0, 0), NONE, NONE)
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,19 @@ class Subject:
         device: str = "auto",
         precision: str = "fp32",
         cache: str | None = None,
-        open_data: "OpenData | None" = None,
+        splits: Splits | None = None,
     ) -> "Subject":
         """Load and open everything, or say in a sentence what is wrong.
 
-        open_data: data and channels -> the two splits; None: `open_splits`.
+        Args:
+            splits: opens train and val; None = `open_splits`.
 
         Raises:
             UsageError, RunFailed: as `load_backbone` and `open_splits`.
         """
         backbone = checkpoint.load_backbone(weights, arch, role)
-        train, val = (open_data or open_splits)(data, backbone.in_chans)  # type: ignore[arg-type]
+        channels: Any = backbone.in_chans
+        train, val = (splits or open_splits)(data, channels)
         try:
             transform = EvalTransform.of(backbone, size, resize, mean, std)  # type: ignore[arg-type]
         except ValueError as error:
@@ -75,12 +81,25 @@ class Subject:
 
     def features(self, tokens: Sequence[str] = ("class",)) -> tuple[Features, Features]:
         """Features of both splits; unreadable images are named on standard error."""
-        return self.of("train", self.train, tokens), self.of("val", self.val, tokens)
+        train, val = (
+            self.features_of(name, source, tokens=tokens)
+            for name, source in (("train", self.train), ("val", self.val))
+        )
+        return train, val
 
-    def of(self, split: str, source: data.Source, tokens: Sequence[str]) -> Features:
-        """Features of one split, read from the cache where they are in it.
+    def features_of(
+        self,
+        split: str,
+        source: data.Source,
+        indices: np.ndarray | None = None,
+        part: str = "",
+        tokens: Sequence[str] = ("class",),
+    ) -> Features:
+        """Features of one source, read from the cache where they are in it.
 
-        tokens: what is read off the backbone, see `grid.Tokens`.
+        Args:
+            indices: images of it, which the cache calls `part`; None for all.
+            tokens: what is read off the backbone, see `grid.Tokens`.
         """
         console = stderr_console()
         network = self.backbone if tuple(tokens) == ("class",) else Tokens(self.backbone, tokens)
@@ -93,11 +112,13 @@ class Subject:
             self.device,
             self.workers,
             self.precision,
+            indices=indices,
             progress=counter(console, f"features of {split}"),
+            may_be_empty=indices is not None,
         )
         if self.cache is not None:
             weights: Any = self.backbone.weights
-            which = [features_name(weights), str(self.backbone.spec)]
+            which = [features_name(weights), f"{self.backbone.spec}{part}"]
             if network is not self.backbone:
                 which += ["both"] if needs_both(tokens) else tokens
             key = cache_key(
@@ -107,12 +128,36 @@ class Subject:
                 data.fingerprint(source),
                 self.precision,
             )
-            found = cached(self.cache, key, compute)
+            found = (kept if part else cached)(self.cache, key, compute)
         else:
             found = compute()
         for name, reason in found.skipped:
             console.print(f"skipped {name}: {reason}", markup=False)
         return found
+
+    def share(self, split: str, source: data.Source, rows: int | None = None) -> list[Features]:
+        """This process's share of the features of a source, every process its own.
+
+        In pieces of about `rows` images, which lie in the cache's folder; None is one piece.
+
+        Raises:
+            RunFailed: as `extract` on any of the processes.
+        """
+        rank, processes = distributed.rank(), distributed.world_size()
+        if processes == 1 and rows is None:
+            return [self.features_of(split, source)]
+        places = share(len(source), self.batch_size, rank, processes)
+        pieces = cut(places, self.batch_size, rows)
+        shown = f"{self.transform.describe()}, {self.precision}"
+
+        def extract_pieces() -> list[Features]:
+            return [
+                self.features_of(split, source, piece, f", {piece[0]} to {piece[-1]}")
+                for piece in pieces
+                if len(piece)
+            ] or [replace(NO_FEATURES, data=source.name, transform=shown)]
+
+        return distributed.together(extract_pieces)
 
     def progress(self, verb: str) -> Any:
         return counter(stderr_console(), verb)
@@ -124,6 +169,25 @@ class Subject:
 
 
 open_splits = data.open_splits
+
+
+def open_one_split(name: str, channels: int) -> tuple[data.Source, data.Source]:
+    """The labelled train split, which a folder of class folders is too, as train and as val."""
+    source = data.open_source(name, "train", channels, labelled=True)
+    return source, source
+
+
+def open_any_splits(name: str, channels: int) -> tuple[data.Source, data.Source]:
+    """Both splits, labelled or not; the same source twice where there is no val."""
+
+    def one(split: str) -> data.Source:
+        try:
+            return data.open_source(name, split, channels, labelled=True)
+        except UsageError:
+            return data.open_source(name, split, channels)
+
+    path, train = Path(name).expanduser(), one("train")
+    return train, one("val") if not path.exists() or (path / "val").is_dir() else train
 
 
 def features_name(weights: dict[str, Any]) -> str:

@@ -80,14 +80,14 @@ def use(
     """
     probe = Probe.load(file)
 
-    def open_data(name: str, channels: int | None) -> tuple[data.Source, data.Source]:
+    def open_one(name: str, channels: int) -> tuple[data.Source, data.Source]:
         source = open_one(name, split, channels, labels_needed=predictions is None)
         return source, source
 
-    subject = Subject.open(**options, open_data=open_data)
+    subject = Subject.open(**options, splits=open_one)
     source = subject.val
     check_width(probe, subject, file)
-    found = subject.of(split or "val", source, (probe.features,))
+    found = subject.features_of(split or "val", source, tokens=(probe.features,))
     if predictions is not None:
         images = [source.describe(index) for index in found.indices.tolist()]
         write_predictions(predictions, probe, found, images, source.classes)

@@ -51,7 +51,7 @@ PANELS = (
 )
 PICTURES = (
     ("attention", "Attention", "xdino attention RUN IMAGE... --out RUN/attention"),
-    ("neighbours", "Nearest neighbours", None),
+    ("neighbours", "Nearest neighbours", "xdino neighbours RUN --data DATA"),
 )
 
 

@@ -5,11 +5,16 @@ and MASTER_PORT; nothing here patches, prints or guesses.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from xdino.errors import RunFailed, UsageError
+
+T = TypeVar("T")
 
 
 def is_active() -> bool:
@@ -81,6 +86,48 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(action: Callable[[], T]) -> T:
+    """action() on every process; if it fails on one in a sentence, all of them raise that sentence.
+
+    Without this the others would wait for ever for the one that left.
+    """
+    failure: UsageError | RunFailed | None = None
+    try:
+        result = action()
+    except (UsageError, RunFailed) as error:
+        failure = error
+    for kind, sentence in filter(None, gather(failure and (type(failure).__name__, str(failure)))):
+        raise failure or (UsageError if kind == "UsageError" else RunFailed)(sentence)
+    return result
+
+
+def gather_tensor(x: Tensor) -> list[Tensor]:
+    """`x` of every process, in order of rank, on the CPU of all; its shape is the same on each."""
+    if world_size() == 1:
+        return [x.cpu()]
+    here = x.to(_device_of_group()).contiguous()
+    every = [torch.empty_like(here) for _ in range(world_size())]
+    dist.all_gather(every, here)
+    return [each.cpu() for each in every]
+
+
+def broadcast(x: Tensor, source: int) -> Tensor:
+    """`x` of process `source`, on the CPU of all; the others' `x` gives shape and dtype."""
+    if world_size() == 1:
+        return x.cpu()
+    here = x.to(_device_of_group()).contiguous()
+    here = here.clone() if here is x else here
+    dist.broadcast(here, source)
+    return here.cpu()
+
+
+def _device_of_group() -> torch.device:
+    """Where tensors must lie to be sent."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def any_true(flag: bool, device: torch.device) -> bool:

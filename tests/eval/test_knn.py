@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdino.errors import UsageError
-from xdino_eval import knn
+from xdino_eval import knn, search
 from xdino_eval.features import Features
 from xdino_eval.knn import classify, evaluate, normalise
 
@@ -70,8 +70,9 @@ def test_more_queries_than_a_block_and_many_classes(monkeypatch):
         bank.numpy(), bank_labels.tolist(), queries.numpy(), labels.tolist(), 7, 0.07
     )
     assert whole[7] == expected
-    monkeypatch.setattr(knn, "BLOCK", 33)
-    assert classify(bank, bank_labels, queries, labels, (50, 1, 7)) == whole
+    monkeypatch.setattr(knn, "VOTES", 33)
+    how = search.How(query_block=50)
+    assert classify(bank, bank_labels, queries, labels, (50, 1, 7), how=how) == whole
 
 
 def test_k_beyond_the_bank_is_the_whole_bank():

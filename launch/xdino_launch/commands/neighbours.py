@@ -1,0 +1,73 @@
+"""`xdino neighbours`."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xdino.errors import UsageError
+from xdino_launch.commands.options import evaluation_options, subject_options
+
+
+@click.command()
+@evaluation_options
+@click.option("--queries", type=click.IntRange(1), help="Images of val/ to ask for; default: 16.")
+@click.option("--images", multiple=True, type=click.Path(), help="Ask for these files instead.")
+@click.option("--k", default=8, show_default=True, type=click.IntRange(1), help="Neighbours.")
+def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: Any) -> None:
+    """Draw images beside their nearest neighbours in train/: blue frames are of their class.
+
+    Labels are shown where there are any. Without val/ the images of train/ are asked for among
+    themselves. Sheets and a JSON file go to --out, a folder; of a run, to its own neighbours/.
+    """
+    if queries and images:
+        raise UsageError("--queries draws from the data and --images names files: not both")
+    if not (options["out"] or Path(options["weights"]).is_dir()):
+        raise UsageError("neighbours needs --out FOLDER where WEIGHTS is not a run")
+    missing = [name for name in images if not Path(name).is_file()]
+    if missing:
+        raise UsageError(f"there is no image file {missing[0]}")
+    import numpy as np
+
+    from xdino.data import epoch_order
+    from xdino.sources import FileSource, Source
+    from xdino_eval import neighbours as rooms
+    from xdino_launch.evaluate import Subject, features_name, open_any_splits
+
+    subject = Subject.open(**subject_options(options), splits=open_any_splits)
+    if images:
+        files = [os.fsencode(Path(name).absolute()) for name in images]
+        asked: Source = FileSource("the given images", Path.cwd(), files, subject.train.channels)
+        order = np.arange(len(files))
+    else:
+        asked = subject.val
+        order = np.sort(epoch_order(len(asked), 0, 0)[: queries or 16])  # always the same ones
+    bank = subject.features_of("train", subject.train)
+    found = rooms.find(
+        bank,
+        subject.train,
+        replace(subject, cache=None).features_of("the queries", asked, order),
+        asked,
+        k,
+    )
+    facts: Any = subject.backbone.weights
+    told = {
+        "checkpoint": facts["sha256"],
+        "features": features_name(facts),
+        "data": bank.data,
+        "transform": bank.transform,
+        "train_size": len(bank.features),
+        "k": k,
+    }
+    folder = Path(options["out"] or Path(options["weights"]) / "neighbours")
+    for path in rooms.write(found, subject.train, asked, folder, told):
+        click.echo(str(path))
+
+
+# Two of the shared options mean something else here: there are no rows, and the JSON is a file.
+neighbours.params = [option for option in neighbours.params if option.name != "as_json"]
+for option in neighbours.params:
+    if option.name == "out" and isinstance(option, click.Option):
+        option.help = "Folder for the sheets; of a run, its neighbours/ by default."
