@@ -80,11 +80,11 @@ def use(
     """
     probe = Probe.load(file)
 
-    def open_one(name: str, channels: int) -> tuple[data.Source, data.Source]:
+    def twice(name: str, channels: int) -> tuple[data.Source, data.Source]:
         source = open_one(name, split, channels, labels_needed=predictions is None)
         return source, source
 
-    subject = Subject.open(**options, splits=open_one)
+    subject = Subject.open(**options, splits=twice)
     source = subject.val
     check_width(probe, subject, file)
     found = subject.features_of(split or "val", source, tokens=(probe.features,))
