@@ -18,7 +18,7 @@ from xdino_launch import export_onnx
 from xdino_launch.export import export_backbone
 
 ROOT = Path(__file__).parents[2]
-SHAPE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "tokens_norm": True}
+SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 2, "tokens_norm": True}
 
 
 def shaken(model):
