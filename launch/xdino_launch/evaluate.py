@@ -1,6 +1,5 @@
 """What the evaluation commands share: a backbone, two labelled splits, a transform."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -236,30 +235,6 @@ def save_features(subject: Subject, path: Path) -> Path:
     try:
         with checkpoint.written_beside(path) as beside:
             safetensors.torch.save_file(tensors, beside, metadata=facts)
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error}") from None
-    return path
-
-
-def export_backbone(
-    weights: str, path: Path, names: str, arch: str | None = None, role: str = "teacher"
-) -> Path:
-    """One backbone as safetensors, with its `BackboneSpec` in the header."""
-    backbone = checkpoint.load_backbone(weights, arch, role)
-    spec: Any = backbone.spec
-    facts: dict[str, Any] = dict(backbone.weights)  # type: ignore[arg-type]
-    facts.pop("path")
-    facts["exported_from"] = facts.pop("sha256")
-    try:
-        if names == "timm" and spec.arch.startswith("xcit_"):
-            tensors = checkpoint.to_timm_names(backbone.state_dict())
-            with checkpoint.written_beside(path) as beside:
-                header = {"architecture": f"{spec.arch}_{spec.input_size}"}
-                safetensors.torch.save_file(
-                    {k: v.contiguous() for k, v in tensors.items()}, beside, metadata=header
-                )
-        else:
-            checkpoint.save_backbone(path, backbone, dataclasses.replace(spec), **facts)
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error}") from None
     return path

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from xdino import xcit
+from xdino import vit, xcit
 from xdino.errors import UsageError, nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +31,8 @@ class BackboneSpec:
     """What a backbone is and how its images are prepared for evaluation.
 
     Args:
-        arch: "xcit_small_12_p16" and the like, or a timm name.
+        arch: "xcit_small_12_p16" and the like, "vit_small_patch16_224.dino" and the like (DINO's
+            ViTs, see `vit`), or a timm name.
         shape: arguments of XCiT that differ from what the name says.
         input_size, resize: evaluation crop and the shorter side before it, in pixels.
         mean, std: one entry a channel, for images in 0..1.
@@ -58,13 +59,15 @@ class BackboneSpec:
             model: nn.Module = xcit.build(
                 self.arch, in_chans=self.in_chans, drop_path_rate=drop_path, **self.shape
             )
-        elif not timm.is_model(self.arch):
+        elif not (vit.is_name(self.arch) or timm.is_model(self.arch)):
             choices = [*xcit.NAMES, *timm.list_models()]
             raise UsageError(f'no backbone is called "{self.arch}": {nearest(self.arch, choices)}')
         elif self.shape:
             raise UsageError(
                 f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
             )
+        elif vit.is_name(self.arch):
+            model = vit.build(self.arch, self.in_chans, drop_path)
         else:
             model = _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
         for name in ("in_chans", "input_size", "resize", "mean", "std"):
@@ -89,6 +92,33 @@ def compile_backbone(backbone: nn.Module) -> None:
         parts = [backbone.patch_embed, *backbone.blocks, *backbone.cls_attn_blocks]
     for part in parts:
         part.compile(dynamic=False)
+
+
+def of_timm(arch: str) -> BackboneSpec:
+    """The spec of a timm network, or of a DINO ViT, as it is evaluated.
+
+    A name with one of timm's tags ("vit_base_patch16_224.augreg_in21k") brings the tag's image size,
+    crop and statistics; one without keeps ImageNet's, and the size that the network is made for.
+    """
+    if vit.is_name(arch):
+        side = vit.side(arch)
+        return BackboneSpec(arch, input_size=side, resize=round(side * 256 / 224))
+    if not timm.is_model(arch):
+        return BackboneSpec(arch)  # `build` names the nearest
+    try:
+        config = timm.models.get_pretrained_cfg(arch)
+    except RuntimeError:
+        base = arch.split(".")[0]
+        tags = timm.list_models(f"{base}.*", pretrained=True)
+        raise UsageError(f'timm has no weights called "{arch}": {nearest(arch, tags)}') from None
+    if config is None:  # a network that timm has no weights for
+        return BackboneSpec(arch)
+    side = config.input_size[-1] if "." in arch or config.fixed_input_size else 224
+    spec = BackboneSpec(arch, input_size=side, resize=round(side * 256 / 224))
+    if "." not in arch:
+        return spec
+    resize = round(side / config.crop_pct)
+    return dataclasses.replace(spec, resize=resize, mean=config.mean, std=config.std)
 
 
 def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:

@@ -4,15 +4,19 @@ Files appear whole or not at all: written beside their name, flushed to the disk
 state is `torch.save` of plain types and tensors; a backbone is safetensors under the published XCiT
 names (or timm's, for timm networks) with a `BackboneSpec` in its header.
 
-Reads besides: published DINO checkpoints (student and teacher), published backbone-only and XCiT
-classification files, timm weights.
+Reads besides: published DINO checkpoints (student and teacher; XCiT, DINO's ViTs, ResNet-50),
+published backbone-only and XCiT classification files, timm weights. `architectures` knows the names.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
+import pathlib
 import pickle
 import re
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from xdino import xcit
-from xdino.backbones import BackboneSpec, statistics
+from xdino import architectures
+from xdino.architectures import to_timm_names as to_timm_names  # part of this room's interface
+from xdino.backbones import BackboneSpec, of_timm, statistics
 from xdino.errors import RunFailed, UsageError
 from xdino.files import written_beside
 
@@ -60,13 +65,8 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _load_pickle(path: Path) -> Any:
-    # Published files hold an argparse.Namespace and numpy scalars; nothing else is let through.
-    plain = [argparse.Namespace, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8"))]
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    # Files written with numpy 1 name the module without the underscore.
-    allowed: list[Any] = [*plain, scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(_plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -75,8 +75,36 @@ def _load_pickle(path: Path) -> Any:
                 f"{path} asks for {unsafe[1]}, which weights have no need of: refused, nothing of it ran"
             ) from None
         raise RunFailed(f"{path} is damaged or not a checkpoint") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except _DAMAGE as error:
         raise RunFailed(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
+
+
+# What torch.load raises over bytes that are no checkpoint, or only the first half of one.
+_DAMAGE = (
+    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+    OverflowError, MemoryError, struct.error, OSError,
+)  # fmt: skip
+
+
+def _plain_types() -> list[Any]:
+    """What published files hold besides tensors and Python's own types; nothing else is let through.
+
+    An argparse.Namespace of the trainer's arguments, numpy scalars in it and among the epochs, and
+    the output folder, a path where the run was submitted by submitit. Such a path is read as a pure
+    one, which cannot touch a file.
+    """
+    dtypes = [type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")]
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    pure = pathlib.PurePosixPath
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *dtypes,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 calls the module
+        (pure, "pathlib.PosixPath"),
+        (pure, "pathlib._local.PosixPath"),  # as Python 3.13 does
+    ]
 
 
 # --- backbones --------------------------------------------------------------------------------
@@ -94,12 +122,21 @@ class WeightsFile:
 
 def save_backbone(path: Path, model: nn.Module, spec: BackboneSpec, **facts: Any) -> None:
     """Write a backbone to safetensors. Equal weights and facts give equal bytes."""
-    header = json.dumps({"spec": spec.to_dict(), "facts": facts}, sort_keys=True)
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
+    save_tensors(path, model.state_dict(), spec, facts)
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    spec: BackboneSpec,
+    facts: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to safetensors with what `read_weights` needs, and `metadata` for other readers."""
+    header = json.dumps({"spec": spec.to_dict(), "facts": dict(facts)}, sort_keys=True)
+    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with written_beside(path) as beside:
-        safetensors.torch.save_file(tensors, beside, metadata={HEADER_KEY: header})
+        safetensors.torch.save_file(own, beside, metadata={**(metadata or {}), HEADER_KEY: header})
 
 
 def weights_path(path: str | Path) -> Path:
@@ -130,15 +167,29 @@ def read_weights(path: str | Path, role: str = "teacher") -> WeightsFile:
         UsageError, RunFailed: nothing there; damaged; no weights inside.
     """
     path = weights_path(path)
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-            raise RunFailed(f"{path} is damaged or not a safetensors file ({error})") from None
+    try:
+        return (
+            _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, role)
+        )
+    except RunFailed as error:
+        raise RunFailed(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def _read_safetensors(path: Path) -> WeightsFile:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
         spec = BackboneSpec.from_dict(header["spec"]) if header else None
-        return WeightsFile(path, _plain_names(tensors), spec, header.get("facts", {}))
+        facts = dict(header.get("facts", {}))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise RunFailed(f"{path} is damaged or not a safetensors file ({error})") from None
+    if not tensors:
+        raise RunFailed(f"{path} holds no weights")
+    return WeightsFile(path, architectures.plain_names(tensors), spec, facts)
+
+
+def _read_pickle(path: Path, role: str) -> WeightsFile:
     tree = _load_pickle(path)
     facts: dict[str, Any] = {}
     spec = None
@@ -147,10 +198,7 @@ def read_weights(path: str | Path, role: str = "teacher") -> WeightsFile:
         facts = {"role": role, "iteration": tree["iteration"]}
         tree = tree["learner"]
     if isinstance(tree, dict):
-        args = tree.get("args")
-        arch = getattr(args, "arch", None)
-        if arch is not None:
-            facts["arch"], facts["patch_size"] = arch, getattr(args, "patch_size", None)
+        facts |= _published_facts(tree)
         for key in (role, "model", "state_dict"):
             if isinstance(tree.get(key), dict):
                 facts.setdefault("role", key)
@@ -158,114 +206,88 @@ def read_weights(path: str | Path, role: str = "teacher") -> WeightsFile:
                 break
     if not (isinstance(tree, dict) and tree and all(isinstance(v, Tensor) for v in tree.values())):
         raise RunFailed(f"{path} holds no weights of a {role}, a model or a state_dict")
-    return WeightsFile(path, _plain_names(tree), spec, facts)
+    return WeightsFile(path, architectures.plain_names(tree), spec, facts)
 
 
-def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Wrappers' prefixes off (as prefixes only), heads out, timm's XCiT names made published ones."""
-    names: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        for prefix in ("module.", "backbone."):
-            name = name.removeprefix(prefix)
-        # Projection heads, and the class heads of XCiT, ViT ("head") and ResNet ("fc").
-        if not name.startswith(("head.", "head_dist.", "fc.")):
-            names[name] = value
-    if "pos_embed.token_projection.weight" in names:
-        names = {_from_timm(name): value for name, value in names.items()}
-        for name in [n for n in names if re.fullmatch(r"cls_attn_blocks\.\d+\.attn\.q\.\w+", n)]:
-            stem, leaf = name.rsplit(".q.", 1)
-            parts = [names.pop(f"{stem}.{letter}.{leaf}") for letter in "qkv"]
-            names[f"{stem}.qkv.{leaf}"] = torch.cat(parts)
-    return names
+def _published_facts(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a published checkpoint says beside its weights: arch, patch_size, data, epoch."""
+    args, facts = tree.get("args"), {}
+    for name, attribute in (("arch", "arch"), ("patch_size", "patch_size"), ("data", "data_path")):
+        value = getattr(args, attribute, None)
+        if isinstance(value, str | int):
+            facts[name] = value
+    if isinstance(args, argparse.Namespace) and isinstance(tree.get("epoch"), int):
+        facts["epoch"] = tree["epoch"]
+    return facts
 
 
-def _from_timm(name: str) -> str:
-    return name.replace("pos_embed.token_projection", "pos_embeder.token_projection")
+def spec_of(file: WeightsFile, arch: str | None) -> BackboneSpec:
+    """What to build for a file: what it says, what the caller says, or what the shapes say.
 
-
-def to_timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published XCiT names -> timm's, with the fused query, key and value of class attention apart."""
-    names: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", name):
-            for letter, piece in zip("qkv", value.chunk(3), strict=True):
-                names[name.replace(".qkv.", f".{letter}.")] = piece
-        else:
-            names[name.replace("pos_embeder.", "pos_embed.")] = value
-    return names
-
-
-def _spec_of(file: WeightsFile, arch: str | None) -> BackboneSpec:
-    """What to build for a file: what it says, what the caller says, or what the shapes say."""
+    Raises:
+        UsageError: none of them does; the message says what the tensors look like.
+    """
     if arch is None and file.spec is not None:
         return file.spec
-    name = arch or _published_arch(file.facts) or _xcit_of(file.tensors)
+    tensors = file.tensors
+    said, patch_size = file.facts.get("arch"), file.facts.get("patch_size")
+    own = architectures.published_name(said, tensors, patch_size) if said else None
+    name = architectures.published_name(arch, tensors) if arch else own
+    if name is None:
+        shape = architectures.xcit_shape(tensors)
+        name = architectures.xcit_name(shape) if shape is not None else None
     if name is None:
         raise UsageError(
-            f"{file.path} does not say its architecture: name it with --arch, "
-            "for example --arch xcit_small_12_p16"
+            f"{file.path} does not say its architecture, and {architectures.advice(tensors)}"
         )
+    if own == f"{name}.dino":  # the plain timm name for a file that says it is DINO's
+        name = own
     # timm's XCiT names go on behind ours with the image size and the training's tag.
     match = re.match(r"(xcit_\w+?_p\d+)(_\d+)?(_dist)?(\..*)?$", name)
-    spec = BackboneSpec(match[1] if match else name)
-    stem = file.tensors.get("patch_embed.proj.0.0.weight")
-    if stem is not None and stem.shape[1] != 3:
+    spec = BackboneSpec(match[1]) if match else of_timm(name)
+    stem = tensors.get("patch_embed.proj.0.0.weight", tensors.get("patch_embed.proj.weight"))
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
         mean, std = statistics(stem.shape[1])
-        spec = BackboneSpec(spec.arch, in_chans=stem.shape[1], mean=mean, std=std)
+        spec = dataclasses.replace(spec, in_chans=stem.shape[1], mean=mean, std=std)
     return spec
 
 
-def _published_arch(facts: dict[str, Any]) -> str | None:
-    """The published trainer's `arch` and `patch_size` arguments as a name of ours or timm's."""
-    arch, patch = facts.get("arch"), facts.get("patch_size")
-    if not isinstance(arch, str):
-        return None
-    match = re.fullmatch(r"(?:vit|deit)_(tiny|small|base)", arch)
-    return f"vit_{match[1]}_patch{patch}_224" if match else arch
-
-
-def _xcit_of(tensors: dict[str, Tensor]) -> str | None:
-    """The published XCiT whose shapes these are, if any. eta does not matter once trained."""
-    token, temperature = tensors.get("cls_token"), tensors.get("blocks.0.attn.temperature")
-    if token is None or temperature is None:
-        return None
-    stem = len([n for n in tensors if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", n)])
-    depth = len([n for n in tensors if re.fullmatch(r"blocks\.\d+\.attn\.temperature", n)])
-    for size, variant in xcit.VARIANTS.items():
-        if (variant.embed_dim, variant.depth, variant.num_heads) == (
-            token.shape[-1],
-            depth,
-            temperature.shape[0],
-        ):
-            return f"xcit_{size}_p{2**stem}"
-    return None
-
-
 def load_into(model: nn.Module, file: WeightsFile, arch: str) -> None:
-    """Load strictly, with a sentence about the first differences where the file is of another network."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - file.tensors.keys()), sorted(file.tensors.keys() - own)
-    shapes = [
-        f"{name} {list(file.tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in file.tensors and file.tensors[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in ((missing, "missing"), (extra, "unknown"), (shapes, "of another shape"))
-        if names
-    ]
+    """Load strictly.
+
+    Raises:
+        UsageError: the file is of another network; the message gives the first differences and
+            what its shapes say it is.
+        RunFailed: values that are not finite.
+    """
+    problems = architectures.differences(file.tensors, model)
     if problems:
-        raise UsageError(f"{file.path} does not fit {arch}: tensors {'; '.join(problems)}")
+        fits = architectures.fitting(file.tensors)
+        if fits is not None:
+            advice = f"it fits {fits}: --arch {fits}"
+        else:
+            advice = "no published XCiT or DINO ViT has just these: incomplete, mixed or reshaped"
+        raise UsageError(f"{file.path} does not fit {arch}: tensors {problems}; {advice}")
+    spoilt = [name for name, value in file.tensors.items() if not value.isfinite().all()]
+    if spoilt:
+        raise RunFailed(
+            f"{file.path} holds values that are not finite, in {len(spoilt)} of "
+            f"{len(file.tensors)} tensors (first {spoilt[0]}): use an earlier checkpoint"
+        )
     model.load_state_dict(file.tensors, strict=True)
 
 
-def load_backbone(path: str | Path, arch: str | None = None, role: str = "teacher") -> nn.Module:
+def load_backbone(
+    path: str | Path, arch: str | BackboneSpec | None = None, role: str = "teacher"
+) -> nn.Module:
     """The frozen backbone of a run directory, a file of ours, or a published or timm file.
 
     Args:
         path: a run directory or a weights file.
-        arch: for files that do not say; overrides what a file says.
+        arch: for files that do not say; overrides what a file says. A published name
+            ("xcit_small_12_p16", "vit_small" and "dino_vits16" for DINO's ViTs) or a timm name; a
+            `BackboneSpec` for an XCiT of a shape without a name. A published DINO ViT is resampled
+            to other image sizes as published, under a plain timm name as timm does it (see `vit`).
         role: "teacher" or "student", where a file holds both.
 
     Returns:
@@ -274,10 +296,10 @@ def load_backbone(path: str | Path, arch: str | None = None, role: str = "teache
 
     Raises:
         ValueError: nothing there, no known architecture, tensors that do not fit.
-        RunFailed: a damaged file, or one that tries to run code.
+        RunFailed: a damaged file, one that tries to run code, values that are not finite.
     """
     file = read_weights(path, role)
-    spec = _spec_of(file, arch)
+    spec = arch if isinstance(arch, BackboneSpec) else spec_of(file, arch)
     model = spec.build()
     load_into(model, file, spec.arch)
     model.spec = spec  # type: ignore[assignment]

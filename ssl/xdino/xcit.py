@@ -57,9 +57,7 @@ VARIANTS = {
 NAMES = tuple(f"xcit_{size}_p{patch}" for size in VARIANTS for patch in (16, 8, 4))
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what an evaluation computed first must serve training too
-def fourier_features(h: int, w: int, channels: int, device: torch.device) -> Tensor:
+def encode_grid(h: int, w: int, channels: int, device: torch.device) -> Tensor:
     """Sines and cosines of the patch coordinates, float32 `[h * w, 2 * channels]`.
 
     Coordinates run over (0, 2 pi], rows first; wavelengths grow geometrically up to 10,000
@@ -78,6 +76,13 @@ def fourier_features(h: int, w: int, channels: int, device: torch.device) -> Ten
     return torch.cat((rows, columns), dim=2).reshape(h * w, 2 * channels)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what an evaluation computed first must serve training too
+def fourier_features(h: int, w: int, channels: int, device: torch.device) -> Tensor:
+    """`encode_grid`, computed once a grid."""
+    return encode_grid(h, w, channels, device)
+
+
 class FourierPositionalEncoding(nn.Module):
     """Learned projection of Fourier features of the grid: any height and width."""
 
@@ -89,7 +94,9 @@ class FourierPositionalEncoding(nn.Module):
     def forward(self, h: int, w: int) -> Tensor:
         """The encoding `[1, h * w, D]`, the same for every image."""
         weight = self.token_projection.weight
-        features = fourier_features(h, w, self.channels, weight.device).to(weight.dtype)
+        # An exported graph computes them from its own h and w, which a cache cannot look up.
+        encode = encode_grid if torch.compiler.is_exporting() else fourier_features
+        features = encode(h, w, self.channels, weight.device).to(weight.dtype)
         return F.linear(features, weight.flatten(1), self.token_projection.bias)[None]
 
 

@@ -3,14 +3,16 @@
 import argparse
 import collections
 import os
+import pathlib
 import pickle
+import random
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from xdino import checkpoint, xcit
+from xdino import architectures, checkpoint, vit, xcit
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone, read_weights, save_backbone
 from xdino.errors import RunFailed, UsageError
@@ -112,13 +114,106 @@ def test_the_student_of_a_full_checkpoint(nano, images, tmp_path):
     assert not torch.allclose(student(images), nano(images))
 
 
-def test_a_timm_vit_of_the_published_trainer(tmp_path):
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
-    args = argparse.Namespace(arch="vit_tiny", patch_size=16)
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()}, "args": args},
-               tmp_path / "c.pth")  # fmt: skip
-    images = torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(load_backbone(tmp_path / "c.pth")(images), vit(images))
+@pytest.fixture(scope="module")
+def tiny_vit():
+    torch.manual_seed(4)
+    model = vit.build("vit_tiny_patch16_224.dino").eval()
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    return model
+
+
+def trainer_file(model, path, prefix="backbone."):
+    """A DINO checkpoint of a ViT as the published trainer writes it, submitit's folder included."""
+    args = argparse.Namespace(
+        arch="vit_tiny", patch_size=16, data_path="/data/imagenet", output_dir=pathlib.Path("/out")
+    )
+    teacher = {f"{prefix}{k}": v for k, v in model.state_dict().items()}
+    torch.save({"teacher": teacher, "epoch": 100, "args": args}, path)
+    return path
+
+
+def test_a_vit_of_the_published_trainer(tiny_vit, tmp_path):
+    path = trainer_file(tiny_vit, tmp_path / "c.pth")
+    images = torch.randn(1, 3, 96, 70)
+    for arch in (None, "vit_tiny_patch16_224"):  # the file says that it is DINO's
+        loaded = load_backbone(path, arch)
+        assert loaded.spec.arch == "vit_tiny_patch16_224.dino"
+        assert torch.equal(loaded(images), tiny_vit(images))
+    assert loaded.weights["data"] == "/data/imagenet"
+    assert loaded.weights["epoch"] == 100
+
+
+def test_a_vit_that_says_nothing_is_asked_for_by_name(tiny_vit, tmp_path):
+    torch.save(tiny_vit.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=r"--arch vit_tiny_patch16_224\.dino for a published DINO"):
+        load_backbone(tmp_path / "c.pth")
+    file = read_weights(tmp_path / "c.pth")
+    for arch in ("vit_tiny", "deit_tiny", "dino_vitt16", "vit_tiny_patch16_224.dino"):
+        assert checkpoint.spec_of(file, arch).arch == "vit_tiny_patch16_224.dino"
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load_backbone(tmp_path / "c.pth", "vit_tiny")(images), tiny_vit(images))
+    timms = load_backbone(tmp_path / "c.pth", "vit_tiny_patch16_224")
+    assert not torch.allclose(timms(images), tiny_vit(images), atol=1e-3)
+    with pytest.raises(UsageError, match=r"it fits vit_tiny_patch16_224\.dino"):
+        load_backbone(tmp_path / "c.pth", "vit_small")
+
+
+def test_an_xcit_without_a_name_needs_its_spec(images, tmp_path):
+    shape = {"embed_dim": 96, "depth": 3, "num_heads": 2, "tokens_norm": True}
+    model = xcit.build("xcit_nano_12_p8", **shape).eval()
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(
+        UsageError,
+        match=r"embed_dim 96, depth 3, num_heads 2, patch_size 8.*nearest is xcit_nano_12_p8",
+    ):
+        load_backbone(tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth", BackboneSpec("xcit_nano_12_p8", shape=shape))
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_mixed_networks(nano, tmp_path):
+    others = xcit.build("xcit_tiny_12_p16").state_dict()
+    mixed = {k: others[k] if k.startswith("cls_attn") else v for k, v in nano.state_dict().items()}
+    torch.save(mixed, tmp_path / "mixed.pth")
+    with pytest.raises(UsageError, match=r"does not fit xcit_nano_12_p16.*mixed"):
+        load_backbone(tmp_path / "mixed.pth")
+    twice = {**nano.state_dict(), "module.cls_token": others["cls_token"]}
+    torch.save(twice, tmp_path / "twice.pth")
+    with pytest.raises(
+        RunFailed, match=r"twice\.pth.*mixes several networks: it has cls_token twice"
+    ):
+        load_backbone(tmp_path / "twice.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value, nano, tmp_path):
+    state = {k: v.clone() for k, v in nano.state_dict().items()}
+    state["blocks.3.norm1.bias"][2] = value
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(RunFailed, match=r"not finite, in 1 of 381 tensors \(first blocks\.3"):
+        load_backbone(tmp_path / "c.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bytes_changed_anywhere_give_a_sentence_or_weights(tmp_path):
+    """Whatever a broken disk makes of a file, no other error comes out."""
+    whole = tmp_path / "whole.pth"
+    args = argparse.Namespace(arch="a", output_dir=pathlib.Path("/x"), lr=np.float64(1))
+    tree = {"teacher": {"a": torch.zeros(2)}, "args": args}
+    generator = random.Random(0)
+    refused = 0
+    for i in range(300):
+        torch.save(tree, whole, _use_new_zipfile_serialization=bool(i % 2))
+        content = bytearray(whole.read_bytes())
+        for _ in range(generator.choice((1, 2, 8))):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        (tmp_path / "c.pth").write_bytes(content)
+        try:
+            read_weights(tmp_path / "c.pth")
+        except RunFailed:
+            refused += 1
+    assert refused > 100
 
 
 def test_names_may_be_given(nano, images, tmp_path):
@@ -126,7 +221,7 @@ def test_names_may_be_given(nano, images, tmp_path):
     loaded = load_backbone(tmp_path / "c.pth", arch="xcit_nano_12_p16_224.fb_in1k")
     assert torch.equal(loaded(images), nano(images))
     with pytest.raises(
-        UsageError, match=r"does not fit xcit_tiny_12_p16: tensors .* of another shape"
+        UsageError, match=r"does not fit xcit_tiny_12_p16: .* it fits xcit_nano_12_p16"
     ):
         load_backbone(tmp_path / "c.pth", arch="xcit_tiny_12_p16")
     with pytest.raises(
@@ -198,7 +293,7 @@ def test_prefixes_come_off_as_prefixes_only():
         "head.x": torch.zeros(1),
         "fc.w": torch.zeros(1),
     }
-    assert list(checkpoint._plain_names(names)) == ["a.module.b"]
+    assert list(architectures.plain_names(names)) == ["a.module.b"]
 
 
 def test_grey_networks_are_recognised(tmp_path):
