@@ -21,17 +21,19 @@ LONGEST_SETTING = 16  # characters of a setting that a table shows
 
 @dataclass(frozen=True)
 class Row:
-    """One measured accuracy and its protocol.
+    """One measurement and its protocol.
 
-    `top1` and `top5` are in per cent, `seconds` is the wall clock of the evaluation (for cached
-    features without their extraction), sizes count the images that could be read. `checkpoint` is
-    a SHA-256 or a name, `features` says which: "teacher, iteration 1234" or "raw pixels".
+    `top1` and `top5` are in per cent, and None where a protocol has no classes: its figures are
+    then in `metrics`, by name, in per cent unless the name says otherwise. `seconds` is the wall
+    clock of the evaluation (for cached features without their extraction), sizes count the images
+    that could be read. `checkpoint` is a SHA-256 or a name, `features` says which: "teacher,
+    iteration 1234" or "raw pixels".
     """
 
     protocol: str
     settings: dict[str, Any]
-    top1: float
-    top5: float
+    top1: float | None
+    top5: float | None
     data: str
     transform: str
     train_size: int
@@ -40,6 +42,7 @@ class Row:
     features: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
@@ -48,7 +51,7 @@ def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
 
 
 def load(path: Path | str) -> list[Row]:
-    """The rows of `path`; none if there is no such file.
+    """The rows of `path`; none if there is no such file. Rows from before a field was added lack it.
 
     Raises:
         RunFailed: the file is damaged or holds something else.
@@ -59,12 +62,14 @@ def load(path: Path | str) -> list[Row]:
     except FileNotFoundError:
         return []
     names = {f.name for f in fields(Row)}
+    # Every field but `metrics` has always been written.
+    needed = names - {"metrics"}
     try:
         entries = json.loads(text)
         if not isinstance(entries, list):
             raise ValueError("not a list")
         for entry in entries:
-            if set(entry) != names:
+            if not needed <= set(entry) <= names:
                 raise ValueError(f"a row with the fields {sorted(entry)}")
         return [Row(**entry) for entry in entries]
     except (ValueError, TypeError) as error:
@@ -92,7 +97,7 @@ def append(path: Path | str, rows: Sequence[Row]) -> None:
 
 
 def table(rows: Iterable[Row]) -> Table:
-    """The rows for a terminal: accuracies in per cent, one line a row."""
+    """The rows for a terminal: accuracies in per cent, one line a row, and one a metric."""
     out = Table(title=None, header_style="bold", pad_edge=False)
     for name in ("protocol", "settings", "features", "data"):
         out.add_column(name, overflow="fold")
@@ -108,13 +113,19 @@ def table(rows: Iterable[Row]) -> Table:
             ),
             row.features,
             row.data,
-            f"{row.top1:.2f}",
-            f"{row.top5:.2f}",
-            f"{row.train_size:,}",
+            _two(row.top1),
+            _two(row.top5),
+            f"{row.train_size:,}" if row.train_size else "",
             f"{row.val_size:,}",
             f"{row.seconds:.1f}",
         )
+        for name, value in row.metrics.items():
+            out.add_row("", f"{name}: {_two(value)}")
     return out
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _short(value: object) -> str:

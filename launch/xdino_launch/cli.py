@@ -40,6 +40,7 @@ for command in (
     features.features,
     features.quality,
     pictures.attention,
+    pictures.segment_score,
     weights.export,
     showing.report,
     showing.demo,

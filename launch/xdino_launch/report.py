@@ -305,15 +305,17 @@ def result_table(runs: Sequence[Run]) -> str:
     ]
     if not every:
         return section("Results", *missing)
-    top1s, top5s = [r.top1 for _, r in every], [r.top5 for _, r in every]
+    top1s = [r.top1 for _, r in every if r.top1 is not None]
+    top5s = [r.top5 for _, r in every if r.top5 is not None]
     body = []
     for name, row in every:
         body.append(
             "<tr>" + (f'<th scope="row">{text(name)}</th>' if len(runs) > 1 else "") +
             f"<td>{text(row.features)}</td>"
-            f"<td>{text(row.protocol)}{_settings(row.settings)}{warnings(row.notes)}</td>"
-            f'<td class="n top1">{aligned(row.top1, top1s)}</td>'
-            f'<td class="n">{aligned(row.top5, top5s)}</td>'
+            f"<td>{text(row.protocol)}{_metrics_of(row)}{_settings(row.settings)}"
+            f"{warnings(row.notes)}</td>"
+            f'<td class="n top1">{_accuracy(row.top1, top1s)}</td>'
+            f'<td class="n">{_accuracy(row.top5, top5s)}</td>'
             + origin(row.data, row.transform)
             + number(row.train_size) + number(row.val_size) + number(row.seconds)
             + hashed(row.checkpoint) + "</tr>"
@@ -326,6 +328,15 @@ def result_table(runs: Sequence[Run]) -> str:
         table(head, body, "results"),
         *missing,
     )
+
+
+def _accuracy(value: float | None, others: Sequence[float]) -> str:
+    return ABSENT if value is None else aligned(value, others)
+
+
+def _metrics_of(row: Row) -> str:
+    """What a protocol without classes measured: a line a figure."""
+    return "".join(f"<div>{text(name)} <b>{text(v)}</b></div>" for name, v in row.metrics.items())
 
 
 def _settings(settings: dict[str, Any]) -> str:
