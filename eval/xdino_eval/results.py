@@ -51,7 +51,7 @@ def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
 
 
 def load(path: Path | str) -> list[Row]:
-    """The rows of `path`; none if there is no such file.
+    """The rows of `path`; none if there is no such file. Rows from before a field was added lack it.
 
     Raises:
         RunFailed: the file is damaged or holds something else.

@@ -47,6 +47,7 @@ for command in (
     suite.copydetection,
     suite.davis,
     pictures.attention,
+    pictures.segment_score,
     weights.export,
     packing.pack,
     showing.report,

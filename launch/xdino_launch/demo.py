@@ -17,7 +17,7 @@ from torch import nn
 
 from xdino import checkpoint, config, data
 from xdino.run import INITIAL_FILE
-from xdino_eval import attention, knn, logistic, results
+from xdino_eval import attention, knn, logistic, pictures, results
 from xdino_eval.features import Features, extract, pixels
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
@@ -60,8 +60,8 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
         rows += results.signed(scored, sha, what)
     (run_dir / "results.json").unlink(missing_ok=True)  # the rows of an earlier demo in this folder
     results.append(run_dir / "results.json", rows)
-    pictures = _draw(pretrained, val, run_dir / "attention")
-    _print(rows, run_dir, pictures, len(val), time.monotonic() - began)
+    sheet = _draw(pretrained, val, run_dir / "attention")
+    _print(rows, run_dir, sheet, len(val), time.monotonic() - began)
     return rows
 
 
@@ -93,7 +93,7 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
             Image.fromarray(image[..., 0]).resize((224, 224), Image.Resampling.BICUBIC)
         )
         stem = name.lower().replace(" ", "-").replace("/", "-")
-        files = attention.draw(maps, large[..., None], out, stem)
+        files = pictures.draw(maps, large[..., None], out, stem)
         sheet.append(Image.open(files[0]).convert("RGB"))
     width = max(page.width for page in sheet)
     total = Image.new("RGB", (width, sum(page.height for page in sheet)), "white")
@@ -106,7 +106,7 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
     return path
 
 
-def _print(rows: list[Row], run_dir: Path, pictures: Path, val: int, seconds: float) -> None:
+def _print(rows: list[Row], run_dir: Path, sheet: Path, val: int, seconds: float) -> None:
     table = Table(title=f"Top-1 in per cent on {val:,} held-out images", title_justify="left")
     for name in ("features", f"k-NN (k = {NEIGHBOURS})", "linear (logistic regression)"):
         table.add_column(name, justify="left" if name == "features" else "right")
@@ -116,6 +116,6 @@ def _print(rows: list[Row], run_dir: Path, pictures: Path, val: int, seconds: fl
     console.print(table)
     iterations = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
     console.print(f"{iterations:,} iterations; {seconds:.0f} s in all", soft_wrap=True)
-    console.print(f"attention pictures: {pictures}", soft_wrap=True)
+    console.print(f"attention pictures: {sheet}", soft_wrap=True)
     console.print(f"views of the first batch: {run_dir / 'views.png'}", soft_wrap=True)
     console.print(f"every number with its protocol: {run_dir / 'results.json'}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """What the evaluation commands share: a backbone, two labelled splits, a transform."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from xdino import checkpoint, data, distributed
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import resolve_device
-from xdino_eval import attention, results
+from xdino_eval import results
 from xdino_eval.features import Features, cache_key, cached, extract
 from xdino_eval.grid import Tokens, needs_both
 from xdino_eval.results import Row
@@ -194,32 +194,6 @@ def features_name(weights: dict[str, Any]) -> str:
     if "iteration" in weights:
         return f"{weights.get('role', 'teacher')}, iteration {weights['iteration']}"
     return Path(weights["path"]).name
-
-
-def draw_attention(
-    weights: str,
-    images: Sequence[str],
-    out: str | Path,
-    arch: str | None = None,
-    size: int | None = None,
-    mass: float = 0.6,
-) -> Iterator[Path]:
-    """Class-attention pictures of image files; yields each file written.
-
-    Raises:
-        UsageError: no class attention in this backbone, or an image that cannot be read.
-    """
-    backbone = checkpoint.load_backbone(weights, arch)
-    for name in images:
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"there is no image file {path}")
-        try:
-            image = data.decode(path.read_bytes(), channels=backbone.in_chans)  # type: ignore[arg-type]
-        except (data.UnreadableImage, OSError) as error:
-            raise UsageError(f"{path} cannot be read as an image: {error}") from None
-        maps = attention.class_attention_maps(backbone, image, size)
-        yield from attention.draw(maps, image, out, path.stem, mass)
 
 
 def save_features(subject: Subject, path: Path) -> Path:

@@ -307,7 +307,8 @@ def result_table(runs: Sequence[Run]) -> str:
     ]
     if not every:
         return section("Results", *missing)
-    top1s, top5s = [r.top1 for _, r in every], [r.top5 for _, r in every]
+    top1s = [r.top1 for _, r in every if r.top1 is not None]
+    top5s = [r.top5 for _, r in every if r.top5 is not None]
     body = []
     for name, row in every:
         body.append(

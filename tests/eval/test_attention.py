@@ -1,16 +1,25 @@
-"""Class-attention maps, their masks and their pictures."""
+"""Class-attention maps of XCiT and of vision transformers, their masks, XCA's matrices."""
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
-from xdino_eval.attention import Maps, class_attention_maps, draw, mass_threshold
+from xdino_eval import attending
+from xdino_eval.attending import Lattice
+from xdino_eval.attention import (
+    class_attention_maps,
+    mask,
+    mass_threshold,
+    network_input,
+    patch_of_pixel,
+)
+from xdino_eval.features import evaluating
 
 SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 4}
 
@@ -41,10 +50,138 @@ def test_one_channel():
 
 
 def test_other_backbones_are_refused(frozen):
-    with pytest.raises(
-        UsageError, match="class-attention maps need an XCiT backbone, and a Frozen"
-    ):
+    with pytest.raises(UsageError, match="a Frozen has no class attention"):
         class_attention_maps(frozen, np.zeros((8, 8, 3), np.uint8))
+    resnet = BackboneSpec("resnet18").build()
+    with pytest.raises(UsageError, match="a ResNet has no class attention and no patch tokens"):
+        class_attention_maps(resnet, np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(UsageError, match="cross-covariance attention is an XCiT's, and a ResNet"):
+        attending.channel_attention(resnet, torch.zeros(1, 3, 64, 64))
+    pooled = timm.create_model("vit_base_patch16_gap_224", num_classes=0, embed_dim=32, depth=1,
+                               num_heads=2, dynamic_img_size=True)  # fmt: skip
+    judged(pooled)
+    with pytest.raises(UsageError, match="without a class token"):
+        class_attention_maps(pooled, np.zeros((64, 64, 3), np.uint8))
+
+
+def test_bad_images_and_layers(xcit):
+    image = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(
+        UsageError, match="there is no class-attention layer 3: choose one from 1 to 2"
+    ):
+        class_attention_maps(xcit, image, layers=[3])
+    with pytest.raises(
+        UsageError, match="an image of 40 x 15 pixels is smaller than a patch of 16"
+    ):
+        class_attention_maps(xcit, image[:15])
+    with pytest.raises(UsageError, match="at least a patch of 16"):
+        class_attention_maps(xcit, image, size=12)
+
+
+def test_a_layer_alone_is_that_layer(xcit):
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    both, second = class_attention_maps(xcit, image), class_attention_maps(xcit, image, layers=[2])
+    assert both.names == ("layer1", "layer2")
+    assert second.names == ("layer2",)
+    assert np.array_equal(second.layers[0], both.layers[1])
+
+
+# --- vision transformers ----------------------------------------------------------------------
+
+SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0, "dynamic_img_size": True}
+
+
+def judged(network):
+    """Given what `BackboneSpec.build` gives a network."""
+    facts = {"input_size": 64, "resize": 72, "in_chans": 3, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    for name, value in facts.items():
+        setattr(network, name, value)
+    return network.eval()
+
+
+def awake(network):
+    """The same with random positions, registers and norms, which start as zeros and ones."""
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            if "norm" in name or "token" in name or "pos_embed" in name:
+                value.add_(torch.randn_like(value) * 0.3)
+    return judged(network)
+
+
+def explicit(network, inputs, block: int) -> torch.Tensor:
+    """Weights [B, H, M, M] of a block as timm itself computes them when it may not fuse them."""
+    seen = []
+    attention = network.blocks[block].attn
+    attention.fused_attn = False
+    handle = attention.attn_drop.register_forward_hook(lambda m, i, out: seen.append(out))
+    network.forward_features(inputs)
+    handle.remove()
+    attention.fused_attn = True
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "prefix"),
+    [
+        ("vit_tiny_patch16_224", {}, 1),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "reg_tokens": 4, "no_embed_class": True}, 5),
+        ("deit_tiny_distilled_patch16_224", {}, 2),
+        ("vit_small_patch16_dinov3", {}, 5),
+    ],
+)
+def test_vit_maps_are_its_own_softmax(name, extra, prefix):
+    network = awake(timm.create_model(name, img_size=64, **SMALL, **extra))
+    image = np.ascontiguousarray(load_sample_image("china.jpg")[::6, ::6])  # [72, 107, 3]
+    maps = class_attention_maps(network, image, size=70)  # 70 x 104 pixels: 4 x 6 whole patches
+    inputs, lattice = network_input(network, image, 70)
+    assert inputs.shape == (1, 3, 64, 96)
+    with evaluating(network), torch.inference_mode():
+        whole = explicit(network, inputs, -1)  # [1, H, M, M]
+        first = explicit(network, inputs, 0)
+        features = network.forward_features(inputs)
+        found = attending.patch_tokens(network, inputs)
+    assert whole.shape[2] == prefix + 24
+    wanted = whole[0, :, 0, prefix:].reshape(3, 4, 6).numpy()
+    assert maps.names == ("block2",)
+    np.testing.assert_allclose(maps.layers[0], wanted, rtol=2e-5)
+    np.testing.assert_allclose(
+        class_attention_maps(network, image, 70, layers=[1]).layers[0].reshape(3, -1),
+        first[0, :, 0, prefix:].numpy(), rtol=2e-5)  # fmt: skip
+    assert torch.equal(found, features[:, prefix:])
+    assert maps.lattice == lattice == Lattice((0.0, 0.0), (16 / 70, 16 / 104))
+    with pytest.raises(UsageError, match="there is no block 3: choose one from 1 to 2"):
+        class_attention_maps(network, image, layers=[3])
+    assert not any(m._forward_pre_hooks for m in network.modules()), "hooks are gone"
+
+
+def test_vit_of_one_size_is_refused():
+    fixed = {**SMALL, "dynamic_img_size": False}
+    network = judged(timm.create_model("vit_tiny_patch16_224", img_size=64, **fixed))
+    with pytest.raises(UsageError, match="images of one size only"):
+        class_attention_maps(network, np.zeros((64, 64, 3), np.uint8))
+
+
+# --- XCA --------------------------------------------------------------------------------------
+
+
+def test_channel_matrices_are_what_the_blocks_mix_with(xcit):
+    images = torch.randn(2, 3, 48, 64)
+    for block in xcit.blocks:
+        torch.nn.init.uniform_(block.attn.temperature, 0.5, 4)
+    seen = []
+    handle = xcit.blocks[0].attn.register_forward_hook(lambda m, i, out: seen.append((i[0], out)))
+    (matrices,) = attending.channel_attention(xcit, images)
+    handle.remove()
+    (x, out), attention = seen[0], xcit.blocks[0].attn
+    assert matrices.shape == (2, 4, 8, 8)
+    assert torch.allclose(matrices.sum(-1), torch.ones(2, 4, 8))
+    v = attention.qkv(x)[..., 64:].view(2, -1, 4, 8)  # [B, N, H, d]
+    mixed = torch.einsum("bhij,bnhj->bnhi", matrices, v).flatten(2)
+    assert torch.allclose(attention.proj(mixed), out, atol=1e-5)
+    assert not xcit.blocks[0].attn._forward_pre_hooks
+
+
+# --- masks ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -70,22 +207,40 @@ def test_mask_order_and_refusals():
             mass_threshold(bad, mass)
 
 
-@pytest.mark.parametrize(("channels", "heads"), [(3, 4), (1, 3)])
-def test_pictures(tmp_path, channels, heads):
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
-    maps = Maps(tuple(rng.random((heads, 4, 6), dtype=np.float32) for _ in range(2)))
-    state = torch.get_rng_state()
-    sheet, *files = draw(maps, image, tmp_path / "new", "photo", mass=0.5)
-    assert torch.equal(state, torch.get_rng_state())
-    assert sheet.name == "photo-sheet.png"
-    assert Image.open(sheet).width > 1000
-    names = [*(f"head{i}" for i in range(1, heads + 1)), "mean", "overlay", "mask"]
-    assert [f.name for f in files] == [
-        f"photo-layer{n}-{name}.png" for n in (1, 2) for name in names
-    ]
-    assert {Image.open(file).size for file in files} == {(83, 61)}
-    mask = np.asarray(Image.open(files[heads + 2]))
-    assert set(np.unique(mask)) == {0, 255}
-    patches = mass_threshold(maps.layers[0].mean(0), 0.5)
-    assert (mask > 0).mean() == pytest.approx(patches.mean(), abs=0.05)
+def test_a_mask_at_full_resolution_is_the_nearest_patch():
+    attention = np.array([[4.0, 1.0], [1.0, 1.0]])
+    assert (
+        mask(attention, None, 4, 6, 0.5).tolist()
+        == [[True] * 3 + [False] * 3] * 2 + [[False] * 6] * 2
+    )
+    # A ViT with patches of 16 of a 40 x 56 image sees 32 x 48 of it; the image itself is twice that.
+    rows, columns, seen = patch_of_pixel(Lattice((0, 0), (16 / 40, 16 / 56)), 2, 3, 80, 112)
+    assert np.array_equal(rows[:64], np.arange(64) // 32)
+    assert np.array_equal(columns[:96], np.arange(96) // 32)
+    assert seen[:64, :96].all()
+    assert seen.sum() == 64 * 96
+    # XCiT: patch i is centred on pixel 4 i, and everything has a patch.
+    rows, _, seen = patch_of_pixel(Lattice((-1.5 / 12, -1.5 / 12), (4 / 12, 4 / 12)), 3, 3, 12, 12)
+    assert rows.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert seen.all()
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_where_the_patches_of_an_xcit_lie(patch):
+    """The stem's response to one pixel is largest at the patch whose centre the lattice puts there."""
+    spec = BackboneSpec(f"xcit_nano_12_p{patch}", shape=SHAPE, input_size=64, resize=64)
+    stem = spec.build().eval().patch_embed
+    for module in stem.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.ones_(module.weight)
+    h = 64 // patch
+    lattice = attending.lattice(spec.build(), 64, 64)
+    for i in range(1, h - 1):
+        found = []
+        for y in (patch * i - patch // 2 + 1, patch * i, patch * i + patch // 2 - 1):
+            image = torch.zeros(1, 3, 64, 64)
+            image[:, :, y, 32] = 100.0
+            response = stem(image)[0].abs().sum(-1).reshape(h, h).sum(1)
+            row = patch_of_pixel(lattice, h, h, 64, 64)[0][y]
+            found.append(int(response.argmax()) == row == i)
+        assert all(found)

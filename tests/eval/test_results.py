@@ -59,6 +59,22 @@ def test_a_failed_write_keeps_the_old_rows(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_rows_without_classes_and_rows_from_before_metrics(tmp_path):
+    path = tmp_path / "results.json"
+    append(path, [ROW])
+    entries = json.loads(path.read_text())
+    del entries[0]["metrics"]
+    path.write_text(json.dumps(entries))
+    assert load(path) == [ROW]
+    other = replace(ROW, top1=None, top5=None, metrics={"jaccard best head": 41.5})
+    append(path, [other])
+    assert load(path) == [ROW, other]
+    out = io.StringIO()
+    Console(file=out, width=160).print(table(load(path)))
+    assert "jaccard best head: 41.50" in out.getvalue()
+    assert "None" not in out.getvalue()
+
+
 def test_signed():
     (row,) = signed([replace(ROW, checkpoint="", features="")], "none", "raw pixels")
     assert (row.checkpoint, row.features) == ("none", "raw pixels")

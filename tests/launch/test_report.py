@@ -285,3 +285,14 @@ def test_a_long_curve_keeps_its_extremes():
     assert np.isfinite(y).all()
     assert len(series([], "loss")[0]) == 0
     assert draw_curves([[], [{"iteration": 1, "loss": "no number"}]]) == ""
+
+
+def test_figures_of_a_protocol_without_classes(make_run):
+    path = make_run("r")
+    figures = {"jaccard best head": 41.5, "jaccard <head 1>": 40.0}
+    one = row(None, None, protocol="segmentation by attention", metrics=figures)
+    results.append(path / "results.json", [one])
+    html = write_report([path]).read_text()
+    assert "<div>jaccard best head <b>41.5</b></div>" in html
+    assert "jaccard &lt;head 1&gt;" in html
+    assert "None" not in html

@@ -1,8 +1,17 @@
-"""`xdino attention`."""
+"""`xdino attention` and `xdino segment-score`."""
+
+import math
 
 import click
 
 from xdino.errors import UsageError
+from xdino_launch.commands.options import finish
+
+
+def _mass(value: float) -> float:
+    if not 0 < value <= 1:
+        raise UsageError(f"--mass must be above 0 and at most 1, got {value}")
+    return value
 
 
 @click.command()
@@ -12,13 +21,108 @@ from xdino.errors import UsageError
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--size", type=click.IntRange(1), help="Shorter side in pixels.")
 @click.option("--mass", default=0.6, show_default=True, type=float, help="Share held by the mask.")
+@click.option(
+    "--layer",
+    type=click.IntRange(1),
+    help="Class-attention layer of an XCiT (default: all), block of a ViT (default: the last).",
+)
+@click.option("--head", type=click.IntRange(1), help="This head; default: each, and their mean.")
+@click.option("--fps", type=float, help="A folder is a video of so many frames a second.")
+@click.option("--pca", is_flag=True, help="Patch tokens as colours, by principal components.")
+@click.option("--foreground", is_flag=True, help="With --pca: of objects alone, found by it.")
+@click.option("--xca", is_flag=True, help="XCA's channel-by-channel matrices.")
+@click.option("--device", default="auto", show_default=True)
 def attention(
-    weights: str, images: tuple[str, ...], out: str, arch: str | None, size: int | None, mass: float
+    weights: str,
+    images: tuple[str, ...],
+    out: str,
+    arch: str | None,
+    size: int | None,
+    mass: float,
+    layer: int | None,
+    head: int | None,
+    fps: float | None,
+    pca: bool,
+    foreground: bool,
+    xca: bool,
+    device: str,
 ) -> None:
-    """Draw an XCiT's class attention on images: heads, mean, overlay, mask."""
-    if not 0 < mass <= 1:
-        raise UsageError(f"--mass must be above 0 and at most 1, got {mass}")
-    from xdino_launch.evaluate import draw_attention
+    """Draw what a backbone attends to: heads, mean, overlay, mask.
 
-    for path in draw_attention(weights, images, out, arch, size, mass):
+    IMAGES are image files, folders of images (with a sheet of all of them) and videos.
+    """
+    _mass(mass)
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise UsageError(f"--fps must be above 0, got {fps}")
+    if pca and xca:
+        raise UsageError("--pca and --xca are two kinds of pictures: give one of them")
+    if foreground and not pca:
+        raise UsageError("--foreground goes with --pca")
+    if (pca or xca) and (layer or head):
+        raise UsageError("--layer and --head choose class attention; --pca and --xca have none")
+    from pathlib import Path
+
+    from xdino_launch import drawing
+
+    backbone = drawing.open_backbone(weights, arch, device)
+    options = drawing.Options(Path(out), size, mass, layer, head, fps, foreground)
+    draw = drawing.draw_attention
+    if pca:
+        draw = drawing.draw_components
+    elif xca:
+        draw = drawing.draw_channels
+    for path in draw(backbone, images, options):
         click.echo(str(path))
+
+
+@click.command("segment-score")
+@click.argument("weights")
+@click.option("--data", required=True, type=click.Path(), help="Folder with images/ and masks/.")
+@click.option("--arch", help="Architecture, where the file does not say.")
+@click.option("--size", type=click.IntRange(1), help="Shorter side in pixels.")
+@click.option("--mass", default=0.6, show_default=True, type=float, help="Share held by the mask.")
+@click.option("--layer", type=click.IntRange(1), help="Layer of an XCiT, block of a ViT.")
+@click.option("--ignore", help='Value of masks that is void, or "none"; default: 255 in palettes.')
+@click.option("--device", default="auto", show_default=True)
+@click.option("--details", type=click.Path(), help="Each image's Jaccard indices, as JSON.")
+@click.option("--out", type=click.Path(), help="Append to this results.json.")
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def segment_score(
+    weights: str,
+    data: str,
+    arch: str | None,
+    size: int | None,
+    mass: float,
+    layer: int | None,
+    ignore: str | None,
+    device: str,
+    details: str | None,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Score attention masks against masks of objects: Jaccard index, per head and best head.
+
+    DATA holds images/NAME.* and masks/NAME.* of the same sizes; what is not 0 in a mask is object,
+    255 in a palette PNG (PASCAL VOC) is left out.
+    """
+    _mass(mass)
+    if ignore not in (None, "none") and not (str(ignore).isdigit() and int(str(ignore)) < 256):
+        raise UsageError(f'--ignore takes a value from 0 to 255 or "none", got {ignore}')
+    from pathlib import Path
+
+    from xdino_eval import results, segmentation
+    from xdino_launch import drawing
+    from xdino_launch.console import counter, stderr_console
+    from xdino_launch.evaluate import features_name
+
+    segmentation.find_pairs(data)  # before the network is read
+    backbone = drawing.open_backbone(weights, arch, device)
+    void = int(ignore) if ignore not in (None, "none") else ignore
+    layers = None if layer is None else [layer]
+    tell = counter(stderr_console(), "images")
+    rows, scores = segmentation.evaluate(backbone, data, mass, size, layers, void, tell)
+    facts = backbone.weights
+    rows = results.signed(rows, facts["sha256"], features_name(facts))  # type: ignore[index, arg-type]
+    if details:
+        segmentation.save_details(Path(details), scores)
+    finish(rows, weights, out, as_json)

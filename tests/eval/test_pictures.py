@@ -1,0 +1,133 @@
+"""Pictures of maps, of principal components and of channel matrices."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from xdino.backbones import BackboneSpec
+from xdino_eval import pca, pictures
+from xdino_eval.attending import Lattice
+from xdino_eval.attention import Maps, mask, mass_threshold
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(3, 4), (1, 3)])
+def test_pictures_of_every_head_and_of_their_mean(tmp_path, channels, heads):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
+    maps = Maps(tuple(rng.random((heads, 4, 6), dtype=np.float32) for _ in range(2)))
+    state = torch.get_rng_state()
+    sheet, *files = pictures.draw(maps, image, tmp_path / "new", "photo", mass=0.5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert sheet.name == "photo-sheet.png"
+    assert Image.open(sheet).width > 1000
+    each = [f"head{i}{end}" for i in range(1, heads + 1) for end in ("", "-mask")]
+    names = [*each, "mean", "overlay", "mask"]
+    assert [f.name for f in files] == [
+        f"photo-layer{n}-{name}.png" for n in (1, 2) for name in names
+    ]
+    assert {Image.open(file).size for file in files} == {(83, 61)}
+    written = np.asarray(Image.open(files[len(names) - 1]))
+    assert np.array_equal(written > 0, mask(maps.layers[0].mean(0), None, 61, 83, 0.5))
+    assert set(np.unique(written)) == {0, 255}
+    first = np.asarray(Image.open(files[1]))
+    assert np.array_equal(first > 0, mask(maps.layers[0][0], None, 61, 83, 0.5))
+    assert (first > 0).mean() == pytest.approx(
+        mass_threshold(maps.layers[0][0], 0.5).mean(), abs=0.05
+    )
+
+
+def test_one_head_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    maps = Maps((rng.random((3, 4, 4), dtype=np.float32),), ("block12",))
+    image = np.zeros((20, 20, 3), np.uint8)
+    _, *files = pictures.draw(maps, image, tmp_path, "a", head=2)
+    assert [f.name for f in files] == [
+        f"a-block12-head2{end}.png" for end in ("", "-overlay", "-mask")
+    ]
+    kept = np.asarray(Image.open(files[-1])) > 0
+    assert np.array_equal(kept, mask(maps.layers[0][1], None, 20, 20))
+
+
+def test_stretched_maps_keep_each_patch_where_it_lies():
+    values = np.zeros((4, 6), np.float32)
+    values[1, 4] = 1
+    # Patches of 10 pixels that cover 40 x 60 of a 50 x 70 image.
+    wide = pictures.stretch(values, Lattice((0, 0), (10 / 50, 10 / 70)), 50, 70)
+    assert np.unravel_index(wide.argmax(), wide.shape) in {(14, 44), (14, 45), (15, 44), (15, 45)}
+    near = pictures.stretch(values, None, 40, 60, smooth=False)
+    assert (near[10:20, 40:50] == 1).all()
+    assert near.sum() == 100
+    both = pictures.stretch(np.stack((values, values)), None, 40, 60, smooth=False)
+    assert np.array_equal(both[1], near)
+
+
+def test_a_sheet_of_a_folder_has_pages(tmp_path):
+    picture = np.full((30, 50, 3), 200, np.uint8)
+    rows = [(f"a/very/long/path/{'x' * 90}/{i}.png", [picture, picture]) for i in range(61)]
+    pages = list(pictures.folder_sheets(rows, tmp_path))
+    assert [page.name for page in pages] == ["sheet.png", "sheet-2.png"]
+    assert Image.open(pages[0]).height > 5 * Image.open(pages[1]).height
+
+
+def test_channel_matrices(tmp_path):
+    matrices = [np.random.default_rng(i).dirichlet(np.ones(8), (3, 8)) for i in range(2)]
+    files = pictures.draw_channels(matrices, tmp_path, "a")
+    assert [f.name for f in files] == [
+        "a-xca-sheet.png",
+        "a-xca-block1.png",
+        "a-xca-block2.png",
+    ]
+    assert all(Image.open(f).width > 500 for f in files)
+
+
+# --- principal components ---------------------------------------------------------------------
+
+
+def test_components_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (500, 12)) @ rng.normal(0, 1, (12, 12)) + 100
+    moments = pca.Moments()
+    for part in np.split(values, [3, 200, 201]):
+        moments.add(torch.from_numpy(part))
+    ours = moments.components()
+    theirs = PCA(3).fit(values)
+    np.testing.assert_allclose(ours.mean.numpy(), theirs.mean_, rtol=1e-10)
+    np.testing.assert_allclose(
+        np.abs(ours.axes.T.numpy() @ theirs.components_.T), np.eye(3), atol=1e-8
+    )
+    np.testing.assert_allclose(ours.explained, theirs.explained_variance_ratio_, rtol=1e-8)
+    largest = ours.axes.abs().argmax(0)
+    assert (ours.axes[largest, torch.arange(3)] > 0).all()
+    few = pca.Moments()
+    few.add(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="need four tokens"):
+        few.components()
+
+
+def test_the_foreground_is_the_side_away_from_the_borders():
+    grid = (6, 6)
+    tokens = torch.randn(36, 5) * 0.01
+    inside = torch.zeros(grid, dtype=torch.bool)
+    inside[2:4, 2:5] = True
+    tokens[inside.flatten(), 2] -= 3
+    found = pca.PatchTokens(tokens, grid, Lattice((0, 0), (1 / 6, 1 / 6)))
+    moments = pca.Moments()
+    moments.add(tokens)
+    foreground = pca.Foreground(moments.components())
+    foreground.look(found)
+    assert np.array_equal(foreground.of(found), inside.numpy())
+
+
+def test_patch_tokens_of_an_xcit_are_those_before_class_attention():
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 4}
+    xcit = BackboneSpec("xcit_nano_12_p16", shape=shape, input_size=64, resize=72).build().eval()
+    image = np.random.default_rng(0).integers(0, 256, (64, 90, 3), dtype=np.uint8)
+    found = pca.patch_tokens(xcit, image)
+    assert found.grid == (4, 6)
+    assert found.tokens.shape == (24, 32)
+    other = pca.patch_tokens(xcit, image)
+    for block in xcit.cls_attn_blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight)
+    assert torch.equal(found.tokens, other.tokens)

@@ -1,0 +1,180 @@
+"""`xdino attention` and `xdino segment-score` as a person meets them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xdino.backbones import BackboneSpec
+from xdino.checkpoint import save_backbone
+from xdino_launch import cli
+
+SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 4}
+
+
+def xdino(capsys, *arguments) -> tuple[int, list[str], str]:
+    """(exit code, lines of standard output, standard error) of the command in this process."""
+    try:
+        cli.main([str(a) for a in arguments])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    out = capsys.readouterr()
+    return code, out.out.splitlines(), out.err
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "xcit.safetensors"
+    spec = BackboneSpec("xcit_nano_12_p8", shape=SHAPE, input_size=32, resize=32)
+    save_backbone(path, spec.build(), spec, role="teacher", iteration=7)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
+    spec = BackboneSpec("resnet18")
+    save_backbone(path, spec.build(), spec)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Ten frames of a square that moves, in a folder of their own."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        image = rng.integers(0, 60, (37, 53, 3), dtype=np.uint8)
+        image[8:20, 3 * i : 3 * i + 12] += 150
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_images_and_a_folder_with_its_sheet(capsys, weights, images, tmp_path):
+    (images / "broken.png").write_text("no image")
+    (images / "below").mkdir()
+    Image.open(images / "00.png").save(images / "below" / "00.png")
+    out = tmp_path / "out"
+    code, written, err = xdino(capsys, "attention", weights, images / "01.png", images, "--out", out,
+                               "--layer", 2, "--head", 3)  # fmt: skip
+    assert code == 0
+    assert "skipped" in err
+    assert "broken.png cannot be read as an image" in " ".join(err.split())
+    assert len(written) == len(set(written)) == 4 * 12 + 1, "no file is written twice"
+    assert written[0] == str(out / "01-sheet.png")
+    assert written[-1] == str(out / "frames-folder.png")
+    names = {path.rsplit("/", 1)[1] for path in written}
+    assert {"01-2-layer2-head3-mask.png", "below-00-layer2-head3.png"} <= names
+    assert all(Image.open(path).size == (53, 37) for path in written if path.endswith("mask.png"))
+
+
+def test_ten_frames_become_a_video_that_plays(capsys, weights, images, tmp_path):
+    av = pytest.importorskip("av")
+    code, written, _ = xdino(
+        capsys, "attention", weights, images, "--fps", 12, "--layer", 2, "--out", tmp_path / "a"
+    )
+    assert code == 0
+    names = [f"frames-layer2-mean{end}.mp4" for end in ("", "-overlay", "-mask")]
+    assert [path.rsplit("/", 1)[1] for path in written] == names
+    # The overlay's video in its turn: what came out goes in.
+    code, again, _ = xdino(
+        capsys, "attention", weights, written[1], "--layer", 1, "--out", tmp_path / "b"
+    )
+    assert code == 0
+    for path in [*written, *again]:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            assert (stream.width, stream.height) == (54, 38)
+            assert stream.average_rate == 12
+            shown = list(container.decode(video=0))
+        assert len(shown) == 10
+        assert shown[5].to_ndarray(format="gray").std() > 2
+
+
+def test_components_and_channel_matrices(capsys, weights, images, tmp_path):
+    pytest.importorskip("av")
+    code, written, _ = xdino(
+        capsys, "attention", weights, images, "--pca", "--foreground", "--out", tmp_path / "p"
+    )
+    assert code == 0
+    assert len(written) == 11
+    picture = np.asarray(Image.open(written[3]))
+    assert picture.shape == (37, 53, 3)
+    assert (picture == 0).all(2).mean() > 0.1, "the background is black"
+    code, written, _ = xdino(
+        capsys, "attention", weights, images, "--pca", "--fps", 5, "--out", tmp_path
+    )
+    assert (code, written) == (0, [str(tmp_path / "frames-pca.mp4")])
+    code, written, _ = xdino(
+        capsys, "attention", weights, images / "00.png", "--xca", "--out", tmp_path / "x"
+    )
+    assert code == 0
+    assert [path.rsplit("/", 1)[1] for path in written] == [
+        "00-xca-sheet.png",
+        "00-xca-block1.png",
+    ]
+
+
+def test_segment_score_writes_rows_and_details(capsys, weights, images, tmp_path):
+    (tmp_path / "masks").mkdir()
+    images.rename(tmp_path / "images")
+    for i in range(10):
+        truth = np.zeros((37, 53), np.uint8)
+        truth[8:20, 3 * i : 3 * i + 12] = 255
+        Image.fromarray(truth).save(tmp_path / "masks" / f"{i:02}.png")
+    results, details = tmp_path / "results.json", tmp_path / "each.json"
+    command = ("segment-score", weights, "--data", tmp_path, "--details", details, "--out", results)
+    code, out, _ = xdino(capsys, *command, "--json")
+    assert code == 0
+    rows = json.loads("\n".join(out))
+    assert rows == json.loads(results.read_text())
+    assert [row["settings"]["layer"] for row in rows] == ["layer1", "layer2"]
+    assert rows[0]["features"] == "teacher, iteration 7"
+    each = json.loads(details.read_text())["layer2"]
+    assert len(each) == 10
+    best = 100 * np.mean([max(image["heads"]) for image in each])
+    assert rows[1]["metrics"]["jaccard best head"] == pytest.approx(best, abs=1e-3)
+    code, out, _ = xdino(capsys, *command)
+    assert code == 0
+    shown = f"{rows[1]['metrics']['jaccard mean map']:.2f}"
+    assert shown in " ".join(out), "the table shows the figures too"
+    assert len(json.loads(results.read_text())) == 4
+
+
+def test_bad_input_is_one_sentence(capsys, weights, resnet, images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
+    Image.new("RGB", (40, 5)).save(tmp_path / "thin.png")
+    picture = images / "00.png"
+    for arguments, sentence in (
+        ((weights, tmp_path / "empty"), "holds no image"),
+        ((weights, tmp_path / "none"), "there is no image, folder or video"),
+        ((weights, tmp_path / "text.mp4"), "cannot be read as a video"),
+        ((weights, tmp_path / "thin.png"), "40 x 5 pixels is smaller than a patch of 8 x 8"),
+        ((weights, picture, "--size", 4), "at least a patch of 8"),
+        ((weights, picture, "--layer", 3), "no class-attention layer 3: choose one from 1 to 2"),
+        ((weights, picture, "--head", 5), "there is no head 5: choose one from 1 to 4"),
+        ((weights, picture, "--mass", 0), "--mass must be above 0 and at most 1"),
+        ((weights, images, "--fps", 0), "--fps must be above 0"),
+        ((weights, picture, "--pca", "--xca"), "give one of them"),
+        ((weights, picture, "--foreground"), "--foreground goes with --pca"),
+        ((weights, picture, "--pca", "--head", 1), "choose class attention"),
+        ((weights, images, "--xca", "--fps", 5), "draws images, not videos"),
+        ((resnet, picture), "a ResNet has no class attention"),
+        ((resnet, picture, "--pca"), "a ResNet has no class attention and no patch tokens"),
+        ((resnet, picture, "--xca"), "a ResNet has none"),
+    ):
+        code, out, err = xdino(capsys, "attention", *arguments, "--out", tmp_path / "out")
+        assert (code, out, err.count("\n")) == (2, [], 1), (sentence, err)
+        assert sentence in err
+    for arguments, sentence in (
+        (("--data", images), "it has no images"),
+        (("--data", images, "--mass", 1.5), "--mass must be above 0"),
+        (("--data", images, "--ignore", "void"), "--ignore takes a value from 0 to 255"),
+    ):
+        code, out, err = xdino(capsys, "segment-score", weights, *arguments)
+        assert (code, out, err.count("\n")) == (2, [], 1), err
+        assert sentence in err
