@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdino import kernels
 from xdino.errors import UsageError, nearest
 
 LAYER_NORM_EPS = 1e-6
@@ -312,6 +313,7 @@ class XCiT(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.in_chans = in_chans
+        self.fused = False  # whether training takes xdino.kernels (acceleration.use_kernels sets it)
         self.patch_embed = ConvPatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPositionalEncoding(embed_dim)  # the published spelling
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -340,6 +342,10 @@ class XCiT(nn.Module):
         """Patch tokens before class attention `[B, N, D]` (those for dense tasks), and the grid."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
+        if self.fused and self.training and kernels.takes(images):
+            from xdino.kernels import blocks  # imports triton, which not every machine has
+
+            return blocks.patch_tokens(self, images, NORM_EPS)
         x, h, w = self.patch_embed(images)
         x = x + self.pos_embeder(h, w)
         for block in self.blocks:
