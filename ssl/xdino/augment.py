@@ -15,6 +15,7 @@ cheapest and be tested alone:
 Letters: B images, V views, N crops (of one size), C channels, H W of an image, h w of a crop.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -293,21 +294,27 @@ def crop(
 
 
 def photometric(
-    crops: Tensor, table: np.ndarray, spec: MultiCrop, dtype: torch.dtype = torch.float32
+    crops: Tensor,
+    table: np.ndarray,
+    spec: MultiCrop,
+    dtype: torch.dtype = torch.float32,
+    fused: bool = False,
 ) -> Tensor:
     """From flip to normalisation: uint8 [N, h, w, C] -> `dtype` [N, C, h, w].
 
     `table` is [N], in the crops' order. Operations and their order are torchvision's, clamped to
     [0, 255] between them. With one channel, saturation, hue and grayscale do nothing; with any
     number but 1 and 3 they do nothing either, and contrast blends with the mean of all channels.
-    Runs on the crops' device, on a CPU with torch's number of threads. Raises ValueError where
-    the shapes disagree.
+    Runs on the crops' device, on a CPU with torch's number of threads; `fused` by xdino.kernels,
+    where they support the channels and the blur. Raises ValueError where the shapes disagree.
     """
     N, h, w, C = crops.shape
     if table.shape != (N,):
         raise ValueError(f"the table must have shape ({N},), one entry per crop, got {table.shape}")
     if spec.channels != C:
         raise ValueError(f"the crops have {C} channels, mean and std have {spec.channels}")
+    if fused:
+        return photometric_fused(crops, table, spec, dtype)
     with torch.inference_mode(False), torch.no_grad():
         out = torch.empty(N, C, h, w, dtype=dtype, device=crops.device)
 
@@ -328,6 +335,44 @@ def photometric(
         for rows in blocks:
             work(rows)
     return out
+
+
+def photometric_fused(
+    crops: Tensor, table: np.ndarray, spec: MultiCrop, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`photometric` in two Triton kernels; the plain path where they do not support `spec`."""
+    from xdino.kernels import photometric as fused  # imports triton, which not every machine has
+
+    reach = _reach(spec.blur_radius[1])
+    if not fused.supports(spec.channels, reach):
+        return photometric(crops, table, spec, dtype)
+    packed = np.zeros((len(table), fused.TAPS + reach + 1), np.float32)
+    columns = {
+        fused.FLIP: table["flip"],
+        fused.JITTER: table["jitter"],
+        fused.GRAY: table["gray"],
+        fused.SOLARIZE: table["solarize"],
+        fused.BLUR: table["blur"] > 0,
+    }
+    for column, values in columns.items():
+        packed[:, column] = values
+    packed[:, fused.ORDER : fused.ORDER + 4] = table["order"]
+    packed[:, fused.FACTOR : fused.FACTOR + 4] = table["factor"]
+    mean, std = np.array(spec.mean), np.array(spec.std)
+    packed[:, fused.SCALE : fused.SCALE + spec.channels] = 1 / (255 * std)
+    packed[:, fused.SHIFT : fused.SHIFT + spec.channels] = mean / std
+    blurred = np.flatnonzero(table["blur"] > 0)
+    if len(blurred):
+        kernels = blur_kernels(table["blur"][blurred].astype(np.float64))
+        packed[blurred, fused.TAPS : fused.TAPS + kernels.shape[1]] = kernels
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.from_numpy(packed).to(crops.device, non_blocking=True)
+        return fused.views(crops, rows, spec.solarize_threshold, reach, dtype)
+
+
+def _reach(radius: float) -> int:
+    """Pixels that a blur of this radius reads on each side (`blur_kernels`)."""
+    return 3 * (math.floor((math.sqrt(4 * radius**2 + 1) - 1) / 2) + 1)
 
 
 def serial_threads(count: int, name: str) -> ThreadPoolExecutor:

@@ -180,6 +180,8 @@ class Runtime:
     device: str = "auto"  # auto, cpu, cuda
     workers: Annotated[int, Field(ge=0)] = 8
     prefetch: Positive = 3  # micro-batches made ahead
+    # Fused Triton kernels: "auto" where they work, which a check at the start finds out.
+    kernels: Literal["auto", "plain", "fused"] = "auto"
     log_every: Positive = 10  # iterations
     checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
     keep_every: Annotated[int, Field(ge=0)] = (

@@ -313,7 +313,9 @@ class XCiT(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.in_chans = in_chans
-        self.fused = False  # whether training takes xdino.kernels (acceleration.use_kernels sets it)
+        self.fused = (
+            False  # whether training takes xdino.kernels (acceleration.use_kernels sets it)
+        )
         self.patch_embed = ConvPatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPositionalEncoding(embed_dim)  # the published spelling
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from xdino import distributed
 from xdino.kernels import interpreted, residual
 
-# Rows of a block. The interpreter pays for operations, not for what they hold.
-ROWS = 1024 if interpreted() else 32
+# Rows and channels of a block. The interpreter pays for operations, not for what they hold.
+ROWS, COLUMNS = (1024, 1024) if interpreted() else (32, 64)
 
 
 @triton.jit
@@ -160,7 +160,12 @@ def synchronised(norm: nn.Module) -> bool:
 
 def sizes(C: int) -> dict[str, int]:
     """The constants of kernels that hold blocks of rows and channels."""
-    return {"C": C, "BLOCK": ROWS, "BLOCK_C": min(64, triton.next_power_of_2(C)), "num_warps": 4}
+    return {
+        "C": C,
+        "BLOCK": ROWS,
+        "BLOCK_C": min(COLUMNS, triton.next_power_of_2(C)),
+        "num_warps": 8,
+    }
 
 
 def grid(T: int, sizes: dict[str, int]) -> tuple[int, int]:
@@ -188,7 +193,8 @@ def finish_statistics(moments: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         moments = gathered
     count, mean, spread = _merged(moments)
     if norm.track_running_stats and norm.running_mean is not None:
-        assert norm.running_var is not None and norm.num_batches_tracked is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
         assert norm.momentum is not None
         unbiased = spread / (count - 1).clamp_min(1)
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)

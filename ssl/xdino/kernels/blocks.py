@@ -17,7 +17,9 @@ from xdino.kernels import batch_norm, lpi, residual, xca
 
 def stem(patch_embed: Any, images: Tensor) -> tuple[Tensor, int, int]:
     """Images `[B, C, H, W]` -> tokens `[B, N, D]` and the grid, by channels-last convolutions."""
-    stages = [stage for stage in patch_embed.proj if isinstance(stage, torch.nn.Sequential)]
+    stages: list[Any] = [
+        stage for stage in patch_embed.proj if isinstance(stage, torch.nn.Sequential)
+    ]
     x = images.contiguous(memory_format=torch.channels_last)
     for i, (conv, norm) in enumerate(stages, start=1):
         # To channels last, and from it to rows: neither moves anything where the convolution
@@ -53,9 +55,12 @@ def patch_tokens(model: Any, images: Tensor, norm_eps: float) -> tuple[Tensor, i
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     first = model.blocks[0].norm1
-    normed = F.layer_norm(x, first.normalized_shape, first.weight, first.bias, first.eps)
+    normed: Tensor | None = F.layer_norm(
+        x, first.normalized_shape, first.weight, first.bias, first.eps
+    )
     following = [block.norm1 for block in model.blocks[1:]] + [None]
     for block, next_norm in zip(model.blocks, following, strict=True):
+        assert normed is not None
         x, normed = _block(block, x, normed, next_norm, (h, w), dtype, norm_eps)
     return x, h, w
 
@@ -63,15 +68,14 @@ def patch_tokens(model: Any, images: Tensor, norm_eps: float) -> tuple[Tensor, i
 def _block(
     block: Any, x: Tensor, normed: Tensor, next_norm: Any, size: tuple[int, int],
     dtype: torch.dtype, norm_eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """One XCA block: the stream and its norm -> the stream and what `next_norm` makes of it."""
     B, device, rate = len(x), x.device, block.drop_path_rate
     branch = _attend(block.attn, normed, dtype, norm_eps)
-    x, normed = residual.add_norm(
-        x, branch, block.gamma1, _drop(rate, B, device), block.norm3, dtype
+    x, read = residual.add_norm(x, branch, block.gamma1, _drop(rate, B, device), block.norm3, dtype)
+    assert read is not None
+    x, read = lpi.interact(
+        read, x, block.local_mp, block.gamma3, _drop(rate, B, device), block.norm2, size, dtype
     )
-    x, normed = lpi.interact(
-        normed, x, block.local_mp, block.gamma3, _drop(rate, B, device), block.norm2, size, dtype
-    )
-    branch = block.mlp(normed)
+    branch = block.mlp(read)
     return residual.add_norm(x, branch, block.gamma2, _drop(rate, B, device), next_norm, dtype)

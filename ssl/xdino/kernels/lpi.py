@@ -32,7 +32,7 @@ from xdino.kernels.batch_norm import (
 )
 from xdino.kernels.residual import backward_rows, finish_rows, row_sizes
 
-SUMS = 16  # rows of partial sums: nine taps, the gradient, and two of the BatchNorm; padded
+SUMS = 12  # partial sums a channel: nine taps, the gradient, and two of the BatchNorm
 
 
 @triton.jit
@@ -81,9 +81,7 @@ def _conv_gelu(
         values = values.to(y.dtype.element_ty)
         tl.store(y + at, values, mask=mask)
         if MOMENTS:  # of the values as they are stored
-            count, mean, spread = merge_moments(
-                count, mean, spread, values.to(tl.float32), row < T
-            )
+            count, mean, spread = merge_moments(count, mean, spread, values.to(tl.float32), row < T)
     if MOMENTS:
         mine = moments + pid * (3 * C) + channel
         tl.store(mine, tl.zeros((BLOCK_C,), tl.float32) + count, mask=real)
@@ -127,6 +125,23 @@ def _norm_conv_sum(
 
 
 @triton.jit
+def _tap_backward(
+    gradient, weight, row, channel, real, value, scale, d_value, total, T,
+    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, tap: tl.constexpr,
+):  # fmt: skip
+    """Add one tap's part to the gradient of the input and to the sum for its weight.
+
+    A row was read at tap t by the patch on the other side.
+    """
+    near, inside = _neighbour(row, T, h, w, 1 - tap // 3, 1 - tap % 3)
+    at = near.to(tl.int64)[:, None] * C + channel[None, :]
+    g = tl.load(gradient + at, mask=inside[:, None] & real[None, :], other=0.0)
+    g = g.to(tl.float32) * scale[:, None]
+    factor = tl.load(weight + tap * C + channel, mask=real, other=0.0).to(tl.float32)
+    return d_value + g * factor[None, :], total + g * value, g
+
+
+@triton.jit
 def _conv_backward(
     x, gradient, weight, gamma, drop, statistics, bn_weight, bn_bias, d_x, sums, T, steps,
     C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -136,49 +151,81 @@ def _conv_backward(
     """Gradient of a depthwise convolution to its input, and `sums` [programs, SUMS, C].
 
     The input is `x`, or (`NORM`) its BatchNorm; then the gradient is scaled by `gamma` and `drop`.
-    Sums 0 to 8 are P_t, 9 is P_0 (without gamma), 10 and 11 sum `d_x` by itself and times x_hat.
+    Sums 0 to 8 are P_t, 9 is P_0 (without gamma), 10 and 11 sum `d_x` by itself and times x_hat
+    (`NORM` only). Kept apart for every row of the block, they meet once, at the end.
     """
     pid = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < C
-    kind = tl.arange(0, SUMS)[:, None]
-    total = tl.zeros((SUMS, BLOCK_C), tl.float32)
+    p0 = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    p1, p2, p3, p4, p5, p6, p7, p8 = p0, p0, p0, p0, p0, p0, p0, p0
+    by_g, by_one, by_x = p0, p0, p0
     for step in range(0, steps):
         row = (pid * steps + step) * BLOCK + tl.arange(0, BLOCK)
         mask = (row < T)[:, None] & real[None, :]
         at = row.to(tl.int64)[:, None] * C + channel[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        x_hat = value
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        x_hat = v
         if NORM:
             mean = tl.load(statistics + channel, mask=real, other=0.0)
             rstd = tl.load(statistics + C + channel, mask=real, other=0.0)
             bn_w = tl.load(bn_weight + channel, mask=real, other=0.0).to(tl.float32)
             bn_b = tl.load(bn_bias + channel, mask=real, other=0.0).to(tl.float32)
-            x_hat = (value - mean[None, :]) * rstd[None, :]
-            value = x_hat * bn_w[None, :] + bn_b[None, :]
-        d_value = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-        for tap in tl.static_range(9):
-            # This row was read at tap t by the patch on the other side.
-            near, inside = _neighbour(row, T, h, w, 1 - tap // 3, 1 - tap % 3)
-            around = near.to(tl.int64)[:, None] * C + channel[None, :]
-            g = tl.load(gradient + around, mask=inside[:, None] & real[None, :], other=0.0)
-            g = g.to(tl.float32)
-            if DROP:
-                g *= tl.load(drop + row // (h * w), mask=row < T, other=0.0)[:, None]
-            d_value += g * tl.load(weight + tap * C + channel, mask=real, other=0.0).to(tl.float32)
-            total += tl.where(kind == tap, tl.sum(value * g, axis=0)[None, :], 0.0)
-            if tap == 4:
-                total += tl.where(kind == 9, tl.sum(g, axis=0)[None, :], 0.0)
+            x_hat = (v - mean[None, :]) * rstd[None, :]
+            v = x_hat * bn_w[None, :] + bn_b[None, :]
+        scale = tl.full((BLOCK,), 1.0, tl.float32)
+        if DROP:
+            scale = tl.load(drop + row // (h * w), mask=row < T, other=0.0)
+        d = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+        d, p0, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p0, T, C, h, w, 0
+        )
+        d, p1, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p1, T, C, h, w, 1
+        )
+        d, p2, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p2, T, C, h, w, 2
+        )
+        d, p3, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p3, T, C, h, w, 3
+        )
+        d, p4, centre = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p4, T, C, h, w, 4
+        )
+        d, p5, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p5, T, C, h, w, 5
+        )
+        d, p6, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p6, T, C, h, w, 6
+        )
+        d, p7, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p7, T, C, h, w, 7
+        )
+        d, p8, _ = _tap_backward(
+            gradient, weight, row, channel, real, v, scale, d, p8, T, C, h, w, 8
+        )
+        by_g += centre
         if NORM:
-            d_value *= tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32)[None, :]
-        d_value = d_value.to(d_x.dtype.element_ty)
-        tl.store(d_x + at, d_value, mask=mask)
+            d *= tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+        d = d.to(d_x.dtype.element_ty)
+        tl.store(d_x + at, d, mask=mask)
         if NORM:
-            d_value = tl.where(mask, d_value.to(tl.float32), 0.0)
-            total += tl.where(kind == 10, tl.sum(d_value, axis=0)[None, :], 0.0)
-            total += tl.where(kind == 11, tl.sum(d_value * x_hat, axis=0)[None, :], 0.0)
-    mine = sums + pid * (SUMS * C) + kind * C + channel[None, :]
-    tl.store(mine, total, mask=(kind >= 0) & real[None, :])
+            by_one += tl.where(mask, d.to(tl.float32), 0.0)
+            by_x += tl.where(mask, d.to(tl.float32) * x_hat, 0.0)
+    mine = sums + pid * (SUMS * C) + channel
+    tl.store(mine + 0 * C, tl.sum(p0, axis=0), mask=real)
+    tl.store(mine + 1 * C, tl.sum(p1, axis=0), mask=real)
+    tl.store(mine + 2 * C, tl.sum(p2, axis=0), mask=real)
+    tl.store(mine + 3 * C, tl.sum(p3, axis=0), mask=real)
+    tl.store(mine + 4 * C, tl.sum(p4, axis=0), mask=real)
+    tl.store(mine + 5 * C, tl.sum(p5, axis=0), mask=real)
+    tl.store(mine + 6 * C, tl.sum(p6, axis=0), mask=real)
+    tl.store(mine + 7 * C, tl.sum(p7, axis=0), mask=real)
+    tl.store(mine + 8 * C, tl.sum(p8, axis=0), mask=real)
+    tl.store(mine + 9 * C, tl.sum(by_g, axis=0), mask=real)
+    if NORM:
+        tl.store(mine + 10 * C, tl.sum(by_one, axis=0), mask=real)
+        tl.store(mine + 11 * C, tl.sum(by_x, axis=0), mask=real)
 
 
 @triton.jit
@@ -228,9 +275,7 @@ class _LPI(torch.autograd.Function):
         y = torch.empty_like(x)
         moments = x.new_empty(programs[0], 3, D, dtype=torch.float32)
         taps = _taps(w1)
-        _conv_gelu[programs](
-            x, taps, b1, y, moments, T, steps, **constants, h=h, w=w, MOMENTS=True
-        )
+        _conv_gelu[programs](x, taps, b1, y, moments, T, steps, **constants, h=h, w=w, MOMENTS=True)
         statistics = finish_statistics(moments, bn)
         out = residual.new_empty(
             residual.shape, dtype=torch.promote_types(residual.dtype, gamma.dtype)
@@ -260,14 +305,16 @@ class _LPI(torch.autograd.Function):
             out, (d_out, gradients[1].contiguous()), (ln_weight, ctx.eps), h * w
         )
         constants = {**sizes(D), "h": h, "w": w}
-        programs, steps = long_grid(T, sizes(D))
+        programs, steps = long_grid(T, constants)
         taps1, taps2 = _taps(w1), _taps(w2)
         y, d_z = torch.empty_like(x), torch.empty_like(x)
         _conv_gelu[programs](x, taps1, b1, y, None, T, steps, **constants, MOMENTS=False)
-        sums = x.new_empty(programs[0], SUMS, D, dtype=torch.float32)
+        fewer_rows = {**constants, "BLOCK": max(16, constants["BLOCK"] // 2)}
+        programs, steps = long_grid(T, fewer_rows)
+        sums = x.new_zeros(programs[0], SUMS, D, dtype=torch.float32)
         _conv_backward[programs](
             y, g, taps2, gamma, drop, statistics, bn_weight, bn_bias, d_z, sums, T, steps,
-            **constants, NORM=True, DROP=drop is not None, SUMS=SUMS,
+            **fewer_rows, NORM=True, DROP=drop is not None, SUMS=SUMS,
         )  # fmt: skip
         second = sums.sum(0)
         means = gradient_means(second[10:12], T, ctx.bn)
@@ -278,7 +325,7 @@ class _LPI(torch.autograd.Function):
         d_x = y  # no longer needed
         _conv_backward[programs](
             x, d_u, taps1, None, None, None, None, None, d_x, sums, T, steps,
-            **constants, NORM=False, DROP=False, SUMS=SUMS,
+            **fewer_rows, NORM=False, DROP=False, SUMS=SUMS,
         )  # fmt: skip
         first = sums.sum(0)
         products = second[:9], second[9]

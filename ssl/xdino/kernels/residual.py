@@ -116,7 +116,7 @@ def _backward(
 def row_sizes(D: int) -> dict[str, int]:
     """The constants of kernels that hold whole rows: NUMBERS a program, or one row."""
     P = triton.next_power_of_2(D)
-    return {"D": D, "P": P, "BLOCK": max(1, NUMBERS // P), "num_warps": 4}
+    return {"D": D, "P": P, "BLOCK": max(1, NUMBERS // P), "num_warps": 8}
 
 
 def split(blocks: int) -> tuple[int, int]:
@@ -126,8 +126,13 @@ def split(blocks: int) -> tuple[int, int]:
 
 
 def backward_rows(
-    out: Tensor, gradients: tuple[Tensor, Tensor | None], norm: "tuple[Tensor, float] | None",
-    N: int, branch: Tensor | None = None, gamma: Tensor | None = None, drop: Tensor | None = None,
+    out: Tensor,
+    gradients: tuple[Tensor, Tensor | None],
+    norm: "tuple[Tensor, float] | None",
+    N: int,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients to the residual stream and the branch `[T, D]`, and `sums` [3, D].
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from xdino.kernels import DTYPES, interpreted
 
 MAX_HEAD_DIM = 64  # the d x d matrices of a wider head do not fit the registers of one program
-TOKENS = 64  # a step of the walks
+TOKENS = {torch.bfloat16: 64, torch.float32: 32}  # a step of the walks
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
@@ -143,9 +143,7 @@ def _backward(
         at = token[:, None] * (3 * D) + channel[None, :]
         q = tl.load(queries + at, mask=mask, other=0.0)
         k = tl.load(queries + D + at, mask=mask, other=0.0)
-        d_o = tl.load(
-            d_result + token[:, None] * D + channel[None, :], mask=mask, other=0.0
-        )
+        d_o = tl.load(d_result + token[:, None] * D + channel[None, :], mask=mask, other=0.0)
         d_q = _product(k, tl.trans(d_gram), PRECISION, INTERPRETED)
         d_q += q.to(tl.float32) * q_part[None, :]
         d_k = _product(q, d_gram, PRECISION, INTERPRETED)
@@ -168,11 +166,11 @@ def _sizes(qkv: Tensor, heads: int, eps: float) -> tuple[int, dict[str, Any]]:
         "H": heads,
         "d": d,
         "P": max(16, triton.next_power_of_2(d)),  # 16: the least side of a matrix product
-        "BLOCK": TOKENS,
+        "BLOCK": TOKENS[qkv.dtype],
         "EPS": eps,
         "PRECISION": precision(),
         "INTERPRETED": interpreted(),
-        "num_warps": 4,
+        "num_warps": 4 if qkv.dtype == torch.bfloat16 else 8,
         "num_stages": 2,
     }
     return qkv.shape[0] * heads, constants
