@@ -188,9 +188,9 @@ def finish_statistics(moments: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     if synchronised(norm):
         count, mean, spread = _merged(moments)
         local = torch.stack((count, mean, spread))
-        gathered = local.new_empty(distributed.world_size(), *local.shape)
+        gathered = local.new_empty(distributed.world_size() * 3, local.shape[1])
         dist.all_gather_into_tensor(gathered, local)
-        moments = gathered
+        moments = gathered.view(-1, *local.shape)
     count, mean, spread = _merged(moments)
     if norm.track_running_stats and norm.running_mean is not None:
         assert norm.running_var is not None
