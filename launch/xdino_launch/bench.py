@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from xdino import augment, data, xcit
+from xdino import acceleration, augment, data, xcit
 from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed, UsageError
 from xdino.head import DINOHead
@@ -202,6 +202,7 @@ class StepShape:
     drop_path: float = 0.1
     device: str = "cpu"
     checkpointing: bool = False  # of our activations
+    kernels: str = "auto"  # as runtime.kernels: auto, plain, fused
 
     @property
     def lr(self) -> float:
@@ -230,6 +231,12 @@ def our_step(shape: StepShape, precision: str) -> Callable[[], float]:
     teacher = make_teacher(student, spec.build())
     loss = DINOLoss(shape.prototypes)
     learner = Learner(student, teacher, loss, precision=precision, device=shape.device)
+    chosen = acceleration.choose(
+        shape.kernels, backbone, augment.multi_crop(), learner.device, learner.autocast
+    )
+    if chosen.why is not None:
+        stderr_console().print(chosen.why)
+    acceleration.use_kernels((student, teacher), chosen.network)
     crops = shape.crops()
     settings = StepSettings(
         lr=shape.lr, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, freeze_last_layer=False
@@ -266,63 +273,88 @@ def step(
     references: tuple[str, str] | None,
     memory: bool,
     protocol: Protocol,
+    kernels: tuple[str, ...] = ("auto",),
 ) -> Report:
     """Seconds a step (or `memory`: MB at its peak), ours and the published code's.
 
     Args:
+        kernels: which of our own paths, an arm each: "auto", "plain", "fused".
         references: checkouts of facebookresearch/dino and facebookresearch/xcit, or None.
     """
     unknown = [name for name in precisions if name not in AUTOCAST]
     if unknown:
         raise UsageError(f"--precision takes {', '.join(AUTOCAST)}, got {unknown[0]}")
-    kinds = [("ours", None)] + ([("published", references)] if references else [])
+    shapes = {  # of our arms by name
+        f"ours ({mode})" if len(kernels) > 1 else "ours": replace(shape, kernels=mode)
+        for mode in kernels
+    }
+    kinds: list[tuple[str, tuple[str, str] | None]] = [(name, None) for name in shapes]
+    kinds += [("published", references)] if references else []
     if references:
         published.load_dino(references[0])
         published.build_xcit(published.load_xcit(references[1]), shape.arch)  # known, before work
     device = torch.device(shape.device)
 
     def value(
-        precision: str, checkouts: tuple[str, str] | None, shape: StepShape = shape
+        precision: str,
+        kind: str,
+        checkouts: tuple[str, str] | None,
+        mine: StepShape | None = None,
     ) -> Callable[[int], float]:
+        mine = mine or shapes.get(kind, shape)
         if memory:
-            return lambda number: _peak_megabytes(shape, precision, checkouts, protocol)
+            return lambda number: _peak_megabytes(mine, precision, checkouts, protocol)
         if checkouts is None:
-            work = our_step(shape, precision)
+            work = our_step(mine, precision)
         else:
-            work = their_step(shape, precision, *checkouts)
+            work = their_step(mine, precision, *checkouts)
         return timed(lambda number: work(), device=device)
 
     with on_cores(protocol.used_threads), ExitStack() as stack:
         if references and not memory:
             stack.enter_context(published.group_of_one(device))
         arms = [
-            Arm(f"{kind}, {precision}", value(precision, checkouts))
+            Arm(f"{kind}, {precision}", value(precision, kind, checkouts))
             for precision in precisions
             for kind, checkouts in kinds
         ]
         if memory:
             thrifty = replace(shape, checkpointing=True)
-            arms += [Arm(f"{CHECKPOINTED}, {p}", value(p, None, thrifty)) for p in precisions]
+            arms += [Arm(f"{CHECKPOINTED}, {p}", value(p, "ours", None, thrifty)) for p in precisions]
         arms.insert(len(kinds), again(arms[0]))
         values = protocol.measure(arms, warm_up=not memory)
     settings = {**asdict(shape), "precisions": precisions, "threads": protocol.used_threads}
-    ratios = divided(values, _step_ratios(precisions, memory))
+    settings["kernels"] = kernels
+    ratios = divided(values, _step_ratios(precisions, memory, tuple(shapes)))
     unit = "MB above the process's own" if memory else "s a step"
     return Report("step memory" if memory else "step", settings, unit, values, ratios)
 
 
-def _step_ratios(precisions: tuple[str, ...], memory: bool) -> Iterator[Ratio]:
-    """Times as published / ours (larger is better), memory as ours / published (smaller is)."""
+def _step_ratios(
+    precisions: tuple[str, ...], memory: bool, arms: tuple[str, ...] = ("ours",)
+) -> Iterator[Ratio]:
+    """Times as published / ours (larger is better), memory as ours / published (smaller is).
+
+    `arms`: the names of ours; the first is also what the others are compared with.
+    """
     first = precisions[0]
     for precision in precisions:
-        pairs = [(f"published, {precision}", f"ours, {precision}")]
-        if precision != first:
-            pairs += [(f"{kind}, {first}", f"ours, {precision}") for kind in ("published", "ours")]
-        if memory:
-            pairs += [(f"{kind}, {precision}", f"{CHECKPOINTED}, {precision}") for kind in KINDS]
-        for over, under in pairs:
-            over, under = (under, over) if memory else (over, under)
-            yield Ratio(f"{over} / {under}", over, under)
+        for ours in arms:
+            pairs = [(f"published, {precision}", f"{ours}, {precision}")]
+            if precision != first:
+                pairs += [
+                    (f"{kind}, {first}", f"{ours}, {precision}") for kind in ("published", ours)
+                ]
+            if ours != arms[0]:
+                pairs.append((f"{arms[0]}, {precision}", f"{ours}, {precision}"))
+            if memory:
+                pairs += [
+                    (f"{kind}, {precision}", f"{CHECKPOINTED}, {precision}")
+                    for kind in ("published", ours)
+                ]
+            for over, under in pairs:
+                over, under = (under, over) if memory else (over, under)
+                yield Ratio(f"{over} / {under}", over, under)
 
 
 def _peak_megabytes(

@@ -208,6 +208,8 @@ class Runtime:
     # Keep the blocks' inputs only and compute the rest again: less memory, a quarter more time.
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of both backbones: minutes at the start, once a crop size
+    # Fused Triton kernels: "auto" where they work, which a check at the start finds out.
+    kernels: Literal["auto", "plain", "fused"] = "auto"
     log_every: Positive = 10  # iterations
     checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
     keep_every: Annotated[int, Field(ge=0)] = (

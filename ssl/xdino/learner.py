@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xdino import distributed, optim
+from xdino.acceleration import Choice
 from xdino.chunked_loss import chunked_dino_loss
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino.loss import DINOLoss
@@ -75,6 +76,7 @@ class Learner:
         self.optimiser = optim.build(optimiser, self.student)
         self.clip = clip
         self.global_views = global_views
+        self.kernels = Choice()  # what `plan.build_learner` found to work; for whoever reports it
         self.autocast = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._latest = torch.zeros((), device=self.device)

@@ -5,13 +5,14 @@ jitter in random order, grayscale, blur, solarise, normalise. Here they run wher
 after the table that `augment.draw_batch` has drawn, and keep fractions of a level where Pillow
 rounds down after every operation; tests/augment states how far the two are apart.
 
-Two paths. `photometric_eager` is plain torch and runs on any device. On a CPU `photometric` uses
+Three paths. `photometric_eager` is plain torch and runs on any device. On a CPU `photometric` uses
 `photometric_cpu`, the same operations compiled by numba; where that fails, it says so once and
-takes the eager path. Tests hold the two together.
+takes the eager path. `photometric_fused` is for CUDA: Triton kernels. Tests hold them together.
 
 Letters: N crops (of one size), C channels, h w of a crop.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -40,7 +41,11 @@ Operation = Callable[..., object]  # (part [k, C, h, w], *values [k, 1, 1, 1]), 
 
 
 def photometric(
-    crops: Tensor, table: np.ndarray, spec: MultiCrop, dtype: torch.dtype = torch.float32
+    crops: Tensor,
+    table: np.ndarray,
+    spec: MultiCrop,
+    dtype: torch.dtype = torch.float32,
+    fused: bool = False,
 ) -> Tensor:
     """From flip to normalisation: uint8 [N, h, w, C] -> `dtype` [N, C, h, w].
 
@@ -48,10 +53,13 @@ def photometric(
     [0, 255] between them. With one channel, saturation, hue and grayscale do nothing; with any
     number but 1 and 3 they do nothing either, and contrast blends with the mean of all channels.
     Runs on the crops' device, on a CPU with torch's number of threads, which the result does not
-    depend on. The first call on a CPU compiles for some seconds, once for a machine. Raises
-    ValueError where the shapes disagree.
+    depend on. The first call on a CPU compiles for some seconds, once for a machine. `fused`: by
+    xdino.kernels, where they support the channels and the blur. Raises ValueError where the shapes
+    disagree.
     """
     _check_shapes(crops, table, spec)
+    if fused:
+        return photometric_fused(crops, table, spec, dtype)
     compiled = _compiled() if crops.device.type == "cpu" else None
     if compiled is None:
         return photometric_eager(crops, table, spec, dtype)
@@ -73,6 +81,44 @@ def photometric(
             torch.get_num_threads(),
         )
     return out.to(dtype)
+
+
+def photometric_fused(
+    crops: Tensor, table: np.ndarray, spec: MultiCrop, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`photometric` in two Triton kernels; the plain path where they do not support `spec`."""
+    from xdino.kernels import photometric as fused  # imports triton, which not every machine has
+
+    reach = _reach(max(spec.blur_radius[1], float(table["blur"].max(initial=0))))
+    if not fused.supports(spec.channels, reach):
+        return photometric(crops, table, spec, dtype)
+    packed = np.zeros((len(table), fused.TAPS + reach + 1), np.float32)
+    columns = {
+        fused.FLIP: table["flip"],
+        fused.JITTER: table["jitter"],
+        fused.GRAY: table["gray"],
+        fused.SOLARIZE: table["solarize"],
+        fused.BLUR: table["blur"] > 0,
+    }
+    for column, values in columns.items():
+        packed[:, column] = values
+    packed[:, fused.ORDER : fused.ORDER + 4] = table["order"]
+    packed[:, fused.FACTOR : fused.FACTOR + 4] = table["factor"]
+    mean, std = np.array(spec.mean), np.array(spec.std)
+    packed[:, fused.SCALE : fused.SCALE + spec.channels] = 1 / (255 * std)
+    packed[:, fused.SHIFT : fused.SHIFT + spec.channels] = mean / std
+    blurred = np.flatnonzero(table["blur"] > 0)
+    if len(blurred):
+        kernels = blur_kernels(table["blur"][blurred].astype(np.float64))
+        packed[blurred, fused.TAPS : fused.TAPS + kernels.shape[1]] = kernels
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.from_numpy(packed).to(crops.device, non_blocking=True)
+        return fused.views(crops, rows, spec.solarize_threshold, reach, dtype)
+
+
+def _reach(radius: float) -> int:
+    """Pixels that a blur of this radius reads on each side (`blur_kernels`)."""
+    return 3 * (math.floor((math.sqrt(4 * radius**2 + 1) - 1) / 2) + 1)
 
 
 @lru_cache(maxsize=1)

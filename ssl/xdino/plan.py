@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdino import augment, checkpoint, data, distributed, schedules
+from xdino import acceleration, augment, checkpoint, data, distributed, schedules
 from xdino import config as configuration
 from xdino.backbones import BackboneSpec, compile_backbone, statistics
 from xdino.config import Config, Crops
 from xdino.errors import UsageError
 from xdino.head import DINOHead
-from xdino.learner import Learner
+from xdino.learner import AUTOCAST, Learner
 from xdino.loss import DINOLoss
 from xdino.schedules import Schedules
 from xdino.student_teacher import MultiCropNetwork, make_teacher
@@ -203,6 +203,10 @@ def build_learner(plan: Plan) -> Learner:
         plan.precision,
         plan.device,
     )
+    learner.kernels = acceleration.choose(
+        config.runtime.kernels, backbone, plan.crops, plan.device, AUTOCAST[plan.precision]
+    )
+    acceleration.use_kernels((student, teacher), learner.kernels.network)
     # Processes drop different paths; the first is as it would be alone.
     torch.manual_seed(config.train.seed + distributed.rank())
     return learner

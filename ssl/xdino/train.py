@@ -48,15 +48,18 @@ class Listener:
 
 
 def to_device(
-    batch: data.CropBatch, crops: augment.MultiCrop, device: torch.device
+    batch: data.CropBatch, crops: augment.MultiCrop, device: torch.device, fused: bool = False
 ) -> list[Tensor]:
-    """uint8 crops by resolution -> normalised views on the device, each `[V_r, B, C, h, w]`."""
+    """uint8 crops by resolution -> normalised views on the device, each `[V_r, B, C, h, w]`.
+
+    `fused`: by the photometric kernels.
+    """
     groups, first = [], 0
     for pixels in batch.crops:
         V, B = pixels.shape[:2]
         table = batch.table[first : first + V].reshape(-1)
         views = pixels.to(device, non_blocking=True).flatten(0, 1)
-        groups.append(photometric(views, table, crops).unflatten(0, (V, B)))
+        groups.append(photometric(views, table, crops, fused=fused).unflatten(0, (V, B)))
         first += V
     return groups
 
@@ -117,12 +120,16 @@ def pretrain(
         )
         return backbone_path
     learner = build_learner(plan)
+    if learner.kernels.why is not None:
+        listener.notice(learner.kernels.why)
     trainer = _Trainer(plan, run, learner, evaluator, listener)
     if distributed.rank() == 0:
         run.create()
         facts = environment(plan.device, distributed.world_size(), config.train.seed)
         facts |= {"data": plan.source.name, "data_fingerprint": data.fingerprint(plan.source)}
-        run.record_start({**facts, "precision": plan.precision, "command": command})
+        chosen = {"network": learner.kernels.network, "views": learner.kernels.views}
+        facts |= {"precision": plan.precision, "fused_kernels": chosen}
+        run.record_start({**facts, "command": command})
         if run.state is None:
             trainer.export(run.path / INITIAL_FILE)
     distributed.barrier()
@@ -234,7 +241,8 @@ class _Trainer:
 
     def _views(self, micro_batches: Iterator[data.CropBatch]) -> Iterator[list[Tensor]]:
         for batch in micro_batches:
-            groups = to_device(batch, self.plan.crops, self.plan.device)
+            fused = self.learner.kernels.views
+            groups = to_device(batch, self.plan.crops, self.plan.device, fused)
             picture = self.run.path / "views.png"
             if self.iteration == 0 and distributed.rank() == 0 and not picture.exists():
                 metrics.save_views(picture, groups, self.plan.spec.mean, self.plan.spec.std)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from xdino import kernels
 from xdino.errors import UsageError, nearest
 
 LAYER_NORM_EPS = 1e-6
@@ -404,6 +405,9 @@ class XCiT(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.in_chans = in_chans
+        self.fused = (
+            False  # whether training takes xdino.kernels (acceleration.use_kernels sets it)
+        )
         self.patch_embed = ConvPatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPositionalEncoding(embed_dim)  # the published spelling
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -438,6 +442,10 @@ class XCiT(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
         thrifty = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        if self.fused and self.training and not thrifty and kernels.takes(images):
+            from xdino.kernels import blocks  # imports triton, which not every machine has
+
+            return blocks.patch_tokens(self, images, NORM_EPS)
         run = recomputed if thrifty else _run
         x, h, w = run(self.patch_embed, images)
         # Under autocast both are half; the tokens' sum stays in the weights' own precision.

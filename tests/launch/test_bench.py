@@ -43,6 +43,13 @@ def run(capsys, tmp_path):
     return of
 
 
+def test_step_with_an_arm_for_each_kind_of_kernels(run):
+    report = run(*STEP, "--kernels", "plain,auto")
+    assert {"ours (plain), fp32", "ours (auto), fp32"} <= set(report["arms"])
+    assert "ours (plain), fp32 / ours (auto), fp32" in report["ratios"]
+    assert report["settings"]["kernels"] == ["plain", "auto"]
+
+
 # Statistics
 
 

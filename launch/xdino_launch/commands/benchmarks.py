@@ -81,12 +81,14 @@ def bench_pipeline(
 @click.option("--local-count", default=8, show_default=True, type=click.IntRange(0))
 @click.option("--precision", default="fp32", show_default=True, help="fp32,bf16,fp16")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--kernels", default="auto", show_default=True, help="plain,fused: an arm each.")
 @click.option("--memory", is_flag=True, help="Peak memory instead of time, in child processes.")
 @reference_option()
 @reference_option("xcit", "xcit")
 @bench_options(threads=1)
 def bench_step(
     precision: str,
+    kernels: str,
     memory: bool,
     reference: str | None,
     xcit: str | None,
@@ -107,6 +109,7 @@ def bench_step(
         (reference, xcit) if reference and xcit else None,
         memory,
         rooms.Protocol(rounds, threads, seconds),
+        tuple(kernels.split(",")),
     )
     finish_bench(report, out)
 

@@ -1,0 +1,81 @@
+"""An XCiT's patch tokens in training mode, out of the fused kernels.
+
+The same modules and parameters as the plain path, walked in another cut: each residual sum is
+computed together with the LayerNorm that reads it, so a block hands on the stream and its norm.
+
+Letters: B images, N tokens, D width, (h, w) patch grid.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xdino.kernels import batch_norm, lpi, residual, xca
+
+
+def stem(patch_embed: Any, images: Tensor) -> tuple[Tensor, int, int]:
+    """Images `[B, C, H, W]` -> tokens `[B, N, D]` and the grid, by channels-last convolutions."""
+    stages: list[Any] = [
+        stage for stage in patch_embed.proj if isinstance(stage, torch.nn.Sequential)
+    ]
+    x = images.contiguous(memory_format=torch.channels_last)
+    for i, (conv, norm) in enumerate(stages, start=1):
+        # To channels last, and from it to rows: neither moves anything where the convolution
+        # already answers in the layout that it was asked in.
+        x = conv(x).permute(0, 2, 3, 1).contiguous()  # [B, h, w, D]
+        B, h, w, D = x.shape
+        rows = batch_norm.batch_norm_gelu(x.view(-1, D), norm, gelu=i < len(stages))
+        x = rows.view(B, h, w, D).permute(0, 3, 1, 2)
+    return rows.view(B, h * w, D), h, w
+
+
+def _drop(rate: float, B: int, device: torch.device) -> Tensor | None:
+    """One number an image, 0 or 1 / (1 - rate): float32 `[B]`, or None where nothing is dropped."""
+    if rate == 0.0:
+        return None
+    return torch.empty(B, device=device).bernoulli_(1.0 - rate).div_(1.0 - rate)
+
+
+def _attend(attn: Any, x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    if not xca.supports(x.shape[2] // attn.num_heads, dtype):
+        return attn(x)
+    return attn.proj(xca.attend(attn.qkv(x), attn.temperature, attn.num_heads, eps))
+
+
+def patch_tokens(model: Any, images: Tensor, norm_eps: float) -> tuple[Tensor, int, int]:
+    """What `XCiT.patch_tokens` returns, in training mode.
+
+    Args:
+        norm_eps: the least l2 norm of a channel of queries or keys.
+    """
+    x, h, w = stem(model.patch_embed, images)
+    x = x + model.pos_embeder(h, w)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    first = model.blocks[0].norm1
+    normed: Tensor | None = F.layer_norm(
+        x, first.normalized_shape, first.weight, first.bias, first.eps
+    )
+    following = [block.norm1 for block in model.blocks[1:]] + [None]
+    for block, next_norm in zip(model.blocks, following, strict=True):
+        assert normed is not None
+        x, normed = _block(block, x, normed, next_norm, (h, w), dtype, norm_eps)
+    return x, h, w
+
+
+def _block(
+    block: Any, x: Tensor, normed: Tensor, next_norm: Any, size: tuple[int, int],
+    dtype: torch.dtype, norm_eps: float,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One XCA block: the stream and its norm -> the stream and what `next_norm` makes of it."""
+    B, device, rate = len(x), x.device, block.drop_path_rate
+    branch = _attend(block.attn, normed, dtype, norm_eps)
+    x, read = residual.add_norm(x, branch, block.gamma1, _drop(rate, B, device), block.norm3, dtype)
+    assert read is not None
+    x, read = lpi.interact(
+        read, x, block.local_mp, block.gamma3, _drop(rate, B, device), block.norm2, size, dtype
+    )
+    branch = block.mlp(read)
+    return residual.add_norm(x, branch, block.gamma2, _drop(rate, B, device), next_norm, dtype)
