@@ -17,7 +17,7 @@ demo: $(VENV)/.installed  ## pretrain a small XCiT on the shipped images, score 
 	$(BIN)/xdino demo --run $(DEMO) --seed $(SEED)
 
 test: $(VENV)/.installed  ## every test, on two cores in minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.installed  ## lint, types, import direction
 	$(BIN)/ruff check .

@@ -320,7 +320,9 @@ def step(
         ]
         if memory:
             thrifty = replace(shape, checkpointing=True)
-            arms += [Arm(f"{CHECKPOINTED}, {p}", value(p, "ours", None, thrifty)) for p in precisions]
+            arms += [
+                Arm(f"{CHECKPOINTED}, {p}", value(p, "ours", None, thrifty)) for p in precisions
+            ]
         arms.insert(len(kinds), again(arms[0]))
         values = protocol.measure(arms, warm_up=not memory)
     settings = {**asdict(shape), "precisions": precisions, "threads": protocol.used_threads}

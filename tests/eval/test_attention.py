@@ -169,16 +169,16 @@ def test_channel_matrices_are_what_the_blocks_mix_with(xcit):
     for block in xcit.blocks:
         torch.nn.init.uniform_(block.attn.temperature, 0.5, 4)
     seen = []
-    handle = xcit.blocks[0].attn.register_forward_hook(lambda m, i, out: seen.append((i[0], out)))
+    handle = xcit.blocks[0].norm1.register_forward_hook(lambda m, i, out: seen.append(out))
     (matrices,) = attending.channel_attention(xcit, images)
     handle.remove()
-    (x, out), attention = seen[0], xcit.blocks[0].attn
+    x, attention = seen[0], xcit.blocks[0].attn
     assert matrices.shape == (2, 4, 8, 8)
     assert torch.allclose(matrices.sum(-1), torch.ones(2, 4, 8))
     v = attention.qkv(x)[..., 64:].view(2, -1, 4, 8)  # [B, N, H, d]
     mixed = torch.einsum("bhij,bnhj->bnhi", matrices, v).flatten(2)
-    assert torch.allclose(attention.proj(mixed), out, atol=1e-5)
-    assert not xcit.blocks[0].attn._forward_pre_hooks
+    assert torch.allclose(attention.proj(mixed), attention(x), atol=1e-5)
+    assert not xcit.blocks[0].norm1._forward_hooks
 
 
 # --- masks ------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_rows_without_classes_and_rows_from_before_metrics(tmp_path):
     assert load(path) == [ROW, other]
     out = io.StringIO()
     Console(file=out, width=160).print(table(load(path)))
-    assert "jaccard best head: 41.50" in out.getvalue()
+    assert "jaccard best head  41.50" in out.getvalue()
     assert "None" not in out.getvalue()
 
 
