@@ -246,6 +246,31 @@ def scaled_linear(x: Tensor, layer: nn.Linear, gain: Tensor) -> Tensor:
     return F.linear(x, layer.weight * gain[:, None], layer.bias * gain)
 
 
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)), which keeps x alone: gelu(x), as large again, is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)  # [B * N, D]
+        grad_weight = rows.T @ F.gelu(x).flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward(gradient @ weight.to(x.dtype), x)
+        return grad_x, grad_weight.to(weight.dtype), rows.sum(0).to(weight.dtype)
+
+
+def scaled_mlp(x: Tensor, mlp: Mlp, gain: Tensor) -> Tensor:
+    """`gain * mlp(x)`. Its hidden layer is the widest of a block: in training it is kept once."""
+    hidden = mlp.fc1(x)
+    if not (mlp.training and torch.is_grad_enabled()):
+        return scaled_linear(F.gelu(hidden), mlp.fc2, gain)
+    return _GeluLinear.apply(hidden, mlp.fc2.weight * gain[:, None], mlp.fc2.bias * gain)
+
+
 def drop_path_mask(x: Tensor, rate: float) -> Tensor:
     """Stochastic depth (arXiv 1603.09382): per image of `[B, ...]`, 0 or what keeps the mean."""
     keep = 1.0 - rate
@@ -284,8 +309,7 @@ class XCABlock(nn.Module):
         else:
             x = self._add(x, scaled_linear(self.attn.mix(y), self.attn.proj, self.gamma1))
         x = self._add(x, self.local_mp(self.norm3(x), h, w, self.gamma3))
-        hidden = F.gelu(self.mlp.fc1(self.norm2(x)))
-        return self._add(x, scaled_linear(hidden, self.mlp.fc2, self.gamma2))
+        return self._add(x, scaled_mlp(self.norm2(x), self.mlp, self.gamma2))
 
 
 @contextlib.contextmanager
