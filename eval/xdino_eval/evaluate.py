@@ -13,7 +13,7 @@ from torch import nn
 
 from xdino.data import Source
 from xdino.errors import UsageError
-from xdino_eval.features import device_of, extract
+from xdino_eval.features import Features, device_of, extract
 from xdino_eval.grid import grid_probe_features
 from xdino_eval.knn import classify, labels_of, normalise
 from xdino_eval.logistic import logistic_probe
@@ -48,21 +48,11 @@ def knn_callback(
     for source in (train_source, val_source):
         if source.labels is None:
             raise UsageError(f"k-NN needs labels, and {source.name} has none")
-    subsets = [fixed_subset(len(source), limit) for source in (train_source, val_source)]
 
     def evaluate(backbone: nn.Module) -> dict[str, float]:
-        transform = EvalTransform.of(cast(Judged, backbone))
         train, val = (
-            extract(
-                backbone,
-                source,
-                transform,
-                batch_size,
-                workers=workers,
-                precision=precision,
-                indices=subset,
-            )
-            for source, subset in zip((train_source, val_source), subsets, strict=True)
+            _features(backbone, source, limit, batch_size, workers, precision)
+            for source in (train_source, val_source)
         )
         scores = classify(
             normalise(train.features),
@@ -79,6 +69,23 @@ def knn_callback(
         return out
 
     return evaluate
+
+
+def _features(
+    backbone: nn.Module,
+    source: Source,
+    limit: int | None,
+    batch_size: int,
+    workers: int,
+    precision: str,
+) -> Features:
+    """Features of a fixed subset of `source`, the same images in every call."""
+    transform = EvalTransform.of(cast(Judged, backbone))
+    subset = fixed_subset(len(source), limit)
+    return extract(
+        backbone, source, transform, batch_size,
+        workers=workers, precision=precision, indices=subset,
+    )  # fmt: skip
 
 
 def linear_at_end(
@@ -101,17 +108,8 @@ def linear_at_end(
     Raises:
         UsageError, RunFailed: as the protocol.
     """
-    transform = EvalTransform.of(cast(Judged, backbone))
     train, val = (
-        extract(
-            backbone,
-            source,
-            transform,
-            batch_size,
-            workers=workers,
-            precision=precision,
-            indices=fixed_subset(len(source), limit),
-        )
+        _features(backbone, source, limit, batch_size, workers, precision)
         for source in (train_source, val_source)
     )
     if protocol == "grid":

@@ -205,7 +205,7 @@ class Runtime:
     device: str = "auto"  # auto, cpu, cuda
     workers: Annotated[int, Field(ge=0)] = 8
     prefetch: Positive = 3  # micro-batches made ahead
-    # Keep the blocks' inputs only and compute the rest again: less memory, a quarter more time.
+    # Keep the blocks' inputs only and compute the rest again: less memory, more time.
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of both backbones: minutes at the start, once a crop size
     # Fused Triton kernels: "auto" where they work, which a check at the start finds out.
