@@ -43,6 +43,7 @@ MARGIN = 8  # candidates beyond the k-th: what is open in float32 is seldom more
 PAIRS = 1 << 19  # float64 numbers at a time while candidates are measured: 4 MB, near the cores
 PIECE = 8192  # rows of the bank at a time in float64
 BAND = 512  # queries at a time in float64, and for torch's products
+TILE = (2048, 4096)  # queries and rows of faiss's products (32 MB): 5 % faster than its own 4096, 1024
 
 
 class Table(Protocol):
@@ -160,8 +161,9 @@ def as_float32(part: Any) -> Tensor:
 def read(table: Table, rows: slice, device: torch.device = CPU, name: str = "training") -> Tensor:
     """float32 [n, D] on `device`. Raises UsageError where a number is not finite."""
     part = as_float32(table[rows])
-    # Infinities and NaN survive a sum, which reads the table once and writes nothing.
-    if not part.sum(dtype=torch.float64).isfinite():
+    # Infinities and NaN survive a sum, thirty times as fast as a look at every number; only where
+    # the sum of large numbers has itself run over is that look taken.
+    if not part.sum().isfinite() and not part.isfinite().all():
         raise UsageError(f"a {name} feature is not finite")
     return part.to(device)
 
@@ -254,8 +256,24 @@ def without(keys: Tensor, row: np.ndarray) -> Tensor:
 
 def by_faiss(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Products in float32, float32 [b, m], and rows, int64 [b, m], of about the m largest."""
-    found = faiss.knn(queries.numpy(), bank.numpy(), m, metric=faiss.METRIC_INNER_PRODUCT)
+    with faiss_tile(*TILE):
+        found = faiss.knn(queries.numpy(), bank.numpy(), m, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+@contextlib.contextmanager
+def faiss_tile(queries: int, rows: int) -> Iterator[None]:
+    """How much faiss multiplies at a time; its setting for the process, put back afterwards."""
+    settings = faiss.cvar
+    names = ("distance_compute_blas_query_bs", "distance_compute_blas_database_bs")
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name, value in zip(names, (queries, rows), strict=True):
+            setattr(settings, name, value)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
 
 
 def by_torch(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
