@@ -27,9 +27,9 @@ Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 class Heads:
     """G linear classifiers of one feature, each with its own learning rate and weight decay.
 
-        The gradient of cross-entropy is written out: for logits z = W x + b it is (softmax(z) - onehot)
-        x^T. As all heads see the same batch, the logits of all are one product, their gradients another
-        (which adds itself to the momentum), and the update is one pass over the stack. From 30 classes
+    The gradient of cross-entropy is written out: for logits z = W x + b it is (softmax(z) - onehot)
+    x^T. As all heads see the same batch, the logits of all are one product, their gradients another
+    (which adds itself to the momentum), and the update is one pass over the stack. From 30 classes
     on the two products are 70 to 90 % of a step: G heads are then close to G times the arithmetic,
     and only more cores, or an accelerator, make a grid much cheaper than that.
 
