@@ -1,4 +1,4 @@
-"""What several subjects' tests share: golden vectors and how to compare with them."""
+"""What several subjects' tests share: golden vectors and how to compare with them, the command line."""
 
 import json
 from collections.abc import Callable
@@ -42,9 +42,25 @@ def agree() -> Callable[..., None]:
     return check
 
 
+@pytest.fixture
+def xdino(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """xdino(*arguments) -> (exit code, standard output, standard error), run in this process."""
+    from xdino_launch import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(
-        1
-    )  # tensors here are tiny, and threads that wait for each other cost more
+    # Tensors here are tiny, and threads that wait for each other cost more.
+    torch.set_num_threads(1)

@@ -13,7 +13,9 @@ from torch import nn
 
 from xdino import checkpoint, data, distributed
 from xdino.errors import RunFailed, UsageError
+from xdino.images import MAX_PIXELS
 from xdino.plan import resolve_device
+from xdino.sources import limit_pixels
 from xdino_eval import results
 from xdino_eval.features import Features, cache_key, cached, extract
 from xdino_eval.grid import Tokens, needs_both
@@ -57,11 +59,13 @@ class Subject:
         device: str = "auto",
         precision: str = "fp32",
         cache: str | None = None,
+        max_pixels: int | None = None,
         splits: Splits | None = None,
     ) -> "Subject":
         """Load and open everything, or say in a sentence what is wrong.
 
         Args:
+            max_pixels: an image of more is skipped; None = as the splits were opened.
             splits: opens train and val; None = `open_splits`.
 
         Raises:
@@ -70,6 +74,9 @@ class Subject:
         backbone = checkpoint.load_backbone(weights, arch, role)
         channels: Any = backbone.in_chans
         train, val = (splits or open_splits)(data, channels)
+        if max_pixels is not None:
+            limit_pixels(train, max_pixels)
+            limit_pixels(val, max_pixels)
         try:
             transform = EvalTransform.of(backbone, size, resize, mean, std)  # type: ignore[arg-type]
         except ValueError as error:
@@ -118,6 +125,8 @@ class Subject:
         if self.cache is not None:
             weights: Any = self.backbone.weights
             which = [features_name(weights), f"{self.backbone.spec}{part}"]
+            if source.max_pixels != MAX_PIXELS:
+                which.append(f"images of {source.max_pixels} pixels")
             if network is not self.backbone:
                 which += ["both"] if needs_both(tokens) else tokens
             key = cache_key(
@@ -131,7 +140,7 @@ class Subject:
         else:
             found = compute()
         for name, reason in found.skipped:
-            console.print(f"skipped {name}: {reason}", markup=False)
+            console.print(f"skipped {name}: {reason}", markup=False, soft_wrap=True)
         return found
 
     def share(self, split: str, source: data.Source, rows: int | None = None) -> list[Features]:

@@ -63,7 +63,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise UnreadableImage(
             f"{width} x {height} pixels are more than the limit of {max_pixels:,} pixels "
-            "(data.max_pixels)"
+            "(data.max_pixels, or --max-pixels of an evaluation)"
         )
 
 
@@ -159,7 +159,10 @@ def _bomb(message: str, max_pixels: int) -> str:
     found = re.search(r"\((\d+) pixels\)", message)
     pixels = f"{int(found[1]):,}" if found else "its"
     limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-    return f"{pixels} pixels are more than the limit of {limit:,} pixels (data.max_pixels)"
+    return (
+        f"{pixels} pixels are more than the limit of {limit:,} pixels "
+        "(data.max_pixels, or --max-pixels of an evaluation)"
+    )
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

@@ -278,9 +278,14 @@ def open_source(
     unreadable. Raises UsageError for whatever is missing, misspelt or incomplete.
     """
     source = _open(data, split, channels, labelled)
+    limit_pixels(source, max_pixels)
+    return source
+
+
+def limit_pixels(source: Source, max_pixels: int) -> None:
+    """From now on images of `source` with more than `max_pixels` pixels are unreadable."""
     source.max_pixels = max_pixels
     allow_pixels(max_pixels)
-    return source
 
 
 def _open(data: str, split: str | None, channels: int | None, labelled: bool) -> Source:

@@ -8,20 +8,19 @@ from PIL import Image
 
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import save_backbone
-from xdino_launch import cli
 
 SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 4}
 
 
-def xdino(capsys, *arguments) -> tuple[int, list[str], str]:
-    """(exit code, lines of standard output, standard error) of the command in this process."""
-    try:
-        cli.main([str(a) for a in arguments])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    return code, out.out.splitlines(), out.err
+@pytest.fixture
+def xdino(xdino):
+    """As elsewhere, but standard output comes as its lines."""
+
+    def run(*arguments) -> tuple[int, list[str], str]:
+        code, out, err = xdino(*arguments)
+        return code, out.splitlines(), err
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +52,12 @@ def images(tmp_path):
     return folder
 
 
-def test_images_and_a_folder_with_its_sheet(capsys, weights, images, tmp_path):
+def test_images_and_a_folder_with_its_sheet(xdino, weights, images, tmp_path):
     (images / "broken.png").write_text("no image")
     (images / "below").mkdir()
     Image.open(images / "00.png").save(images / "below" / "00.png")
     out = tmp_path / "out"
-    code, written, err = xdino(capsys, "attention", weights, images / "01.png", images, "--out", out,
+    code, written, err = xdino("attention", weights, images / "01.png", images, "--out", out,
                                "--layer", 2, "--head", 3)  # fmt: skip
     assert code == 0
     assert "skipped" in err
@@ -71,18 +70,16 @@ def test_images_and_a_folder_with_its_sheet(capsys, weights, images, tmp_path):
     assert all(Image.open(path).size == (53, 37) for path in written if path.endswith("mask.png"))
 
 
-def test_ten_frames_become_a_video_that_plays(capsys, weights, images, tmp_path):
+def test_ten_frames_become_a_video_that_plays(xdino, weights, images, tmp_path):
     av = pytest.importorskip("av")
     code, written, _ = xdino(
-        capsys, "attention", weights, images, "--fps", 12, "--layer", 2, "--out", tmp_path / "a"
+        "attention", weights, images, "--fps", 12, "--layer", 2, "--out", tmp_path / "a"
     )
     assert code == 0
     names = [f"frames-layer2-mean{end}.mp4" for end in ("", "-overlay", "-mask")]
     assert [path.rsplit("/", 1)[1] for path in written] == names
     # The overlay's video in its turn: what came out goes in.
-    code, again, _ = xdino(
-        capsys, "attention", weights, written[1], "--layer", 1, "--out", tmp_path / "b"
-    )
+    code, again, _ = xdino("attention", weights, written[1], "--layer", 1, "--out", tmp_path / "b")
     assert code == 0
     for path in [*written, *again]:
         with av.open(path) as container:
@@ -94,22 +91,20 @@ def test_ten_frames_become_a_video_that_plays(capsys, weights, images, tmp_path)
         assert shown[5].to_ndarray(format="gray").std() > 2
 
 
-def test_components_and_channel_matrices(capsys, weights, images, tmp_path):
+def test_components_and_channel_matrices(xdino, weights, images, tmp_path):
     pytest.importorskip("av")
     code, written, _ = xdino(
-        capsys, "attention", weights, images, "--pca", "--foreground", "--out", tmp_path / "p"
+        "attention", weights, images, "--pca", "--foreground", "--out", tmp_path / "p"
     )
     assert code == 0
     assert len(written) == 11
     picture = np.asarray(Image.open(written[3]))
     assert picture.shape == (37, 53, 3)
     assert (picture == 0).all(2).mean() > 0.1, "the background is black"
-    code, written, _ = xdino(
-        capsys, "attention", weights, images, "--pca", "--fps", 5, "--out", tmp_path
-    )
+    code, written, _ = xdino("attention", weights, images, "--pca", "--fps", 5, "--out", tmp_path)
     assert (code, written) == (0, [str(tmp_path / "frames-pca.mp4")])
     code, written, _ = xdino(
-        capsys, "attention", weights, images / "00.png", "--xca", "--out", tmp_path / "x"
+        "attention", weights, images / "00.png", "--xca", "--out", tmp_path / "x"
     )
     assert code == 0
     assert [path.rsplit("/", 1)[1] for path in written] == [
@@ -118,7 +113,7 @@ def test_components_and_channel_matrices(capsys, weights, images, tmp_path):
     ]
 
 
-def test_segment_score_writes_rows_and_details(capsys, weights, images, tmp_path):
+def test_segment_score_writes_rows_and_details(xdino, weights, images, tmp_path):
     (tmp_path / "masks").mkdir()
     images.rename(tmp_path / "images")
     for i in range(10):
@@ -127,7 +122,7 @@ def test_segment_score_writes_rows_and_details(capsys, weights, images, tmp_path
         Image.fromarray(truth).save(tmp_path / "masks" / f"{i:02}.png")
     results, details = tmp_path / "results.json", tmp_path / "each.json"
     command = ("segment-score", weights, "--data", tmp_path, "--details", details, "--out", results)
-    code, out, _ = xdino(capsys, *command, "--json")
+    code, out, _ = xdino(*command, "--json")
     assert code == 0
     rows = json.loads("\n".join(out))
     assert rows == json.loads(results.read_text())
@@ -137,14 +132,14 @@ def test_segment_score_writes_rows_and_details(capsys, weights, images, tmp_path
     assert len(each) == 10
     best = 100 * np.mean([max(image["heads"]) for image in each])
     assert rows[1]["metrics"]["jaccard best head"] == pytest.approx(best, abs=1e-3)
-    code, out, _ = xdino(capsys, *command)
+    code, out, _ = xdino(*command)
     assert code == 0
     shown = f"{rows[1]['metrics']['jaccard mean map']:.2f}"
     assert shown in " ".join(out), "the table shows the figures too"
     assert len(json.loads(results.read_text())) == 4
 
 
-def test_bad_input_is_one_sentence(capsys, weights, resnet, images, tmp_path):
+def test_bad_input_is_one_sentence(xdino, weights, resnet, images, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")
     Image.new("RGB", (40, 5)).save(tmp_path / "thin.png")
@@ -167,7 +162,7 @@ def test_bad_input_is_one_sentence(capsys, weights, resnet, images, tmp_path):
         ((resnet, picture, "--pca"), "a ResNet has no class attention and no patch tokens"),
         ((resnet, picture, "--xca"), "a ResNet has none"),
     ):
-        code, out, err = xdino(capsys, "attention", *arguments, "--out", tmp_path / "out")
+        code, out, err = xdino("attention", *arguments, "--out", tmp_path / "out")
         assert (code, out, err.count("\n")) == (2, [], 1), (sentence, err)
         assert sentence in err
     for arguments, sentence in (
@@ -175,6 +170,6 @@ def test_bad_input_is_one_sentence(capsys, weights, resnet, images, tmp_path):
         (("--data", images, "--mass", 1.5), "--mass must be above 0"),
         (("--data", images, "--ignore", "void"), "--ignore takes a value from 0 to 255"),
     ):
-        code, out, err = xdino(capsys, "segment-score", weights, *arguments)
+        code, out, err = xdino("segment-score", weights, *arguments)
         assert (code, out, err.count("\n")) == (2, [], 1), err
         assert sentence in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +13,6 @@ import pytest
 from PIL import Image
 
 from xdino_launch import cli
-
-
-def xdino(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of the command in this process."""
-    try:
-        cli.main([str(a) for a in arguments])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
 
 SMALL = ("--train.batch_size", "50", "--data.path")
 
@@ -53,10 +42,10 @@ def run(folder, tmp_path_factory):
     return path
 
 
-def test_unknown_keys_name_themselves_and_the_nearest(capsys, tmp_path):
+def test_unknown_keys_name_themselves_and_the_nearest(xdino, tmp_path):
     run = tmp_path / "r"
     code, out, err = xdino(
-        capsys, "pretrain", "debug", "--run", run, "--model.archh", "x", "--optim.lrr", "1"
+        "pretrain", "debug", "--run", run, "--model.archh", "x", "--optim.lrr", "1"
     )
     assert (code, out) == (2, "")
     assert 'model.archh is not a known key: did you mean "arch"?' in err
@@ -86,18 +75,18 @@ def test_unknown_keys_name_themselves_and_the_nearest(capsys, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_sentence_and_exit_code_2(
-    capsys, tmp_path, monkeypatch, arguments, message
+    xdino, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    code, out, err = xdino(capsys, *arguments)
+    code, out, err = xdino(*arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pretrain_prints_the_backbone_and_leaves_a_finished_run_alone(capsys, run, folder):
-    code, out, err = xdino(capsys, "pretrain", run / "config.yaml", "--run", run)
+def test_pretrain_prints_the_backbone_and_leaves_a_finished_run_alone(xdino, run, folder):
+    code, out, err = xdino("pretrain", run / "config.yaml", "--run", run)
     assert code == 0
     assert out.strip() == str(run / "backbone.safetensors")
     assert "finished run" in err
@@ -105,25 +94,25 @@ def test_pretrain_prints_the_backbone_and_leaves_a_finished_run_alone(capsys, ru
     assert "knn_top1" in metrics[-1]
 
 
-def test_print_config_resolves_everything(capsys, tmp_path):
+def test_print_config_resolves_everything(xdino, tmp_path):
     code, out, _ = xdino(
-        capsys, "pretrain", "debug", "--run", tmp_path / "r", "--optim.lr=0.5", "--print-config"
+        "pretrain", "debug", "--run", tmp_path / "r", "--optim.lr=0.5", "--print-config"
     )
     assert code == 0
     assert "lr: 0.5" in out
     assert not (tmp_path / "r").exists()
 
 
-def test_knn_and_linear_write_rows_with_their_protocol(capsys, run, folder):
-    code, out, _ = xdino(capsys, "knn", run, "--data", folder, "--k", "1,5", "--json")
+def test_knn_and_linear_write_rows_with_their_protocol(xdino, run, folder):
+    code, out, _ = xdino("knn", run, "--data", folder, "--k", "1,5", "--json")
     assert code == 0
     rows = json.loads(out)
     assert [row["settings"]["k"] for row in rows] == [1, 5]
-    code, out, _ = xdino(capsys, "linear", run, "--data", folder)
+    code, out, _ = xdino("linear", run, "--data", folder)
     assert code == 0
     assert "logistic" in out
     code, out, _ = xdino(
-        capsys, "linear", run, "--data", folder, "--protocol", "sgd", "--epochs", "2", "--json"
+        "linear", run, "--data", folder, "--protocol", "sgd", "--epochs", "2", "--json"
     )
     assert code == 0
     stored = json.loads((run / "results.json").read_text())
@@ -135,47 +124,61 @@ def test_knn_and_linear_write_rows_with_their_protocol(capsys, run, folder):
         assert "teacher, iteration" in row["features"]
 
 
-def test_cached_features_need_no_network(capsys, run, folder, tmp_path, monkeypatch):
+def test_cached_features_need_no_network(xdino, run, folder, tmp_path, monkeypatch):
     command = ("knn", run, "--data", folder, "--k", "5", "--json", "--out", tmp_path / "r.json",
                "--cache", tmp_path / "cache")  # fmt: skip
-    first = json.loads(xdino(capsys, *command)[1])
+    first = json.loads(xdino(*command)[1])
     assert len(list((tmp_path / "cache").iterdir())) == 2
     from xdino.xcit import XCiT
 
     monkeypatch.setattr(XCiT, "forward", None)
-    second = json.loads(xdino(capsys, *command)[1])
+    second = json.loads(xdino(*command)[1])
     assert first[0]["top1"] == second[0]["top1"]
     assert first[0]["transform"] == second[0]["transform"]
 
 
-def test_attention_features_and_export(capsys, run, folder, tmp_path):
+def test_an_evaluation_has_a_limit_of_pixels_of_its_own(xdino, run, folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    Image.new("RGB", (64, 64), "white").save(data / "val" / "left" / "large.png")
+    command = ("knn", run, "--data", data, "--k", "5", "--json", "--out", tmp_path / "r.json",
+               "--cache", tmp_path / "cache")  # fmt: skip
+    code, out, told = xdino(*command, "--max-pixels", 1024)
+    assert (code, json.loads(out)[0]["val_size"]) == (0, 20)
+    assert "large.png: 64 x 64 pixels are more than the limit of 1,024 pixels" in told
+    code, out, told = xdino(*command)  # what was skipped is not what the cache answers now
+    assert (code, json.loads(out)[0]["val_size"]) == (0, 21)
+    assert "skipped" not in told
+
+
+def test_attention_features_and_export(xdino, run, folder, tmp_path):
     picture = folder / "val" / "left" / "000.png"
-    code, out, _ = xdino(capsys, "attention", run, picture, "--out", tmp_path / "a")
+    code, out, _ = xdino("attention", run, picture, "--out", tmp_path / "a")
     assert code == 0
     written = out.split()
     assert written
     assert all(Image.open(path).size for path in written)
-    code, out, err = xdino(capsys, "attention", run, tmp_path / "none.png", "--out", tmp_path / "a")
+    code, out, err = xdino("attention", run, tmp_path / "none.png", "--out", tmp_path / "a")
     assert (code, err.count("\n")) == (2, 1)
     (tmp_path / "bad.png").write_text("no image")
-    code, _, err = xdino(capsys, "attention", run, tmp_path / "bad.png", "--out", tmp_path / "a")
+    code, _, err = xdino("attention", run, tmp_path / "bad.png", "--out", tmp_path / "a")
     assert code == 2
     assert "cannot be read as an image" in err
     file = tmp_path / "features.safetensors"
-    assert xdino(capsys, "features", run, "--data", folder, "--out", file)[0] == 0
+    assert xdino("features", run, "--data", folder, "--out", file)[0] == 0
     from safetensors.torch import load_file
 
     assert load_file(file)["train_features"].shape == (80, 32)
     exported = tmp_path / "weights.safetensors"
-    assert xdino(capsys, "export", run, "--out", exported)[0] == 0
-    one = json.loads(xdino(capsys, "knn", run, "--data", folder, "--k", "5", "--json")[1])
-    two = json.loads(xdino(capsys, "knn", exported, "--data", folder, "--k", "5", "--json")[1])
+    assert xdino("export", run, "--out", exported)[0] == 0
+    one = json.loads(xdino("knn", run, "--data", folder, "--k", "5", "--json")[1])
+    two = json.loads(xdino("knn", exported, "--data", folder, "--k", "5", "--json")[1])
     assert one[0]["top1"] == two[0]["top1"]
 
 
-def test_failures_of_the_world_are_exit_code_1(capsys, folder, tmp_path):
+def test_failures_of_the_world_are_exit_code_1(xdino, folder, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"damaged")
-    code, _, err = xdino(capsys, "knn", tmp_path / "weights.pth", "--data", folder)
+    code, _, err = xdino("knn", tmp_path / "weights.pth", "--data", folder)
     assert (code, err.count("\n")) == (1, 1)
     assert "damaged" in err
 

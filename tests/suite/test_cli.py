@@ -9,17 +9,6 @@ import pytest
 from PIL import Image
 
 from xdino_eval.results import load
-from xdino_launch import cli
-
-
-def xdino(capsys, *arguments) -> tuple[int, str, str]:
-    try:
-        cli.main([str(a) for a in arguments])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def picture(path, image):
@@ -40,10 +29,9 @@ def oxford(tmp_path):
     return tmp_path
 
 
-def test_retrieval(capsys, oxford, small_xcit):
+def test_retrieval(xdino, oxford, small_xcit):
     out = oxford / "results.json"
-    code, text, err = xdino(
-        capsys, "retrieval", small_xcit, "--data", oxford, "--size", 32, "--multiscale",
+    code, text, err = xdino("retrieval", small_xcit, "--data", oxford, "--size", 32, "--multiscale",
         "--out", out, "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
@@ -54,29 +42,28 @@ def test_retrieval(capsys, oxford, small_xcit):
     assert len(row.checkpoint) == 64
 
 
-def test_a_ground_truth_that_runs_code(capsys, oxford, small_xcit):
+def test_a_ground_truth_that_runs_code(xdino, oxford, small_xcit):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(oxford / "trace"),)
 
     path = oxford / "roxford5k/gnd_roxford5k.pkl"
     path.write_bytes(pickle.dumps({"imlist": Evil(), "qimlist": [], "gnd": []}))
-    code, text, err = xdino(capsys, "retrieval", small_xcit, "--data", oxford)
+    code, text, err = xdino("retrieval", small_xcit, "--data", oxford)
     assert (code, text) == (1, "")
     assert "mkdir, which plain values have no need of: refused, nothing of it ran" in err
     assert err.count("\n") == 1
     assert not (oxford / "trace").exists()
 
 
-def test_copydetection(capsys, tmp_path, small_xcit):
+def test_copydetection(xdino, tmp_path, small_xcit):
     rng = np.random.default_rng(0)
     for name in ("2000", "2001", "2002"):
         image = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
         picture(tmp_path / f"original/{name}00.png", image)
         picture(tmp_path / f"strong/{name}01.png", image)
         picture(tmp_path / f"others/{name}.png", image[::-1])
-    code, text, err = xdino(
-        capsys, "copydetection", small_xcit, "--data", tmp_path, "--size", 24, "--json",
+    code, text, err = xdino("copydetection", small_xcit, "--data", tmp_path, "--size", 24, "--json",
         "--whitening", tmp_path / "others", "--distractors", tmp_path / "others",
     )  # fmt: skip
     assert code == 0, err
@@ -85,7 +72,7 @@ def test_copydetection(capsys, tmp_path, small_xcit):
     assert row["settings"]["whitening"] == 3
 
 
-def test_davis(capsys, tmp_path, small_xcit):
+def test_davis(xdino, tmp_path, small_xcit):
     for number in range(3):
         mask = np.zeros((64, 64), np.uint8)
         mask[16:40, 8 + 4 * number : 32 + 4 * number] = 1
@@ -95,13 +82,13 @@ def test_davis(capsys, tmp_path, small_xcit):
     (tmp_path / "ImageSets/2017").mkdir(parents=True)
     (tmp_path / "ImageSets/2017/val.txt").write_text("v\n")
     arguments = ["davis", small_xcit, "--data", tmp_path, "--size", 64]
-    code, text, err = xdino(capsys, *arguments, "--out", tmp_path / "out", "--json")
+    code, text, err = xdino(*arguments, "--out", tmp_path / "out", "--json")
     assert code == 0, err
     (row,) = json.loads(text)
     assert 0 < row["metrics"]["J mean"] <= 100
     with Image.open(tmp_path / "out/v/00002.png") as mask:
         assert (mask.mode, mask.size) == ("P", (64, 64))
-    code, _, err = xdino(capsys, *arguments, "--out", tmp_path / "out", "--split", "train")
+    code, _, err = xdino(*arguments, "--out", tmp_path / "out", "--split", "train")
     assert code == 2
     assert "ImageSets/2017/train.txt is missing" in err
     assert err.count("\n") == 1

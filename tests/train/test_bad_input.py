@@ -107,7 +107,8 @@ def test_the_limit_is_configurable(tiny, zoo):
     next(loader.iterate(0, 1))
     assert {where.split("/")[-1] for where, _ in loader.bad.values()} == BAD | {
         "wide.jpg", "tall.png", "cmyk.jpg", "palette.gif"}  # fmt: skip
-    assert "(data.max_pixels)" in dict(loader.bad.values())[str(zoo / "cmyk.jpg")]
+    reason = dict(loader.bad.values())[str(zoo / "cmyk.jpg")]
+    assert "(data.max_pixels, or --max-pixels of an evaluation)" in reason
 
 
 def test_huge_images_are_refused_in_little_memory(zoo):

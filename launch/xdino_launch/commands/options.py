@@ -40,6 +40,11 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--mean", help="Per channel, comma-separated, 0..1."),
         click.option("--std", help="Per channel, comma-separated, 0..1."),
         click.option("--batch-size", default=128, type=click.IntRange(1), show_default=True),
+        click.option(
+            "--max-pixels",
+            type=click.IntRange(1),
+            help="Of an image; a larger one is skipped and named. Default: as in pretraining.",
+        ),
         click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1)),
         click.option("--device", default="auto", show_default=True),
         click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
@@ -90,7 +95,8 @@ def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) ->
 def subject_options(options: dict[str, Any]) -> dict[str, Any]:
     """The evaluation options that say what is judged and on what, parsed."""
     names = (
-        "weights data arch role size resize batch_size workers device precision cache".split()  # noqa: SIM905
+        *("weights", "arch", "role", "data", "max_pixels", "size", "resize"),
+        *("batch_size", "workers", "device", "precision", "cache"),
     )
     subject = {name: options[name] for name in names}
     return subject | {name: numbers(options[name], name) for name in ("mean", "std")}

@@ -1,7 +1,9 @@
 """`xdino retrieval`, `xdino copydetection` and `xdino davis`: the rest of DINO's evaluations."""
 
+import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,44 @@ if TYPE_CHECKING:
     from xdino_eval.results import Row
 
 
-def suite_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What these three take, whatever they measure."""
-    options = [
+@dataclass(frozen=True)
+class Judged:
+    """What these commands judge, and how: the options that all of them take."""
+
+    weights: str
+    arch: str | None
+    role: str
+    device: str
+    precision: str
+    as_json: bool
+
+    def backbone(self) -> "nn.Module":
+        """Frozen, where it shall run."""
+        from xdino.checkpoint import load_backbone
+        from xdino.plan import resolve_device
+
+        where = resolve_device(self.device)
+        return load_backbone(self.weights, self.arch, self.role).to(where)
+
+    def tell(self, row: "Row", backbone: "nn.Module", out: str | None) -> None:
+        """A row, signed, to where rows go."""
+        from xdino_eval.results import signed
+        from xdino_launch.evaluate import features_name
+
+        facts: Any = backbone.weights
+        rows = signed([row], facts["sha256"], features_name(facts))
+        finish(rows, self.weights, out, self.as_json)
+
+
+def judging(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `Judged`; the command gets them as its first argument."""
+
+    @functools.wraps(command)
+    def wrapped(**options: Any) -> None:
+        own = {field.name: options.pop(field.name) for field in fields(Judged)}
+        command(Judged(**own), **options)
+
+    listed = [
         click.argument("weights"),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
@@ -25,31 +62,13 @@ def suite_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", default="auto", show_default=True),
         click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    for option in reversed(listed):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 WORKERS = click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
 OUT = click.option("--out", type=click.Path(), help="Append to this results.json.")
-
-
-def opened(weights: str, arch: str | None, role: str, device: str) -> "nn.Module":
-    """The frozen backbone, where it shall run."""
-    from xdino.checkpoint import load_backbone
-    from xdino.plan import resolve_device
-
-    where = resolve_device(device)
-    return load_backbone(weights, arch, role).to(where)
-
-
-def told(row: "Row", backbone: "nn.Module", weights: str, out: str | None, as_json: bool) -> None:
-    """A row, signed, to where rows go."""
-    from xdino_eval.results import signed
-    from xdino_launch.evaluate import features_name
-
-    facts: Any = backbone.weights
-    finish(signed([row], facts["sha256"], features_name(facts)), weights, out, as_json)
 
 
 def progress(verb: str) -> Any:
@@ -59,7 +78,7 @@ def progress(verb: str) -> Any:
 
 
 @click.command()
-@suite_options
+@judging
 @click.option("--data", required=True, type=click.Path(), help="Folder that holds the sets.")
 @click.option("--dataset", default="roxford5k", show_default=True, help="roxford5k or rparis6k.")
 @click.option("--size", default=224, show_default=True, type=click.IntRange(1), help="Longer side.")
@@ -68,7 +87,7 @@ def progress(verb: str) -> Any:
 @WORKERS
 @OUT
 def retrieval(
-    weights: str,
+    judged: Judged,
     data: str,
     dataset: str,
     size: int,
@@ -76,11 +95,6 @@ def retrieval(
     crop_queries: bool,
     workers: int,
     out: str | None,
-    arch: str | None,
-    role: str,
-    device: str,
-    precision: str,
-    as_json: bool,
 ) -> None:
     """Image retrieval on revisited Oxford or Paris: mAP and mP@1,5,10, easy, medium and hard.
 
@@ -95,16 +109,16 @@ def retrieval(
     from xdino_eval import retrieval as room
 
     benchmark = room.open_benchmark(data, dataset)
-    backbone = opened(weights, arch, role, device)
+    backbone = judged.backbone()
     row = room.evaluate(
-        backbone, benchmark, size, multiscale, crop_queries, workers, precision,
+        backbone, benchmark, size, multiscale, crop_queries, workers, judged.precision,
         progress("descriptors"),
     )  # fmt: skip
-    told(row, backbone, weights, out, as_json)
+    judged.tell(row, backbone, out)
 
 
 @click.command()
-@suite_options
+@judging
 @click.option("--data", required=True, type=click.Path(), help="Copydays folder.")
 @click.option("--distractors", type=click.Path(path_type=Path), help="Images among the originals.")
 @click.option("--whitening", type=click.Path(path_type=Path), help="Images to learn whitening on.")
@@ -113,7 +127,7 @@ def retrieval(
 @WORKERS
 @OUT
 def copydetection(
-    weights: str,
+    judged: Judged,
     data: str,
     distractors: Path | None,
     whitening: Path | None,
@@ -121,11 +135,6 @@ def copydetection(
     batch_size: int,
     workers: int,
     out: str | None,
-    arch: str | None,
-    role: str,
-    device: str,
-    precision: str,
-    as_json: bool,
 ) -> None:
     """Copy detection on Copydays: mAP of the strong copies, and of the weaker ones that are there.
 
@@ -141,16 +150,16 @@ def copydetection(
     for folder in (distractors, whitening):
         if folder is not None:
             room.image_names(folder)
-    backbone = opened(weights, arch, role, device)
+    backbone = judged.backbone()
     row = room.evaluate(
-        backbone, copydays, size, distractors, whitening, batch_size, workers, precision,
+        backbone, copydays, size, distractors, whitening, batch_size, workers, judged.precision,
         progress("descriptors"),
     )  # fmt: skip
-    told(row, backbone, weights, out, as_json)
+    judged.tell(row, backbone, out)
 
 
 @click.command()
-@suite_options
+@judging
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="DAVIS-2017 folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for masks.")
 @click.option("--split", default="val", show_default=True, help="ImageSets/2017/SPLIT.txt")
@@ -167,7 +176,7 @@ def copydetection(
 @click.option("--temperature", default=0.1, show_default=True, type=click.FloatRange(0.02))
 @click.option("--results", type=click.Path(), help="Append to this results.json.")
 def davis(
-    weights: str,
+    judged: Judged,
     data: Path,
     out: Path,
     split: str,
@@ -177,11 +186,6 @@ def davis(
     topk: int,
     temperature: float,
     results: str | None,
-    arch: str | None,
-    role: str,
-    device: str,
-    precision: str,
-    as_json: bool,
 ) -> None:
     """Video segmentation on DAVIS-2017: the first frame's mask, carried on by frozen features.
 
@@ -196,7 +200,9 @@ def davis(
     from xdino_eval import davis as room
 
     videos = room.open_davis(data, split)
-    backbone = opened(weights, arch, role, device)
+    backbone = judged.backbone()
     how = room.Propagation(context, radius, topk, temperature)
-    row = room.evaluate(backbone, data, videos, out, how, size, precision, progress("frames"))
-    told(row, backbone, weights, results, as_json)
+    row = room.evaluate(
+        backbone, data, videos, out, how, size, judged.precision, progress("frames")
+    )
+    judged.tell(row, backbone, results)
