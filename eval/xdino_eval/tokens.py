@@ -5,20 +5,15 @@ the ones for dense tasks (El-Nouby et al. 2021, https://arxiv.org/abs/2106.09681
 Vision transformers of timm: both after the final norm, as the published evaluations of DINO take
 them.
 
-DINO's published transformers stretch their position embeddings by bicubic interpolation without
-antialiasing and with a tenth of a patch added to the grid; timm's antialias. Numbers at sizes other
-than the pretraining's depend on it, so a plain transformer is run here as the published code does.
+Numbers at sizes other than the pretraining's depend on how the position table is stretched: DINO's
+published transformers do it as published (`xdino.vit`), others as timm does.
 
 Letters: B images, C channels, H x W pixels, D width, (h, w) patch grid.
 """
 
-import math
 from typing import Any, cast
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xdino.errors import UsageError
 from xdino.xcit import XCiT
@@ -53,8 +48,6 @@ def class_and_patches(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
         token, _ = backbone.gather(patches)
         return token, patches.unflatten(1, (h, w))
     images = _whole_patches(backbone, images, side)
-    if is_plain(backbone):
-        return _plain_tokens(cast(VisionTransformer, backbone), images)
     (found,) = cast(Any, backbone).forward_intermediates(
         images, indices=1, return_prefix_tokens=True, norm=True, intermediates_only=True
     )
@@ -64,27 +57,9 @@ def class_and_patches(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
 
 def class_token(backbone: nn.Module, images: Tensor) -> Tensor:
     """`[B, C, H, W]`, any size -> what the backbone says of the whole image, `[B, D]`."""
-    if is_plain(backbone):
-        return class_and_patches(backbone, images)[0]
     if not isinstance(backbone, XCiT) and _has_tokens(backbone):
         images = _whole_patches(backbone, images, patch_side(backbone))
     return backbone(images)
-
-
-def is_plain(backbone: nn.Module) -> bool:
-    """Whether it is a transformer such as DINO published: one class token, learned positions."""
-    if type(backbone) is not VisionTransformer:
-        return False
-    table = backbone.pos_embed
-    return bool(
-        isinstance(table, Tensor)
-        and backbone.num_prefix_tokens == 1
-        and backbone.cls_token is not None
-        and table.shape[1] == 1 + math.isqrt(table.shape[1] - 1) ** 2
-        and backbone.global_pool == "token"
-        and isinstance(backbone.norm_pre, nn.Identity)
-        and isinstance(backbone.fc_norm, nn.Identity)
-    )
 
 
 def _has_tokens(backbone: nn.Module) -> bool:
@@ -109,27 +84,3 @@ def _whole_patches(backbone: nn.Module, images: Tensor, side: int) -> Tensor:
             f"got {width} x {height}"
         )
     return images[..., :height, :width]
-
-
-def _plain_tokens(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    patches = vit.patch_embed.proj(images)  # [B, D, h, w]
-    h, w = patches.shape[2:]
-    x = patches.flatten(2).transpose(1, 2)
-    x = torch.cat((vit.cls_token.expand(len(x), -1, -1).to(x.dtype), x), 1)
-    x = x + _positions(vit.pos_embed, h, w)
-    for block in vit.blocks:
-        x = block(x)
-    x = vit.norm(x)
-    return x[:, 0], x[:, 1:].unflatten(1, (h, w))
-
-
-def _positions(table: Tensor, h: int, w: int) -> Tensor:
-    """The learned positions `[1, 1 + side * side, D]` stretched to `[1, 1 + h * w, D]`."""
-    side = math.isqrt(table.shape[1] - 1)
-    if (h, w) == (side, side):
-        return table
-    grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    # The tenth of a patch guards against rounding down, and moves every sampling point a little.
-    scale = ((h + 0.1) / side, (w + 0.1) / side)
-    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-    return torch.cat((table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), 1)

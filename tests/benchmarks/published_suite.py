@@ -219,7 +219,7 @@ def make_vit(dino: Path, folder: Path) -> Network:
     torch.manual_seed(SEED)
     path = folder / "vit_tiny.pth"
     spread(vision_transformer.vit_tiny(patch_size=16, num_classes=0), path)
-    return Network(("--arch", "vit_tiny", "--patch_size", "16"), "vit_tiny_patch16_224", path)
+    return Network(("--arch", "vit_tiny", "--patch_size", "16"), "vit_tiny_patch16_224.dino", path)
 
 
 def make_xcit(xcit: Path, folder: Path) -> Network:
