@@ -1,6 +1,6 @@
 """k-NN against minutes of training: a recipe beside itself with small crops first (FastDINOv2).
 
-    python tests/benchmarks/curriculum.py --out FILE.json [--seeds 0,1,2] [--short-epochs 7]
+    python tests/benchmarks/curriculum.py --out FILE.json [--seeds 0,1,2] [--short-epochs 8]
 
 Arms: `plain` is the recipe; `curriculum` the recipe with small crops for the first share of its
 iterations; `plain, N epochs` (--short-epochs) the recipe with a shorter schedule. The last is the
@@ -162,9 +162,9 @@ def ends(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 )
 @click.option("--short-epochs", type=click.IntRange(1), help="A third arm: plain with this many.")
 @click.option("--every", default=1, show_default=True, type=click.IntRange(1), help="Epochs.")
-@click.option("--share", default=0.75, show_default=True)
-@click.option("--global-size", default=16, show_default=True)
-@click.option("--local-size", default=8, show_default=True)
+@click.option("--share", default=0.5, show_default=True)
+@click.option("--global-size", default=20, show_default=True)
+@click.option("--local-size", default=12, show_default=True)
 @click.option("--limit", default=10_000, show_default=True, help="Images of a split for k-NN.")
 @click.option("--threads", default=1, show_default=True, help="Of torch.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="For every arm.")
