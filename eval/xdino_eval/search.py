@@ -258,19 +258,19 @@ def without(keys: Tensor, row: np.ndarray) -> Tensor:
 
 def by_faiss(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Products in float32, float32 [b, m], and rows, int64 [b, m], of about the m largest."""
-    with faiss_tile(*TILE):
+    with _faiss_tile():
         found = faiss.knn(queries.numpy(), bank.numpy(), m, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
 @contextlib.contextmanager
-def faiss_tile(queries: int, rows: int) -> Iterator[None]:
-    """How much faiss multiplies at a time; its setting for the process, put back afterwards."""
+def _faiss_tile() -> Iterator[None]:
+    """faiss multiplies TILE at a time inside; a setting for the process, put back afterwards."""
     settings = faiss.cvar
     names = ("distance_compute_blas_query_bs", "distance_compute_blas_database_bs")
     before = [getattr(settings, name) for name in names]
     try:
-        for name, value in zip(names, (queries, rows), strict=True):
+        for name, value in zip(names, TILE, strict=True):
             setattr(settings, name, value)
         yield
     finally:

@@ -48,8 +48,10 @@ def submit(
     partition: str | None = None,
     cluster: str | None = None,
     extra: Mapping[str, str] | None = None,
-) -> str:
-    """Hand the job to the cluster; returns its number. Logs go to `RUN-slurm/` beside the run.
+) -> Any:
+    """Hand the job to the cluster; returns submitit's job, which has its number and awaits its end.
+
+    Logs go to `RUN-slurm/` beside the run.
 
     Args:
         hours: of one submission; the run is submitted again until it is done.
@@ -88,4 +90,4 @@ def submit(
         parameters["slurm_additional_parameters"] = dict(extra)
     executor.update_parameters(**parameters)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_gpu))
-    return str(executor.submit(job).job_id)
+    return executor.submit(job)

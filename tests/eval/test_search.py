@@ -198,6 +198,16 @@ def test_merging_keeps_the_lower_row():
     assert unpack(both)[1].item() == 3
 
 
+def test_only_numbers_that_are_not_finite_are_refused():
+    """Also where a sum of finite numbers is infinite, and one of two infinities is not a number."""
+    large = torch.full((2, 4), 3e38)
+    assert large.sum().isinf()
+    assert torch.equal(read(large, slice(0, 2)), large)
+    for pair in ((np.inf, -np.inf), (np.inf, 1), (np.nan, 1), (-np.inf, 3e38)):
+        with pytest.raises(UsageError, match="a query feature is not finite"):
+            read(np.array([pair], np.float32), slice(0, 1), name="query")
+
+
 def test_refuses():
     with pytest.raises(UsageError, match='no search "fais": did you mean "faiss"'):
         How.named("fais", torch.device("cpu"))

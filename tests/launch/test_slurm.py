@@ -13,13 +13,12 @@ SMALL = {"train.batch_size": "2500", "crops.global_size": "12", "crops.local_cou
 
 @pytest.mark.slow
 def test_a_submitted_job_pretrains(tmp_path):
-    import submitit
-
     job = PretrainingJob("debug", SMALL, str(tmp_path / "run"))
-    number = submit(job, gpus_per_node=0, cpus_per_gpu=1, hours=0.2, cluster="local")
-    handle = submitit.local.local.LocalJob(tmp_path / "run-slurm", number)
-    assert handle.result().endswith("backbone.safetensors")
+    # The job that `submit` returns waits for its process; one made from its number waits 15 s.
+    submitted = submit(job, gpus_per_node=0, cpus_per_gpu=1, hours=0.2, cluster="local")
+    assert submitted.result().endswith("backbone.safetensors")
     assert checkpoint.load_backbone(tmp_path / "run").weights["iteration"] == 4
+    assert (tmp_path / "run-slurm" / f"{submitted.job_id}_0_log.err").is_file()
     again = job.checkpoint()
     assert again.function is job
 

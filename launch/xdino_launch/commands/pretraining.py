@@ -86,4 +86,4 @@ def submit(
     from xdino_launch import slurm as cluster
 
     job = cluster.PretrainingJob(config, overrides, str(Path(run_dir).resolve()))
-    click.echo(cluster.submit(job, **how, extra=extra))
+    click.echo(cluster.submit(job, **how, extra=extra).job_id)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """What these commands judge, and how: the options that all of them take."""
 
     weights: str
@@ -47,12 +47,12 @@ class Judged:
 
 
 def judging(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `Judged`; the command gets them as its first argument."""
+    """Add the options of `Judgement`; the command gets them as its first argument."""
 
     @functools.wraps(command)
     def wrapped(**options: Any) -> None:
-        own = {field.name: options.pop(field.name) for field in fields(Judged)}
-        command(Judged(**own), **options)
+        own = {field.name: options.pop(field.name) for field in fields(Judgement)}
+        command(Judgement(**own), **options)
 
     listed = [
         click.argument("weights"),
@@ -87,7 +87,7 @@ def progress(verb: str) -> Any:
 @WORKERS
 @OUT
 def retrieval(
-    judged: Judged,
+    judgement: Judgement,
     data: str,
     dataset: str,
     size: int,
@@ -109,12 +109,12 @@ def retrieval(
     from xdino_eval import retrieval as room
 
     benchmark = room.open_benchmark(data, dataset)
-    backbone = judged.backbone()
+    backbone = judgement.backbone()
     row = room.evaluate(
-        backbone, benchmark, size, multiscale, crop_queries, workers, judged.precision,
+        backbone, benchmark, size, multiscale, crop_queries, workers, judgement.precision,
         progress("descriptors"),
     )  # fmt: skip
-    judged.tell(row, backbone, out)
+    judgement.tell(row, backbone, out)
 
 
 @click.command()
@@ -127,7 +127,7 @@ def retrieval(
 @WORKERS
 @OUT
 def copydetection(
-    judged: Judged,
+    judgement: Judgement,
     data: str,
     distractors: Path | None,
     whitening: Path | None,
@@ -150,12 +150,12 @@ def copydetection(
     for folder in (distractors, whitening):
         if folder is not None:
             room.image_names(folder)
-    backbone = judged.backbone()
+    backbone = judgement.backbone()
     row = room.evaluate(
-        backbone, copydays, size, distractors, whitening, batch_size, workers, judged.precision,
+        backbone, copydays, size, distractors, whitening, batch_size, workers, judgement.precision,
         progress("descriptors"),
     )  # fmt: skip
-    judged.tell(row, backbone, out)
+    judgement.tell(row, backbone, out)
 
 
 @click.command()
@@ -176,7 +176,7 @@ def copydetection(
 @click.option("--temperature", default=0.1, show_default=True, type=click.FloatRange(0.02))
 @click.option("--results", type=click.Path(), help="Append to this results.json.")
 def davis(
-    judged: Judged,
+    judgement: Judgement,
     data: Path,
     out: Path,
     split: str,
@@ -200,9 +200,9 @@ def davis(
     from xdino_eval import davis as room
 
     videos = room.open_davis(data, split)
-    backbone = judged.backbone()
+    backbone = judgement.backbone()
     how = room.Propagation(context, radius, topk, temperature)
     row = room.evaluate(
-        backbone, data, videos, out, how, size, judged.precision, progress("frames")
+        backbone, data, videos, out, how, size, judgement.precision, progress("frames")
     )
-    judged.tell(row, backbone, results)
+    judgement.tell(row, backbone, results)
