@@ -7,6 +7,7 @@ Letters: M queries, N rows of the table, D width, b lines of m pairs.
 """
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -33,6 +34,17 @@ def _some(
             out[line, pair] = np.float32(total)
 
 
+def shared_out(count: int, threads: int, work: Callable[[int, int], None]) -> None:
+    """work(first, last) over the range(count), each thread a part of it."""
+    threads = max(1, min(threads, count))
+    if threads == 1:
+        return work(0, count)
+    edges = np.linspace(0, count, threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads, thread_name_prefix="products") as pool:
+        list(pool.map(lambda edge: work(*edge), itertools.pairwise(edges)))
+    return None
+
+
 def of_pairs(
     queries: np.ndarray, table: np.ndarray, query: np.ndarray, row: np.ndarray, threads: int
 ) -> np.ndarray:
@@ -43,12 +55,10 @@ def of_pairs(
             are not checked.
     """
     out = np.empty(row.shape, np.float32)
-    threads = max(1, min(threads, row.size * queries.shape[1] // FEW, len(row)))
-    if threads == 1:
-        _some(queries, table, query, row, out)
-        return out
-    edges = np.linspace(0, len(row), threads + 1).astype(int)
-    with ThreadPoolExecutor(threads, thread_name_prefix="products") as pool:
-        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        list(pool.map(lambda p: _some(queries, table, query[p], row[p], out[p]), parts))
+
+    def some(first: int, last: int) -> None:
+        part = slice(first, last)
+        _some(queries, table, query[part], row[part], out[part])
+
+    shared_out(len(row), min(threads, row.size * queries.shape[1] // FEW), some)
     return out

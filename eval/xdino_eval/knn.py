@@ -212,7 +212,7 @@ def _searchers(bank: Split, how: How) -> tuple[Searcher, Searcher | None]:
     answers = of_all(searcher(bank.table, how) if own else None)
     if how.exact:
         return answers, None
-    return answers, of_all(Exact(bank.table, replace(how, engine="faiss")) if own else None)
+    return answers, of_all(Exact(bank.table, replace(how, engine="auto")) if own else None)
 
 
 def _blocks(queries: Split, width: int, step: int) -> Iterator[tuple[int, int, Tensor]]:

@@ -3,10 +3,10 @@
 A product in float32 depends in its last bits on the library and on the shape of the block that it
 was computed in, so two searches of one bank may order near-equals differently. Here the similarity
 of two rows is *defined* as their inner product in float64, rounded to float32, and of equal
-similarities the lower row is the nearer. Fast float32 products (faiss on the CPU, torch on any
-device) only propose candidates; these are measured by the definition. Where the rounding error of
-the float32 product (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1) leaves it
-open whether a row that was not proposed belongs in the answer, that query is searched again in
+similarities the lower row is the nearer. Fast products (of 16-bit integers or faiss's in float32 on
+the CPU, torch's in float32 on any device) only propose candidates; these are measured by the
+definition. Where the rounding error of the fast product leaves it open whether a row that was not
+proposed belongs in the answer, that query is searched again: after integers by faiss, then in
 float64. So whole bank, blocks, processes and devices give the same neighbours, bit for bit.
 
 A neighbour is carried as one int64, its key: the similarity's bits above, the row's complement
@@ -21,13 +21,14 @@ Letters: N rows of the bank, M queries, D width, b queries of a block, n rows of
 """
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import faiss
 import numpy as np
@@ -38,8 +39,9 @@ from torch import Tensor
 from xdino import distributed
 from xdino.errors import UsageError, nearest
 
-SEARCHES = ("auto", "faiss", "torch", "ivf", "hnsw")
-MARGIN = 8  # candidates beyond the k-th: what is open in float32 is seldom more than a few rows
+SEARCHES = ("auto", "integers", "faiss", "torch", "ivf", "hnsw")
+MARGIN = 16  # candidates beyond the k-th: what rounding leaves open is seldom more than a few rows
+WORTH = 1 << 32  # products from which integers pay for being compiled, once an installation: 0.1 s
 PAIRS = 1 << 19  # float64 numbers at a time while candidates are measured: 4 MB, near the cores
 PIECE = 8192  # rows of the bank at a time in float64
 BAND = 512  # queries at a time in float64, and for torch's products
@@ -103,19 +105,20 @@ class UnitTable:
 class How:
     """How neighbours are looked for; no exact choice changes the answer.
 
-    engine: "faiss" or "torch", exact; "ivf" or "hnsw", most of the neighbours. device: where torch
-    searches. bank_block: rows of the bank in memory at a time, None = the bank as a whole.
-    query_block: queries at a time, which bounds what the search holds beside the bank.
+    engine: "integers", "faiss" or "torch", exact, or "auto", whichever of these is the fastest; "ivf"
+    or "hnsw", most of the neighbours. device: where torch searches. bank_block: rows of the bank in
+    memory at a time, None = the bank as a whole. query_block: queries at a time, which bounds what
+    the search holds beside the bank.
     """
 
-    engine: str = "faiss"
+    engine: str = "auto"
     device: torch.device = CPU
     bank_block: int | None = None
     query_block: int = 8192
 
     @classmethod
     def named(cls, search: str, device: torch.device, bank_block: int | None = None) -> "How":
-        """`search` is one of SEARCHES; "auto" is torch on a CUDA device, else faiss.
+        """`search` is one of SEARCHES; "auto" is torch on a CUDA device.
 
         Raises:
             UsageError: another name, or a block without a row.
@@ -124,13 +127,27 @@ class How:
             raise UsageError(f'there is no search "{search}": {nearest(search, SEARCHES)}')
         if bank_block is not None and bank_block < 1:
             raise UsageError(f"a block of the bank has 1 row or more, got {bank_block}")
-        if search == "auto":
-            search = "torch" if device.type == "cuda" else "faiss"
+        if search == "integers" and _compiled("integer_products") is None:
+            raise UsageError("--search integers needs numba, which does not work here; try faiss")
+        if search == "auto" and device.type == "cuda":
+            search = "torch"
         return cls(search, device if search == "torch" else CPU, bank_block)
 
     @property
     def exact(self) -> bool:
-        return self.engine in ENGINES
+        return self.engine == "auto" or self.engine in ENGINES
+
+    def fastest(self, queries: int, rows: int, width: int) -> str:
+        """The exact engine that answers so many queries: `engine`, but for "auto"."""
+        if self.engine != "auto":
+            return self.engine
+        if self.device.type != "cpu":
+            return "torch"
+        if queries * rows * width >= WORTH:
+            compiled = _compiled("integer_products")
+            if compiled is not None and compiled.suits_this_cpu():
+                return "integers"
+        return "faiss"
 
     def index_settings(self, rows: int) -> dict[str, Any]:
         """How an index over `rows` rows is built and searched, for a row of results."""
@@ -191,7 +208,7 @@ def similarities(queries: Tensor, bank: Tensor, row: Tensor, query: Tensor | Non
         query: int64 [b], the query that each line of `row` belongs to; None = in order, b = M.
     """
     if queries.device.type == "cpu" and row.numel():
-        compiled = _compiled()
+        compiled = _compiled("inner_products")
         if compiled is not None:
             line = np.arange(len(row)) if query is None else query.numpy()
             threads = torch.get_num_threads()
@@ -210,14 +227,13 @@ def similarities(queries: Tensor, bank: Tensor, row: Tensor, query: Tensor | Non
     return found
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> ModuleType | None:
-    """`inner_products`; None where numba cannot compile it: torch gives the same, more slowly."""
+@lru_cache(maxsize=2)
+def _compiled(name: str) -> ModuleType | None:
+    """A compiled neighbour of this file; None where numba cannot: others give the same, slower."""
     try:
-        from xdino_eval import inner_products
+        return importlib.import_module(f"xdino_eval.{name}")
     except (ImportError, RuntimeError, OSError):
         return None
-    return inner_products
 
 
 def pack(similarity: Tensor, row: Tensor) -> Tensor:
@@ -256,11 +272,44 @@ def without(keys: Tensor, row: np.ndarray) -> Tensor:
 # --- exact ------------------------------------------------------------------------------------
 
 
-def by_faiss(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Products in float32, float32 [b, m], and rows, int64 [b, m], of about the m largest."""
+class Proposal(NamedTuple):
+    """Candidates of some queries from a block of the bank.
+
+    product: float32 [b, m], descending. row: int64 [b, m], numbered from the block's first. error:
+    float64 [b]: no other row of the block has a product, by the definition, that exceeds the last
+    candidate's by more.
+    """
+
+    product: Tensor
+    row: Tensor
+    error: Tensor
+
+
+def _float32_error(bank: Tensor, queries: Tensor) -> Tensor:
+    """float64 [b]: |float32 product - exact| <= D u / (1 - D u) |q| |x|, u = 2^-24, in any order.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
+    """
+    share = bank.shape[1] * 2**-24
+    length = queries.double().norm(dim=1) * bank.norm(dim=1).max().item()
+    return 1.01 * share / (1 - min(0.5, share)) * length
+
+
+def by_integers(bank: Tensor, queries: Tensor, m: int) -> Proposal:
+    """About the m rows with the largest products, by 16-bit integers; by faiss where these cannot."""
+    compiled = _compiled("integer_products")
+    assert compiled is not None, "How.named and How.fastest have looked"
+    tables = queries.contiguous().numpy(), bank.contiguous().numpy()
+    found = compiled.largest(*tables, m, torch.get_num_threads())
+    return by_faiss(bank, queries, m) if found is None else Proposal(*map(torch.from_numpy, found))
+
+
+def by_faiss(bank: Tensor, queries: Tensor, m: int) -> Proposal:
+    """The same by faiss, in float32."""
     with _faiss_tile():
         found = faiss.knn(queries.numpy(), bank.numpy(), m, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    product, row = map(torch.from_numpy, found)
+    return Proposal(product, row, _float32_error(bank, queries))
 
 
 @contextlib.contextmanager
@@ -278,8 +327,8 @@ def _faiss_tile() -> Iterator[None]:
             setattr(settings, name, value)
 
 
-def by_torch(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The same by matmul and topk on the tensors' device, a tile at a time."""
+def by_torch(bank: Tensor, queries: Tensor, m: int) -> Proposal:
+    """The same by matmul and topk in float32 on the tensors' device, a tile at a time."""
     cpu = bank.device.type == "cpu"
     band, piece = (BAND, 4 * PIECE) if cpu else (4 * BAND, 4 * PIECE)
     bands = []
@@ -297,11 +346,12 @@ def by_torch(bank: Tensor, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
             kept = value.topk(min(m, value.shape[1]), dim=1)
             best = kept.values, row.gather(1, kept.indices)
         bands.append(best)
-    return torch.cat([b[0] for b in bands]), torch.cat([b[1] for b in bands])
+    product, row = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    return Proposal(product, row, _float32_error(bank, queries))
 
 
-Engine = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-ENGINES: dict[str, Engine] = {"faiss": by_faiss, "torch": by_torch}
+Engine = Callable[[Tensor, Tensor, int], Proposal]
+ENGINES: dict[str, Engine] = {"integers": by_integers, "faiss": by_faiss, "torch": by_torch}
 
 
 @contextlib.contextmanager
@@ -326,7 +376,6 @@ class Exact:
         if len(bank.shape) != 2 or not bank.shape[0]:
             raise ValueError(f"a bank must be [rows, width] and not empty: {tuple(bank.shape)}")
         self.bank, self.how = bank, how
-        self.engine = ENGINES[how.engine]
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """(number of the first row, float32 [n, D] on the device) of each block of the bank."""
@@ -340,34 +389,35 @@ class Exact:
         N, D = self.bank.shape
         queries = queries.to(self.how.device)
         k, reach = min(k, N), min(k + MARGIN, N)
-        approx = queries.new_empty(len(queries), 0)  # [b, at most reach], descending
+        engine = self.how.fastest(len(queries), N, D)
+        best = queries.new_empty(len(queries), 0)  # products [b, at most reach], descending
         keys = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        longest = 0.0
+        error = torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
         with full_precision():
             for start, part in self.parts():
-                longest = max(longest, part.norm(dim=1).max().item())
-                found, local = self.engine(part, queries, min(reach, len(part)))
+                found = ENGINES[engine](part, queries, min(reach, len(part)))
+                error = torch.maximum(error, found.error)
                 if not start:
-                    approx, keys = found, pack(similarities(queries, part, local), local)
+                    best = found.product
+                    keys = pack(similarities(queries, part, found.row), found.row)
                     continue
-                best = torch.cat([approx, found], 1).topk(
-                    min(reach, approx.shape[1] + found.shape[1]), dim=1
-                )
-                fresh = best.indices >= approx.shape[1]  # measured while their block is here
+                both = torch.cat([best, found.product], 1)
+                kept = both.topk(min(reach, both.shape[1]), dim=1)
+                fresh = kept.indices >= best.shape[1]  # measured while their block is here
                 query, place = fresh.nonzero(as_tuple=True)
-                row = local[query, best.indices[query, place] - approx.shape[1]]
-                both = torch.cat([keys, torch.full_like(local, EMPTY)], 1)
-                keys, approx = both.gather(1, best.indices), best.values
+                row = found.row[query, kept.indices[query, place] - best.shape[1]]
+                unmeasured = torch.full_like(found.row, EMPTY)
+                keys, best = torch.cat([keys, unmeasured], 1).gather(1, kept.indices), kept.values
                 measured = similarities(queries, part, row[:, None], query)[:, 0]
                 keys[query, place] = pack(measured, row + start)
         nearest_first = keys.topk(k, dim=1).values
         if reach < N:
-            # |float32 product - exact| <= D u / (1 - D u) |q| |x|, u = 2^-24, in any order of sums.
-            length = queries.double().norm(dim=1) * longest
-            error = 1.01 * (D * 2**-24) / (1 - min(0.5, D * 2**-24)) * length
             least = unpack(nearest_first[:, -1])[0].double()
-            open_ = (~(least > approx[:, -1].double() + error)).nonzero()[:, 0]
-            if len(open_):
+            open_ = (~(least > best[:, -1].double() + error)).nonzero()[:, 0]
+            if len(open_) and engine == "integers":
+                finer = Exact(self.bank, replace(self.how, engine="faiss"))
+                nearest_first[open_] = finer.nearest(queries[open_], k)
+            elif len(open_):
                 nearest_first[open_] = self._in_float64(queries[open_], k)
         return nearest_first
 

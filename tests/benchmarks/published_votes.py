@@ -18,7 +18,7 @@ from xdino_eval.search import How
 from xdino_launch.bench_reference import load_dino
 
 KS, TEMPERATURES = (10, 20, 100, 200), (0.04, 0.07, 0.1)
-WAYS = [How("faiss"), How("torch"), How("faiss", bank_block=333), How("torch", bank_block=333)]
+WAYS = [How("integers"), *(How(e, bank_block=b) for e in ("faiss", "torch") for b in (None, 333))]
 
 
 def clustered(count: int, classes: int, seed: int, dim: int = 32, noise: float = 2.0) -> Features:

@@ -51,7 +51,7 @@ def test_a_grid_is_every_search_of_its_own():
 
 @pytest.mark.parametrize("how", [
     How("torch"), How("faiss", bank_block=37), How("torch", bank_block=400, query_block=11),
-    How("faiss", query_block=1),
+    How("faiss", query_block=1), How("integers", bank_block=150, query_block=50),
 ])  # fmt: skip
 def test_engines_and_blocks_give_the_same_numbers(how):
     train, val = clustered(400), clustered(150, seed=1)

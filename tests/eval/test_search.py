@@ -52,7 +52,7 @@ KINDS = ("whole numbers", "normal", "twins", "nearly one")
 @settings(max_examples=150, deadline=None)
 @given(
     N=st.integers(1, 90), M=st.integers(1, 40), D=st.integers(1, 24), k=st.integers(1, 100),
-    kind=st.sampled_from(KINDS), engine=st.sampled_from(["faiss", "torch"]),
+    kind=st.sampled_from(KINDS), engine=st.sampled_from(["integers", "faiss", "torch"]),
     block=st.none() | st.integers(1, 100), small=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_engine_and_block_equals_brute_force(N, M, D, k, kind, engine, block, small, seed):
@@ -67,7 +67,7 @@ def test_any_engine_and_block_equals_brute_force(N, M, D, k, kind, engine, block
     assert np.array_equal(unpack(found)[0].numpy(), similarity)
 
 
-@pytest.mark.parametrize("engine", ["faiss", "torch"])
+@pytest.mark.parametrize("engine", ["integers", "faiss", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_a_larger_bank(engine, kind):
     bank, queries = made(3000, 60, 64, kind, 0)
@@ -218,4 +218,3 @@ def test_refuses():
     with pytest.raises(UsageError, match="a training feature is not finite"):
         Exact(np.array([[1, np.inf]], np.float32), How()).nearest(torch.ones(1, 2), 1)
     assert How.named("auto", torch.device("cuda")).engine == "torch"
-    assert How.named("auto", torch.device("cpu")).engine == "faiss"

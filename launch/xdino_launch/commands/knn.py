@@ -31,8 +31,8 @@ from xdino_launch.commands.options import (
     "--search",
     default="auto",
     show_default=True,
-    help="faiss (CPU) and torch (--device) are exact and give the same numbers; ivf and hnsw find "
-    "most neighbours of a very large bank, and the row says how many; auto is exact.",
+    help="integers and faiss (CPU) and torch (--device) are exact and give the same numbers; ivf and "
+    "hnsw find most neighbours of a very large bank, and the row says how many; auto is exact.",
 )
 @click.option(
     "--bank-block",
