@@ -69,7 +69,7 @@ def choose(
     if isinstance(model, XCiT):
         found.append(reason or check_network(model, device, autocast))
     # Collectives differ between the paths: one process must not go another way than the rest.
-    agreed = [not distributed.any_true(why is not None, device) for why in found]
+    agreed = [not distributed.any_true(why is not None) for why in found]
     whys = dict.fromkeys(
         why or "another process found that they do not work"
         for why, good in zip(found, agreed, strict=True)

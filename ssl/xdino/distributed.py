@@ -6,6 +6,7 @@ and MASTER_PORT; nothing here patches, prints or guesses.
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from xdino.errors import RunFailed, UsageError
 
 T = TypeVar("T")
+
+# How long a process waits for another. NCCL's own ten minutes would end a run whose first process
+# evaluates for longer; a process that died is noticed by its launcher, not by this.
+PATIENCE = timedelta(hours=2)
 
 
 def is_active() -> bool:
@@ -34,12 +39,17 @@ def local_rank() -> int:
 
 
 def start(device: torch.device) -> bool:
-    """Join the process group that the environment describes; False where there is none."""
+    """Join the process group that the environment describes; False where there is none.
+
+    Tensors on the CPU travel by gloo whatever the device: what processes tell each other about
+    files, signals and neighbours does not wait for work that a GPU has queued.
+    """
     if is_active() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     return True
 
 
@@ -107,34 +117,27 @@ def gather_tensor(x: Tensor) -> list[Tensor]:
     """`x` of every process, in order of rank, on the CPU of all; its shape is the same on each."""
     if world_size() == 1:
         return [x.cpu()]
-    here = x.to(_device_of_group()).contiguous()
+    here = x.cpu().contiguous()
     every = [torch.empty_like(here) for _ in range(world_size())]
     dist.all_gather(every, here)
-    return [each.cpu() for each in every]
+    return every
 
 
 def broadcast(x: Tensor, source: int) -> Tensor:
     """`x` of process `source`, on the CPU of all; the others' `x` gives shape and dtype."""
     if world_size() == 1:
         return x.cpu()
-    here = x.to(_device_of_group()).contiguous()
+    here = x.cpu().contiguous()
     here = here.clone() if here is x else here
     dist.broadcast(here, source)
-    return here.cpu()
+    return here
 
 
-def _device_of_group() -> torch.device:
-    """Where tensors must lie to be sent."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def any_true(flag: bool, device: torch.device) -> bool:
+def any_true(flag: bool) -> bool:
     """Whether `flag` is set on any process: how all of them stop at the same iteration."""
     if world_size() == 1:
         return flag
-    x = torch.tensor(float(flag), device=device)
+    x = torch.tensor(float(flag))
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return bool(x.item())
 

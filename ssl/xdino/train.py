@@ -226,7 +226,7 @@ class _Trainer:
                 if ends_epoch or done % config.runtime.checkpoint_every == 0:
                     self.save()
                     clock.restart()
-                if done < total and distributed.any_true(stop.name is not None, plan.device):
+                if done < total and distributed.any_true(stop.name is not None):
                     self.save()
                     raise Stopped(
                         f"stopped by {stop.name or 'a signal'} after iteration {done} of {total}; "
