@@ -8,16 +8,24 @@ Letters: N images, B images of a batch, C channels, H x W pixels, (h, w) patch g
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdino import copies
 from xdino.data import Source
 from xdino.errors import RunFailed, UsageError
-from xdino_eval.features import Progress, autocast, device_of, evaluating, read_batches
+from xdino_eval.features import (
+    Batch,
+    Progress,
+    autocast,
+    device_of,
+    evaluating,
+    in_turn,
+    read_batches,
+)
 from xdino_eval.tokens import class_and_patches, class_token
 from xdino_eval.transform import EvalTransform
 
@@ -85,24 +93,31 @@ class Describer:
                 descriptor is not finite.
         """
         device = device_of(self.backbone)
-        pool = partial(self.pool, self.backbone)
         order, found = np.arange(len(source)), []
-        batches = read_batches(source, prepare, order, self.batch_size, self.workers)
+        batches = read_batches(source, prepare, order, self.batch_size, self.workers, device)
+
+        def first(batch: Batch) -> str:
+            return source.describe(int(batch.indices[0]))
+
+        def look(batch: Batch) -> Tensor:
+            images = self.transform.normalise(copies.to_device(batch.images, device))
+            try:
+                return self.pool(self.backbone, images)
+            except UsageError as error:
+                raise UsageError(f"{first(batch)}: {error}") from None
+
         with (
             evaluating(self.backbone),
             torch.inference_mode(),
             autocast(device, self.precision),
         ):
-            for batch in batches:
+            for batch, out in in_turn(batches, look):
                 for index, reason in batch.skipped:
                     raise RunFailed(f"{source.describe(index)} cannot be read: {reason}")
-                first = source.describe(int(batch.indices[0]))
-                try:
-                    out = pool(self.transform.normalise(batch.images.to(device))).float().cpu()
-                except UsageError as error:
-                    raise UsageError(f"{first}: {error}") from None
                 if not out.isfinite().all():
-                    raise RunFailed(f"a descriptor is not finite: {first}, or one soon after it")
+                    raise RunFailed(
+                        f"a descriptor is not finite: {first(batch)}, or one soon after it"
+                    )
                 found.append(out)
                 if self.progress:
                     self.progress(int(batch.indices[-1]) + 1, len(source))

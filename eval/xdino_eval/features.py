@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xdino import copies
 from xdino.checkpoint import written_beside
 from xdino.data import Source, UnreadableImage
 from xdino.errors import RunFailed, UsageError, nearest
@@ -93,8 +94,11 @@ def read_batches(
     order: np.ndarray,
     batch_size: int,
     workers: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Read `order` (indices, int64 [N]) by `batch_size`, two batches ahead of the consumer.
+
+    Images are on the CPU, pinned where `device` is CUDA, for `copies.to_device`.
 
     `crop(image, index)` turns uint8 [H, W, C] into uint8 [s, s, C]. An image that cannot be read
     is left out of its batch, which may so become empty.
@@ -124,12 +128,38 @@ def read_batches(
             pairs = [pair for task in waiting.popleft() for pair in task.result()]
             good = [(i, item) for i, item in pairs if not isinstance(item, str)]
             yield Batch(
-                torch.from_numpy(np.stack([image for _, image in good])) if good else NOTHING,
+                _stacked([image for _, image in good], device) if good else NOTHING,
                 np.array([i for i, _ in good], dtype=np.int64),
                 [(i, item) for i, item in pairs if isinstance(item, str)],
             )
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _stacked(images: list[np.ndarray], device: torch.device) -> Tensor:
+    """Images of one shape in a row, where copies to `device` begin."""
+    shape = len(images), *images[0].shape
+    out = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.stack(images, out=out.numpy())
+    return out
+
+
+def in_turn(
+    batches: Iterable[Batch], compute: Callable[[Batch], Tensor]
+) -> Iterator[tuple[Batch, Tensor]]:
+    """(batch, compute(batch) as float32 on the CPU), while the device works on the next batch.
+
+    Where a batch is empty, so is what comes with it, and nothing is computed.
+    """
+    before: tuple[Batch, copies.Arriving] | None = None
+    for batch in batches:
+        out = compute(batch).float() if len(batch.indices) else torch.empty(0, 0)
+        now = batch, copies.Arriving(out)
+        if before is not None:
+            yield before[0], before[1].wait()
+        before = now
+    if before is not None:
+        yield before[0], before[1].wait()
 
 
 def extract(
@@ -164,14 +194,17 @@ def extract(
     skipped: list[tuple[str, str]] = []
     filled = 0
     batches = read_batches(
-        source, lambda image, _: transform.array(image), order, batch_size, workers
+        source, lambda image, _: transform.array(image), order, batch_size, workers, device
     )
+
+    def look(batch: Batch) -> Tensor:
+        return backbone(transform.normalise(copies.to_device(batch.images, device)))
+
     with evaluating(backbone), torch.inference_mode(), autocast(device, precision):
         backbone.to(device)
-        for batch in batches:
+        for batch, out in in_turn(batches, look):
             skipped += [(source.describe(i), reason) for i, reason in batch.skipped]
-            if len(batch.indices):
-                out = backbone(transform.normalise(batch.images.to(device))).float().cpu()
+            if len(out):
                 if not filled:
                     features = torch.empty(len(order), out.shape[1])
                 features[filled : filled + len(out)] = out

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xdino import augment, config, data
+from xdino import augment, config, copies, data
 from xdino.checkpoint import BACKBONE_FILE, load_backbone, written_beside
 from xdino.config import Crops
 from xdino.data import Source, epoch_order
@@ -29,7 +29,16 @@ from xdino.errors import RunFailed
 from xdino.photometric import photometric
 from xdino.plan import photometric_of, resolve_device
 from xdino.run import CONFIG_FILE
-from xdino_eval.features import Progress, autocast, device_of, evaluating, extract, read_batches
+from xdino_eval.features import (
+    Batch,
+    Progress,
+    autocast,
+    device_of,
+    evaluating,
+    extract,
+    in_turn,
+    read_batches,
+)
 from xdino_eval.transform import EvalTransform, Judged
 
 EPSILON = 1e-7  # RankMe's, for features in float32
@@ -238,14 +247,17 @@ def view_features(
         return np.stack([augment.crop(image, box, size) for box in found])  # [q, s, s, C]
 
     out, done = [], 0
-    batches = read_batches(source, crop, indices, max(1, batch_size // q), workers)
+    batches = read_batches(source, crop, indices, max(1, batch_size // q), workers, device)
+
+    def look(batch: Batch) -> Tensor:
+        table = augment.draw_batch(views, seed, 0, batch.indices).T.reshape(-1)  # [B * q]
+        pixels = copies.to_device(batch.images, device).flatten(0, 1)
+        return backbone(photometric(pixels, table, views))
+
     with evaluating(backbone), torch.inference_mode(), autocast(device, precision):
-        for batch in batches:
+        for batch, features in in_turn(batches, look):
             done += len(batch.indices) + len(batch.skipped)
-            if len(batch.indices):
-                table = augment.draw_batch(views, seed, 0, batch.indices).T.reshape(-1)  # [B * q]
-                pixels = batch.images.flatten(0, 1).to(device)
-                features = backbone(photometric(pixels, table, views)).float().cpu()
+            if len(features):
                 out.append(features.unflatten(0, (-1, q)))
             if progress:
                 progress(done, len(indices))

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xdino import copies
+
 
 class Judged(Protocol):
     """What a backbone says about the images it expects."""
@@ -88,8 +90,10 @@ class EvalTransform:
     def normalise(self, batch: Tensor) -> Tensor:
         """uint8 [B, s, s, C] -> float32 [B, C, s, s] on the same device: (x / 255 - mean) / std."""
         shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=batch.device).view(shape)
-        std = torch.tensor(self.std, device=batch.device).view(shape)
+        mean, std = (
+            copies.to_device(torch.tensor(values), batch.device).view(shape)
+            for values in (self.mean, self.std)
+        )
         return batch.permute(0, 3, 1, 2).contiguous().float().div(255).sub(mean).div(std)
 
     def describe(self) -> str:

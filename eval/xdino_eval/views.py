@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from xdino import copies
 from xdino.data import Source
 from xdino.errors import RunFailed
-from xdino_eval.features import Features, autocast, read_batches
+from xdino_eval.features import Batch, Features, autocast, read_batches
 from xdino_eval.transform import EvalTransform, resample
 
 
@@ -88,21 +89,31 @@ class AugmentedImages:
             return augment(image, size, draw(seed, epoch, 0, index))
 
         order = self.indices[draw(seed, epoch, 1).permutation(len(self.indices))]
-        for batch in read_batches(self.source, crop, order, self.batch_size, self.workers):
+        batches = read_batches(self.source, crop, order, self.batch_size, self.workers, self.device)
+        before: tuple[Batch, copies.Arriving] | None = None
+        for batch in batches:
             self.unreadable.update(index for index, _ in batch.skipped)
             if not len(batch.indices):
                 continue
             with torch.no_grad(), autocast(self.device, self.precision):
-                inputs = self.transform.normalise(batch.images.to(self.device))
-                features = self.backbone(inputs).float()
-            broken = (~features.isfinite().all(1)).nonzero()[:, 0]
-            if len(broken):  # else every head would take the blame
-                raise RunFailed(
-                    f"{len(broken)} features of a batch are not finite in epoch {epoch}, the first "
-                    f"of {self.source.describe(int(batch.indices[int(broken[0])]))}"
-                )
+                images = copies.to_device(batch.images, self.device)
+                features = self.backbone(self.transform.normalise(images)).float()
+            if before is not None:
+                self._refuse_broken(*before, epoch)
+            before = batch, copies.Arriving(~features.isfinite().all(1))
             target = torch.from_numpy(self.classes[batch.indices])
-            yield features, target.to(self.device)
+            yield features, copies.to_device(target, self.device)
+        if before is not None:
+            self._refuse_broken(*before, epoch)
+
+    def _refuse_broken(self, batch: Batch, broken: copies.Arriving, epoch: int) -> None:
+        """Else every head would take the blame. A device is asked of a batch during the next."""
+        places = broken.wait().nonzero()[:, 0].tolist()
+        if places:
+            raise RunFailed(
+                f"{len(places)} features of a batch are not finite in epoch {epoch}, the first "
+                f"of {self.source.describe(int(batch.indices[places[0]]))}"
+            )
 
     def describe(self) -> str:
         return f"RandomResizedCrop({self.transform.size}, bilinear) + flip"

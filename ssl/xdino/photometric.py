@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xdino import copies
 from xdino.augment import (
     BRIGHTNESS,
     CONTRAST,
@@ -92,7 +93,9 @@ def photometric_fused(
     reach = _reach(max(spec.blur_radius[1], float(table["blur"].max(initial=0))))
     if not fused.supports(spec.channels, reach):
         return photometric(crops, table, spec, dtype)
-    packed = np.zeros((len(table), fused.TAPS + reach + 1), np.float32)
+    shape = len(table), fused.TAPS + reach + 1
+    rows = torch.zeros(shape, pin_memory=crops.is_cuda)
+    packed = rows.numpy()
     columns = {
         fused.FLIP: table["flip"],
         fused.JITTER: table["jitter"],
@@ -112,7 +115,7 @@ def photometric_fused(
         kernels = blur_kernels(table["blur"][blurred].astype(np.float64))
         packed[blurred, fused.TAPS : fused.TAPS + kernels.shape[1]] = kernels
     with torch.inference_mode(False), torch.no_grad():
-        rows = torch.from_numpy(packed).to(crops.device, non_blocking=True)
+        rows = copies.to_device(rows, crops.device)
         return fused.views(crops, rows, spec.solarize_threshold, reach, dtype)
 
 
@@ -251,7 +254,9 @@ def _photometric_block(block: Tensor, table: np.ndarray, spec: MultiCrop) -> Ten
         parts.apply(table["gray"], lambda part: part.copy_(_luma(part)))
     _blur(parts, table["blur"].astype(np.float64))
     parts.apply(table["solarize"], lambda part: _solarize(part, _solarize_from(spec)))
-    mean, std = (torch.tensor(t, device=x.device).view(1, C, 1, 1) for t in (spec.mean, spec.std))
+    mean, std = (
+        copies.to_device(torch.tensor(t), x.device).view(1, C, 1, 1) for t in (spec.mean, spec.std)
+    )
     return x.mul_(1 / (255 * std)).sub_(mean / std)
 
 

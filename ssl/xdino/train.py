@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, checkpoint, data, distributed, metrics, schedules
+from xdino import augment, checkpoint, copies, data, distributed, metrics, schedules
 from xdino import config as configuration
 from xdino.config import Config
 from xdino.errors import RunFailed, Stopped, UsageError
@@ -58,7 +58,7 @@ def to_device(
     for pixels in batch.crops:
         V, B = pixels.shape[:2]
         table = batch.table[first : first + V].reshape(-1)
-        views = pixels.to(device, non_blocking=True).flatten(0, 1)
+        views = copies.to_device(pixels, device).flatten(0, 1)
         groups.append(photometric(views, table, crops, fused=fused).unflatten(0, (V, B)))
         first += V
     return groups

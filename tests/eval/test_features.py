@@ -162,7 +162,30 @@ def test_reading_ahead_is_bounded(make_source):
     source = make_source(200)
     read = []
     batches = room.read_batches(source, lambda image, i: read.append(i) or image[:26, :26],
-                                np.arange(200), 10, 2)  # fmt: skip
+                                np.arange(200), 10, 2, torch.device("cpu"))  # fmt: skip
     next(batches)
     batches.close()
     assert len(read) <= 30
+
+
+def test_the_next_batch_is_computed_before_one_is_handed_out():
+    images, none = torch.ones(2, 1, 1, 1, dtype=torch.uint8), torch.empty(0)
+    read = [
+        room.Batch(images, np.array([0, 1]), []),
+        room.Batch(none, np.array([], dtype=np.int64), [(2, "torn")]),
+        room.Batch(3 * images, np.array([3, 4]), []),
+    ]
+    told = []
+
+    def compute(batch):
+        told.append(("computed", int(batch.indices[0])))
+        return batch.images.flatten(1).to(torch.float64)
+
+    for batch, out in room.in_turn(iter(read), compute):
+        told.append(("handed out", len(batch.indices)))
+        assert out.dtype == torch.float32
+        assert len(out) == len(batch.indices)
+    assert told == [
+        ("computed", 0), ("handed out", 2), ("computed", 3), ("handed out", 0), ("handed out", 2),
+    ]  # fmt: skip
+    assert list(room.in_turn([], compute)) == []
