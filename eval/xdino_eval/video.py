@@ -37,7 +37,10 @@ def _av() -> ModuleType:
         import av
     except ImportError:
         raise UsageError("videos need PyAV: pip install 'xdino[video]'") from None
-    av.logging.set_level(av.logging.PANIC)  # what goes wrong is raised, and said in one sentence
+    # What goes wrong is raised, and said in one sentence. Any level but None brings messages to
+    # Python: a decoder's thread then waits for the interpreter, which waits for that thread where
+    # a file is closed before its end.
+    av.logging.set_level(None)
     return av
 
 

@@ -1,5 +1,6 @@
 """Videos in and out: decoded again, counted, and as fast as before."""
 
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -49,6 +50,18 @@ def test_what_is_written_plays(tmp_path, suffix, codec):
         assert error.mean() < 6, "the same frames in the same order"
     assert next(again.frames(channels=1)).shape == (48, 76, 1)
     assert list(tmp_path.iterdir()) == [path], "nothing is left beside it"
+
+
+def test_a_film_that_is_closed_early_does_not_hang(tmp_path):
+    noise = np.random.default_rng(0)  # takes its decoder long enough
+    shots = [noise.integers(0, 256, (48, 76, 3), dtype=np.uint8) for _ in range(10)]
+    path = write(tmp_path / "a.webm", shots)
+    code = (
+        "import sys; from xdino_eval import video; film = video.Video(sys.argv[1])\n"
+        "for _ in range(400): assert next(film.frames()).shape == (48, 76, 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=300)  # takes seconds
+    assert done.returncode == 0
 
 
 def test_a_gif_of_several_frames_is_a_video(tmp_path):
