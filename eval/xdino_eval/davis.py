@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xdino.backbones import IMAGENET_STD
-from xdino.checkpoint import written_beside
 from xdino.errors import RunFailed, UsageError
+from xdino.files import written_beside
 from xdino.images import UnreadableImage, decode
 from xdino_eval.davis_scores import VOID, ObjectScore, score_video, summary
 from xdino_eval.features import Progress, autocast, device_of, evaluating

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xdino import copies
-from xdino.checkpoint import written_beside
 from xdino.data import Source, UnreadableImage
 from xdino.errors import RunFailed, UsageError, nearest
+from xdino.files import written_beside
 from xdino_eval.transform import EvalTransform
 
 Progress = Callable[[int, int], None]

@@ -18,9 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from xdino.checkpoint import written_beside
 from xdino.data import Source
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import UsageError, world
+from xdino.files import write_text, written_beside
 from xdino_eval.features import Features
 from xdino_eval.knn import normalise
 from xdino_eval.search import EXACT, How, read, searcher, unpack, without
@@ -134,17 +134,14 @@ def write(
     """
     pages = [found[start : start + PAGE] for start in range(0, len(found), PAGE)]
     written = [folder / SHEET.format(number) for number in range(1, len(pages) + 1)]
-    try:
+    with world(f"write neighbour sheets to {folder}"):
         for path, page in zip(written, pages, strict=True):
             with written_beside(path) as beside:
                 FigureCanvasAgg(sheet(page, bank_source, query_source)).print_png(str(beside))
         for old in set(folder.glob("neighbours-[0-9][0-9][0-9]-sheet.png")) - set(written):
             old.unlink()
         told = {**facts, "queries": [asdict(query) for query in found]}
-        with written_beside(folder / FILE) as beside:
-            beside.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise RunFailed(f"neighbour sheets cannot be written to {folder}: {error}") from None
+        write_text(folder / FILE, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     return [*written, folder / FILE]
 
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xdino.checkpoint import written_beside
 from xdino.errors import RunFailed, UsageError, nearest
+from xdino.files import written_beside
 from xdino_eval.accuracy import class_indices, ranks, top1_top5
 from xdino_eval.features import Features
 from xdino_eval.knn import labels_of, row_of
@@ -66,11 +66,8 @@ class Probe:
             "classes": torch.from_numpy(np.asarray(self.labels, np.int64)),
         }
         header = {"features": self.features, "names": json.dumps(self.names), **self.facts}
-        try:
-            with written_beside(Path(path)) as beside:
-                save_file(tensors, beside, header)
-        except OSError as error:
-            raise RunFailed(f"cannot write the probe to {path}: {error}") from None
+        with written_beside(Path(path)) as beside:
+            save_file(tensors, beside, header)
 
     @classmethod
     def load(cls, path: Path | str) -> "Probe":
@@ -208,19 +205,16 @@ def write_predictions(
     labels = [""] * len(scores)
     if found.labels is not None:
         labels = [names[label] if names else str(label) for label in found.labels.tolist()]
-    try:
-        with (
-            written_beside(Path(path)) as beside,
-            open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    with (
+        written_beside(Path(path)) as beside,
+        open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["image", "prediction", "probability", "label"])
+        for image, row, share, label in zip(
+            images, best.tolist(), probability.tolist(), labels, strict=True
         ):
-            writer = csv.writer(file)
-            writer.writerow(["image", "prediction", "probability", "label"])
-            for image, row, share, label in zip(
-                images, best.tolist(), probability.tolist(), labels, strict=True
-            ):
-                writer.writerow([image, called[row], f"{share:.6g}", label])
-    except OSError as error:
-        raise RunFailed(f"cannot write the predictions to {path}: {error}") from None
+            writer.writerow([image, called[row], f"{share:.6g}", label])
 
 
 class Trial:

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xdino import augment, config, copies, data
-from xdino.checkpoint import BACKBONE_FILE, load_backbone, written_beside
+from xdino.checkpoint import BACKBONE_FILE, load_backbone
 from xdino.config import Crops
 from xdino.data import Source, epoch_order
 from xdino.errors import RunFailed
+from xdino.files import write_text
 from xdino.photometric import photometric
 from xdino.plan import photometric_of, resolve_device
 from xdino.run import CONFIG_FILE
@@ -401,8 +402,4 @@ def load(path: Path) -> list[dict[str, Any]]:
 def append(path: Path, quality: Quality) -> None:
     """Add one entry to the file at `path`, making it if need be; written beside and renamed."""
     text = json.dumps([*load(path), asdict(quality)], indent=2, ensure_ascii=False)
-    try:
-        with written_beside(path) as beside:
-            beside.write_text(text + "\n")
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error}") from None
+    write_text(path, text + "\n")

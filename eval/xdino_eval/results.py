@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from xdino.checkpoint import written_beside
 from xdino.errors import RunFailed
+from xdino.files import written_beside
 
 LONGEST_SETTING = 16  # characters of a setting that a table shows
 

@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from xdino.checkpoint import written_beside
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import UsageError
+from xdino.files import write_text
 from xdino.images import UnreadableImage, decode
 from xdino.sources import SUFFIXES
 from xdino_eval.attention import MASS, class_attention_maps, mask
@@ -305,8 +305,4 @@ def save_details(path: Path, scores: Sequence[Scores]) -> None:
         ]
         for one in scores
     }
-    try:
-        with written_beside(path) as beside:
-            beside.write_text(json.dumps(tree, indent=1) + "\n")
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error}") from None
+    write_text(path, json.dumps(tree, indent=1) + "\n")

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xdino.checkpoint import written_beside
 from xdino.errors import RunFailed
+from xdino.files import written_beside
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Unfinished:
         try:
             with written_beside(self.path) as beside:
                 save_file(kept, beside, {"epoch": str(epoch)})
-        except (OSError, SafetensorError) as error:
+        except RunFailed as error:
             warnings.warn(
                 f"the probe goes on, but {self.path} was not written: {error}", stacklevel=2
             )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from xdino.checkpoint import written_beside
+from xdino.files import written_beside
 from xdino.run import commit
 
 CLAIM_ROUNDS = 9  # fewer rounds are a look, not a measurement

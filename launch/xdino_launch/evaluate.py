@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from xdino import checkpoint, data, distributed
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import UsageError
+from xdino.files import written_beside
 from xdino.images import MAX_PIXELS
 from xdino.plan import resolve_device
 from xdino.sources import limit_pixels
@@ -215,9 +216,6 @@ def save_features(subject: Subject, path: Path) -> Path:
                 tensors[f"{split}_{name}"] = value.contiguous()
     weights: dict[str, Any] = subject.backbone.weights  # type: ignore[assignment]
     facts = {"checkpoint": weights["sha256"], "transform": subject.transform.describe()}
-    try:
-        with checkpoint.written_beside(path) as beside:
-            safetensors.torch.save_file(tensors, beside, metadata=facts)
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error}") from None
+    with written_beside(path) as beside:
+        safetensors.torch.save_file(tensors, beside, metadata=facts)
     return path

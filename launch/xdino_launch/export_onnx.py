@@ -21,8 +21,8 @@ from torch import nn
 
 from xdino import xcit
 from xdino.backbones import BackboneSpec
-from xdino.checkpoint import written_beside
 from xdino.errors import RunFailed, UsageError
+from xdino.files import written_beside
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18

@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from xdino.checkpoint import BACKBONE_FILE, HEADER_KEY, written_beside
+from xdino.checkpoint import BACKBONE_FILE, HEADER_KEY
 from xdino.errors import RunFailed, UsageError
+from xdino.files import write_text
 from xdino.metrics import collapse_warning
 from xdino.run import CONFIG_FILE
 from xdino_eval import quality, results
@@ -720,9 +721,5 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         out = runs[0].path / name
     if out.is_dir():
         raise UsageError(f"--out needs a file, and {out} is a folder")
-    try:
-        with written_beside(out) as beside:
-            beside.write_text(page(runs), encoding="utf-8")
-    except OSError as error:
-        raise RunFailed(f"cannot write {out}: {error.strerror}") from None
+    write_text(out, page(runs))
     return out

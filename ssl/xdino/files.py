@@ -1,20 +1,71 @@
-"""Files that appear whole or not at all: written beside their name, flushed to the disk, renamed."""
+"""Files that appear whole or not at all, and folders that one process owns."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from xdino.errors import world
 
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path` that becomes `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary name that becomes `path` when the block ends without an error.
+
+    File and folder are flushed to the disk, so that what was named is still there after a crash.
+    The temporary file lies in a hidden folder beside `path`, so that whatever a library puts next to
+    it goes with it; its permissions follow the umask, whatever the library thinks of them.
+
+    Raises:
+        RunFailed: it cannot be written. What `path` held before is untouched.
+    """
+    with world(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            hidden.mkdir(exist_ok=True)
+            beside = hidden / path.name
+            beside.touch()
+            mode = beside.stat().st_mode
+            yield beside
+            beside.chmod(mode)
+            flush(beside)
+            os.replace(beside, path)
+            flush(path.parent)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The text becomes the file's content, in UTF-8; a file that holds it already is left alone.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot flush folders
+            raise
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what processes that were killed while writing left below `folder`."""
+    for left in [*folder.rglob(".*.tmp"), *folder.rglob(".tmp??????")]:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from xdino import checkpoint
+from xdino import checkpoint, files
 from xdino import config as configuration
 from xdino.config import Config
 from xdino.data import BadImage
@@ -120,7 +120,7 @@ class RunDirectory:
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         starts.append({"iteration": self.iteration, "time": started, **facts})
-        with checkpoint.written_beside(path) as beside:
+        with files.written_beside(path) as beside:
             beside.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
 
     def unreadable(self) -> list[BadImage]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
 from xdino.files import written_beside
 from xdino.images import SUFFIXES
 
@@ -279,7 +279,7 @@ def _keep(index: TarIndex, status: os.stat_result) -> None:
     }
     # A folder that cannot be written costs the time of another scan, nothing else.
     with (
-        contextlib.suppress(OSError),
+        contextlib.suppress(RunFailed),
         written_beside(_index_path(index.path)) as beside,
         open(beside, "wb") as file,
     ):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, checkpoint, copies, data, distributed, metrics, schedules
+from xdino import augment, checkpoint, copies, data, distributed, files, metrics, schedules
 from xdino import config as configuration
 from xdino.config import Config
 from xdino.errors import RunFailed, Stopped, UsageError
@@ -372,7 +372,7 @@ class _Trainer:
         keep = self.plan.config.runtime.keep_every
         if keep and step == 0 and epoch % keep == 0:
             last = self.run.path / checkpoint.STATE_FILE
-            with checkpoint.written_beside(last.with_name(f"epoch_{epoch:04}.pt")) as beside:
+            with files.written_beside(last.with_name(f"epoch_{epoch:04}.pt")) as beside:
                 shutil.copyfile(last, beside)
 
     def export(self, path: Path) -> None:
