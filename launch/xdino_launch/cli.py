@@ -4,13 +4,20 @@ Standard output carries results (a table, or JSON with --json); everything else 
 error. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable.
 """
 
+import contextlib
+import itertools
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import click
 
-from xdino.errors import RunFailed, Stopped, UsageError
+from xdino.errors import RunFailed, Stopped, UsageError, reason
 from xdino_launch.commands import (
     benchmarks,
     features,
@@ -59,8 +66,9 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: one sentence for a person, never a traceback for a mistake."""
+    given = list(arguments) if arguments is not None else sys.argv[1:]
     try:
-        xdino.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        xdino.main(args=given, standalone_mode=False)
     except click.ClickException as error:
         fail(error.format_message(), EXIT_USAGE)
     except UsageError as error:
@@ -74,8 +82,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except Exception as error:  # noqa: BLE001 - the last resort
+        fail(_unforeseen(error, given), EXIT_FAILED)
 
 
 def fail(sentence: str, code: int) -> None:
-    click.echo(f"xdino: {' '.join(sentence.split())}", err=True)
+    """End with a sentence. What several processes agree on is said by the first of them."""
+    number = os.environ.get("RANK", "0")
+    if number == "0" or code == EXIT_FAILED:
+        who = f"xdino (process {number})" if number != "0" else "xdino"
+        click.echo(f"{who}: {' '.join(sentence.split())}", err=True)
     sys.exit(code)
+
+
+def _unforeseen(error: Exception, given: Sequence[str]) -> str:
+    """A sentence about a fault that nobody has put into words yet; its traceback goes to a file."""
+    told = f"{type(error).__name__}: {reason(error)}"
+    trace = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} xdino {shlex.join(given)}\n"
+    trace += "".join(traceback.format_exception(error))
+    for path in _log_files(given):
+        with contextlib.suppress(OSError, ValueError):
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(trace)
+            return f"an error that xdino does not know: {told}. The traceback is in {path}"
+    return f"an error that xdino does not know: {told}"
+
+
+def _log_files(given: Sequence[str]) -> Iterator[Path]:
+    """Where a traceback may go: the run that the command line names, else a temporary folder."""
+    for option, value in itertools.pairwise([*given, ""]):
+        name, _, attached = option.partition("=")
+        folder = Path(attached or value) if name in ("--run", "--run-dir") else Path(option)
+        if (folder / "config.yaml").is_file():
+            yield folder / "error.log"
+    yield Path(tempfile.gettempdir()) / f"xdino-error-{os.getpid()}.log"

@@ -1,5 +1,6 @@
 """Pretraining in this process, alone or as one of those that a launcher started."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,26 +11,37 @@ from xdino.data import Source
 from xdino.errors import UsageError
 from xdino.metrics import MetricsLog
 from xdino.plan import resolve_device
+from xdino.stopping import StopSignal
 from xdino.train import Evaluator, Listener, pretrain
 from xdino_eval import results
 from xdino_eval.evaluate import AT_END, knn_callback, linear_at_end
 from xdino_launch.console import ConsoleListener
 
 
-def run_pretraining(config: Config, run_dir: str | Path, command: list[str] | None = None) -> Path:
-    """`pretrain` with the evaluations that the configuration asks for, drawn on the console."""
-    device = resolve_device(config.runtime.device)
-    joined = distributed.start(device)
-    try:
-        with ConsoleListener() as listener:
-            splits = labelled_splits(config)
-            path = pretrain(config, run_dir, evaluator_of(config, splits), listener, command)
-            if config.evaluate.linear and splits and distributed.rank() == 0:
+def run_pretraining(
+    config: Config,
+    run_dir: str | Path,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
+
+    `stop`: who listens to signals already; None to listen from here on.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        with stop.abandoning("while its processes met"):
+            if distributed.start(resolve_device(config.runtime.device)):
+                stack.callback(distributed.stop)
+        listener = stack.enter_context(ConsoleListener())
+        with stop.abandoning("while it was planned"), distributed.heard():
+            splits = distributed.together(lambda: labelled_splits(config))
+        evaluator = evaluator_of(config, splits)
+        path = pretrain(config, run_dir, evaluator, listener, command, stop)
+        if config.evaluate.linear and splits and distributed.rank() == 0:
+            with stop.abandoning("while the linear probe was made"):
                 judge_at_end(config, Path(run_dir), splits, listener)
-            return path
-    finally:
-        if joined:
-            distributed.stop()
+        return path
 
 
 def labelled_splits(config: Config) -> tuple[Source, Source] | None:

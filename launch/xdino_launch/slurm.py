@@ -69,7 +69,7 @@ def submit(
     from xdino import config
     from xdino.run import RunDirectory
 
-    RunDirectory(job.run_dir, config.load(job.config, job.overrides))
+    RunDirectory(job.run_dir).resolve(config.load(job.config, job.overrides))
     logs = Path(job.run_dir).resolve().parent / f"{Path(job.run_dir).name}-slurm"
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster, slurm_max_num_timeout=1000)

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from xdino import architectures
 from xdino.architectures import to_timm_names as to_timm_names  # part of this room's interface
 from xdino.backbones import BackboneSpec, of_timm, statistics
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, world
 from xdino.files import written_beside
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -45,23 +46,68 @@ def sha256(path: Path) -> str:
 
 # --- the state of a run -----------------------------------------------------------------------
 
+# A state ends with its own checksum, as the comment of the zip file that torch writes: one file that
+# is right or not, wherever it is moved, and that torch reads like any other.
+_SEAL = b"sha256 "
+_SEAL_SIZE = len(_SEAL) + 64
+_ZIP_END = b"PK\x05\x06"  # of a zip's last record: 22 bytes where it has no comment
+
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a run's whole state: tensors and plain types only."""
+    """Write a run's whole state: tensors and plain types only.
+
+    Raises:
+        RunFailed: it cannot be written; what `path` held is untouched.
+    """
     with written_beside(path) as beside:
         torch.save(state, beside)
+        _seal(beside)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote.
 
     Raises:
-        RunFailed: the file is damaged or is something else.
+        RunFailed: the file is damaged, be it by one byte, cannot be read, or is something else.
     """
+    _check_seal(path)
     state = _load_pickle(path)
-    if not isinstance(state, dict) or "learner" not in state:
+    wanted = {"iteration": int, "learner": dict, "rng": list, "sampler": dict, "spec": dict}
+    if not isinstance(state, dict) or not isinstance(state.get("learner"), dict):
         raise RunFailed(f"{path} is not the state of a run")
+    for key, kind in wanted.items():
+        if not isinstance(state.get(key), kind):
+            raise RunFailed(f"{path} is the state of a run, but lacks its {key}")
     return state
+
+
+def _seal(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment
+        file.write(struct.pack("<H", _SEAL_SIZE))
+        file.flush()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(_SEAL + digest.encode())
+
+
+def _check_seal(path: Path) -> None:
+    """Raises RunFailed where the checksum is wrong. States from before there were any have none."""
+    with world(f"read {path}"), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _SEAL_SIZE, 0))
+        tail = file.read()
+        if tail[-22:-18] == _ZIP_END and tail[-2:] == b"\0\0":
+            return
+        digest = hashlib.sha256()
+        file.seek(0)
+        left = size - _SEAL_SIZE
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    if tail != _SEAL + digest.hexdigest().encode():
+        raise RunFailed(f"{path} is damaged: its checksum is not that of its content")
 
 
 def _load_pickle(path: Path) -> Any:

@@ -168,12 +168,15 @@ def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
         ) from None
 
 
-def build_learner(plan: Plan) -> Learner:
-    """Student, teacher and the rest, with their ordinary initialisation or from `train.init`."""
+def build_learner(plan: Plan, from_init: bool = True) -> Learner:
+    """Student, teacher and the rest, with their ordinary initialisation or from `train.init`.
+
+    `from_init`: False where a state is to be restored, which `train.init` has no part in.
+    """
     config = plan.config
     torch.manual_seed(config.train.seed)
     backbone = plan.spec.build(drop_path=config.model.drop_path)
-    if config.train.init:
+    if config.train.init and from_init:
         weights = checkpoint.read_weights(config.train.init)
         checkpoint.load_into(backbone, weights, plan.spec.arch)
     if config.runtime.activation_checkpointing:

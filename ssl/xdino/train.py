@@ -10,26 +10,26 @@ schedule, where a run continues.
 import contextlib
 import math
 import os
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, checkpoint, copies, data, distributed, files, metrics, schedules
+from xdino import augment, checkpoint, copies, data, distributed, metrics, schedules
 from xdino import config as configuration
 from xdino.config import Config
-from xdino.errors import RunFailed, Stopped, UsageError
+from xdino.errors import RunFailed, Stopped, UsageError, reason
 from xdino.learner import Learner
+from xdino.lock import Lock
+from xdino.metrics import check_writable
 from xdino.photometric import photometric
 from xdino.plan import Plan, build_learner, make_plan
 from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
+from xdino.stopping import StopSignal
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
 
@@ -64,43 +64,24 @@ def to_device(
     return groups
 
 
-class StopSignal:
-    """Remembers SIGTERM, SIGINT and SIGUSR1, so that a run ends between two steps."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: now
-        self.name = signal.Signals(number).name
-
-    def __enter__(self) -> "StopSignal":
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def pretrain(
     config: Config,
     run_dir: str | Path,
     evaluator: Evaluator | None = None,
     listener: Listener | None = None,
     command: list[str] | None = None,
+    stop: StopSignal | None = None,
 ) -> Path:
     """Pretrain, or continue the unfinished run in `run_dir`.
+
+    The first process alone looks at the folder and writes into it; the others go by what it says.
 
     Args:
         evaluator: given the teacher's backbone every `evaluate.every` epochs; returns numbers for
             metrics.jsonl and leaves the network as it was. If it fails, training goes on.
         listener: is told how it goes.
         command: what a person typed, for environment.json.
+        stop: who listens to signals already; None to listen from here on.
 
     Returns:
         The path of the pretrained backbone.
@@ -111,39 +92,92 @@ def pretrain(
         Stopped: by a signal, after saving.
     """
     listener = listener if listener is not None and distributed.rank() == 0 else Listener()
-    plan = make_plan(config, distributed.world_size())
-    run = RunDirectory(run_dir, config)
-    backbone_path = run.path / checkpoint.BACKBONE_FILE
-    if run.iteration >= plan.iterations:
-        listener.notice(
-            f"{run.path} holds a finished run of {plan.iterations} iterations: left alone"
-        )
-        return backbone_path
-    learner = build_learner(plan)
-    if learner.kernels.why is not None:
-        listener.notice(learner.kernels.why)
-    trainer = _Trainer(plan, run, learner, evaluator, listener)
-    if distributed.rank() == 0:
-        run.create()
+    run = RunDirectory(run_dir)
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        with stop.abandoning("while it was planned"), distributed.heard():
+            distributed.agree({"the configuration": configuration.to_yaml(config)})
+            config = distributed.from_first(lambda: run.resolve(config))
+            plan = distributed.together(lambda: make_plan(config, distributed.world_size()))
+            fingerprint = data.fingerprint(plan.source)
+            distributed.agree(
+                {"the number of images": len(plan.source), "the images' names": fingerprint}
+            )
+            if distributed.from_first(lambda: _is_finished(run, plan, evaluator)):
+                listener.notice(
+                    f"{run.path} holds a finished run of {plan.iterations} iterations: left alone"
+                )
+                return run.path / checkpoint.BACKBONE_FILE
+            begun = distributed.from_first(run.has_state)
+            learner = distributed.together(lambda: build_learner(plan, from_init=not begun))
+        if learner.kernels.why is not None:
+            listener.notice(learner.kernels.why)
         facts = environment(plan.device, distributed.world_size(), config.train.seed)
-        facts |= {"data": plan.source.name, "data_fingerprint": data.fingerprint(plan.source)}
         chosen = {"network": learner.kernels.network, "views": learner.kernels.views}
-        facts |= {"precision": plan.precision, "fused_kernels": chosen}
-        run.record_start({**facts, "command": command})
-        if run.state is None:
-            trainer.export(run.path / INITIAL_FILE)
-    distributed.barrier()
-    try:
-        with StopSignal() as stop:
-            trainer.train(stop)
-    except (RunFailed, OSError) as error:
-        reason = (
-            str(error)
-            if isinstance(error, RunFailed)
-            else f"the disk or the network failed: {error}"
+        facts |= {"data": plan.source.name, "data_fingerprint": fingerprint}
+        facts |= {"precision": plan.precision, "fused_kernels": chosen, "command": command}
+        trainer: _Trainer | None = None
+        try:
+            with distributed.heard():
+                notice = distributed.from_first(lambda: _owned(run, config, stack))
+                if notice is not None:
+                    listener.notice(notice)
+                trainer = _Trainer(plan, run, learner, evaluator, listener, stop, fingerprint)
+                trainer.restore()
+                distributed.from_first(lambda: trainer.begin(config, facts))
+                trainer.train()
+        except (RunFailed, OSError, RuntimeError, MemoryError) as error:
+            failure = _sentence(error)
+            if failure is None:
+                raise
+            good = f". {trainer.last_good()}" if trainer is not None else ""
+            raise RunFailed(f"{failure}{good}") from error
+    return run.path / checkpoint.BACKBONE_FILE
+
+
+def _owned(run: RunDirectory, config: Config, stack: contextlib.ExitStack) -> str | None:
+    """Take the run's folder, making it if need be; a notice where a dead process held it."""
+    check_writable(run.path)
+    lock = stack.enter_context(Lock(run.path))
+    run.resolve(config)  # once more: another process may have begun a run since
+    return lock.notice
+
+
+def _owes_evaluation(
+    run: RunDirectory, plan: Plan, evaluator: Evaluator | None, iteration: int
+) -> bool:
+    """Whether the state of this iteration is to be evaluated and was not (a kill came between)."""
+    every = plan.config.evaluate.every
+    epoch, step = divmod(iteration, plan.steps_per_epoch)
+    if evaluator is None or not every or not epoch or step or epoch % every:
+        return False
+    return not any(
+        row.get("iteration") == iteration and "loss" not in row and "linear_top1" not in row
+        for row in run.rows()
+    )
+
+
+def _is_finished(run: RunDirectory, plan: Plan, evaluator: Evaluator | None) -> bool:
+    iteration = run.backbone_iteration()  # written after the state
+    if iteration is None or iteration < plan.iterations:
+        return False
+    return not _owes_evaluation(run, plan, evaluator, iteration)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What the world did, or None for what is a fault of this program."""
+    if isinstance(error, RunFailed):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"the disk or the network failed: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory does not suffice: lower train.batch_size and raise train.accumulate, "
+            "or set runtime.activation_checkpointing true"
         )
-        raise RunFailed(f"{reason}. {trainer.last_good()}") from error
-    return backbone_path
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "the memory does not suffice: lower train.batch_size, runtime.prefetch or head.prototypes"
+    return None
 
 
 class _Trainer:
@@ -156,11 +190,14 @@ class _Trainer:
         learner: Learner,
         evaluator: Evaluator | None,
         listener: Listener,
+        stop: StopSignal,
+        fingerprint: str,
     ) -> None:
         self.plan, self.run, self.learner = plan, run, learner
-        self.evaluator, self.listener = evaluator, listener
-        self.iteration = run.iteration
-        self.saved_at = run.iteration if run.state else None
+        self.evaluator, self.listener, self.stop = evaluator, listener, stop
+        self.fingerprint = fingerprint
+        self.iteration = 0
+        self.saved_at: int | None = None
         runtime = plan.config.runtime
         self.loader = data.CropLoader(
             plan.source,
@@ -176,30 +213,43 @@ class _Trainer:
             max_bad_share=plan.config.data.max_bad_share,
             early_crops=plan.early_crops,
             early_iterations=plan.early_iterations,
-            known_bad=run.unreadable(),
+            known_bad=distributed.from_first(run.unreadable),
         )
-        if run.state is not None:
-            self._restore(run.state)
 
     # --- the loop ---
 
-    def train(self, stop: StopSignal) -> None:
-        plan, config = self.plan, self.plan.config
-        total = plan.iterations
+    def train(self) -> None:
+        """Every iteration that is left, and the evaluations that are due.
+
+        Raises:
+            Stopped: by a signal, after saving.
+        """
         log = self._open_log()
         self.listener.started(
             {
-                "images": len(plan.source),
-                "data": plan.source.name,
-                "steps_per_epoch": plan.steps_per_epoch,
+                "images": len(self.plan.source),
+                "data": self.plan.source.name,
+                "steps_per_epoch": self.plan.steps_per_epoch,
                 "iteration": self.iteration,
-                "iterations": total,
-                "total_batch": plan.total_batch,
-                "peak_lr": float(plan.schedules.lr.max()),
-                "device": str(plan.device),
-                "precision": plan.precision,
+                "iterations": self.plan.iterations,
+                "total_batch": self.plan.total_batch,
+                "peak_lr": float(self.plan.schedules.lr.max()),
+                "device": str(self.plan.device),
+                "precision": self.plan.precision,
             }
         )
+        try:
+            if distributed.from_first(self._owes):
+                self._evaluate(log)
+            self._loop(log)
+        finally:
+            if distributed.rank() == 0:  # others may not come: a failure is one process's
+                self._tell_bad(self.loader.take_bad_report())
+            if log is not None:
+                log.close()
+
+    def _loop(self, log: metrics.MetricsLog | None) -> None:
+        plan, config, total = self.plan, self.plan.config, self.plan.iterations
         clock = _Clock(self.loader)
         batches = self.loader.iterate(self.iteration, total)
         try:
@@ -219,25 +269,26 @@ class _Trainer:
                     )
                     if warning and done > plan.steps_per_epoch:
                         self.listener.notice(warning)
-                ends_epoch = done % plan.steps_per_epoch == 0
-                if ends_epoch:
-                    # Before saving: a run that is killed here comes back and evaluates.
-                    self._end_epoch(log, done // plan.steps_per_epoch)
-                if ends_epoch or done % config.runtime.checkpoint_every == 0:
+                epoch, left = divmod(done, plan.steps_per_epoch)
+                if left == 0 or done % config.runtime.checkpoint_every == 0:
                     self.save()
                     clock.restart()
-                if done < total and distributed.any_true(stop.name is not None):
-                    self.save()
-                    raise Stopped(
-                        f"stopped by {stop.name or 'a signal'} after iteration {done} of {total}; "
-                        "the same command continues it"
-                    )
+                if done < total:
+                    self._stop_if_asked()
+                if left == 0 and self._evaluates_after(epoch):
+                    self._evaluate(log)
+                    clock.restart()
         finally:
             batches.close()
-            if distributed.rank() == 0:  # others may not come: a failure is one process's
-                self._tell_bad(self.loader.take_bad_report())
-            if log is not None:
-                log.close()
+
+    def _stop_if_asked(self) -> None:
+        """Raises Stopped on all processes, after saving, where one of them was asked to stop."""
+        if distributed.any_true(self.stop.name is not None):
+            self.save()
+            raise Stopped(
+                f"stopped by {self.stop.name or 'a signal'} after iteration {self.iteration} of "
+                f"{self.plan.iterations}; the same command continues it"
+            )
 
     def _views(self, micro_batches: Iterator[data.CropBatch]) -> Iterator[list[Tensor]]:
         for batch in micro_batches:
@@ -283,21 +334,34 @@ class _Trainer:
         sizes = {"global_size": views[0].size}
         return sizes | ({"local_size": views[-1].size} if len(views) > 2 else {})
 
-    def _end_epoch(self, log: metrics.MetricsLog | None, epoch: int) -> None:
-        config = self.plan.config
-        every = config.evaluate.every
-        if self.evaluator is not None and every and epoch % every == 0:
-            if distributed.rank() == 0:
-                try:
+    def _owes(self) -> bool:
+        return _owes_evaluation(self.run, self.plan, self.evaluator, self.iteration)
+
+    def _evaluates_after(self, epoch: int) -> bool:
+        every = self.plan.config.evaluate.every
+        return self.evaluator is not None and every > 0 and epoch % every == 0
+
+    def _evaluate(self, log: metrics.MetricsLog | None) -> None:
+        """Score the teacher of a state that is saved already, on the first process.
+
+        A stop signal abandons it; the next start comes back to it.
+        """
+        epoch = self.iteration // self.plan.steps_per_epoch
+        if distributed.rank() == 0:
+            assert self.evaluator is not None
+            try:
+                with self.stop.abandoning("while evaluating"):
                     scores = self.evaluator(self.learner.teacher.backbone)
-                except (OSError, RuntimeError, ValueError, MemoryError) as error:
-                    # A number is missing then; the run is worth more than the number.
-                    self.listener.notice(
-                        f"the evaluation after epoch {epoch} failed, training goes on: {error}"
-                    )
-                else:
-                    self._tell(log, {"iteration": self.iteration, "epoch": epoch, **scores})
-            distributed.barrier()
+            except Stopped:
+                pass  # all processes stop below
+            except (OSError, RuntimeError, ValueError, MemoryError) as error:
+                # A number is missing then; the run is worth more than the number.
+                self.listener.notice(
+                    f"the evaluation after epoch {epoch} failed, training goes on: {error}"
+                )
+            else:
+                self._tell(log, {"iteration": self.iteration, "epoch": epoch, **scores})
+        self._stop_if_asked()
 
     def _tell_bad(self, found: list[data.BadImage]) -> None:
         """Name unreadable images, and keep them in the run's list, on the first process."""
@@ -330,11 +394,25 @@ class _Trainer:
 
     # --- what it leaves on disk ---
 
-    def save(self) -> None:
-        """The teacher's backbone, then the whole state; once an iteration.
+    def begin(self, config: Config, facts: dict[str, Any]) -> None:
+        """What the folder holds before the first step of this start."""
+        self.run.create(config)
+        notice = self.run.record_start({"iteration": self.iteration, **facts})
+        if notice is not None:
+            self.listener.notice(notice)
+        if self.saved_at is None:
+            self.export(self.run.path / INITIAL_FILE)
+        elif self.run.backbone_iteration() != self.iteration:  # killed between state and backbone
+            self.export(self.run.path / checkpoint.BACKBONE_FILE)
 
-        In this order: a run that is killed between the two continues from the older state and
-        writes the same backbone again.
+    def save(self) -> None:
+        """The whole state, then the teacher's backbone; once an iteration.
+
+        In this order: the backbone follows from the state, and a run that was killed between the
+        two writes it at its next start.
+
+        Raises:
+            RunFailed: it cannot be written, or should not be; on all processes.
         """
         if self.saved_at == self.iteration:
             return
@@ -344,36 +422,34 @@ class _Trainer:
             strict=True,
         )
         self._tell_bad([image for images in bad for image in images])
-        if distributed.rank() == 0:
-            self.export(self.run.path / checkpoint.BACKBONE_FILE)
-            self.run.save(
-                {
-                    "iteration": self.iteration,
-                    "learner": self.learner.state_dict(),
-                    "rng": list(rng),
-                    "sampler": {
-                        "seed": self.plan.config.train.seed,
-                        "epoch": self.iteration // self.plan.steps_per_epoch,
-                        "step": self.iteration % self.plan.steps_per_epoch,
-                        "images": len(self.plan.source),
-                        "total_batch": self.plan.total_batch,
-                    },
-                    "spec": self.plan.spec.to_dict(),
-                    "config": configuration.to_tree(self.plan.config),
-                    "versions": {"torch": str(torch.__version__)},
-                }
-            )
-            self._keep()
+        distributed.from_first(lambda: self._write(list(rng)))
         self.saved_at = self.iteration
 
-    def _keep(self) -> None:
-        """A copy of the state that later epochs do not overwrite, every `runtime.keep_every`."""
+    def _write(self, rng: list[dict[str, Tensor]]) -> None:
+        self.run.save(
+            {
+                "iteration": self.iteration,
+                "learner": self.learner.state_dict(),
+                "rng": rng,
+                "sampler": {
+                    "seed": self.plan.config.train.seed,
+                    "epoch": self.iteration // self.plan.steps_per_epoch,
+                    "step": self.iteration % self.plan.steps_per_epoch,
+                    "images": len(self.plan.source),
+                    "fingerprint": self.fingerprint,
+                    "total_batch": self.plan.total_batch,
+                },
+                "spec": self.plan.spec.to_dict(),
+                "config": configuration.to_tree(self.plan.config),
+                "versions": {"torch": str(torch.__version__)},
+            }
+        )
+        self.saved_at = self.iteration
+        self.export(self.run.path / checkpoint.BACKBONE_FILE)
         epoch, step = divmod(self.iteration, self.plan.steps_per_epoch)
         keep = self.plan.config.runtime.keep_every
         if keep and step == 0 and epoch % keep == 0:
-            last = self.run.path / checkpoint.STATE_FILE
-            with files.written_beside(last.with_name(f"epoch_{epoch:04}.pt")) as beside:
-                shutil.copyfile(last, beside)
+            self.run.keep(f"epoch_{epoch:04}.pt")
 
     def export(self, path: Path) -> None:
         """The teacher's backbone as it is now."""
@@ -387,7 +463,25 @@ class _Trainer:
             data=self.plan.source.name,
         )
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self) -> None:
+        """Go on from the first process's newest good state, if there is one.
+
+        Raises:
+            UsageError: it was made with other images or another number of processes.
+        """
+        loaded = []
+
+        def load() -> str | None:
+            state, notice = self.run.load()
+            loaded.append(state)
+            return notice
+
+        notice = distributed.from_first(load)
+        if notice is not None:
+            self.listener.notice(notice)
+        state = distributed.broadcast_tree(loaded.pop() if loaded else None)
+        if state is None:
+            return
         sampler = state["sampler"]
         for key, now in (("images", len(self.plan.source)), ("total_batch", self.plan.total_batch)):
             if sampler[key] != now:
@@ -395,7 +489,19 @@ class _Trainer:
                     f"{self.run.path} was made with {key.replace('_', ' ')} {sampler[key]}, now it "
                     f"is {now}: continue it with the same data and the same number of processes"
                 )
-        self.learner.load_state_dict(state["learner"])
+        if sampler.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise UsageError(
+                f"{self.run.path} was made with other images than those of {self.plan.source.name}: "
+                "as many, but of other names, sizes or content. Continue it with its own images, "
+                "which may lie anywhere, or choose another folder"
+            )
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise RunFailed(
+                f"{self.run.state_file} is not a state of this configuration: {reason(error)}"
+            ) from error
+        self.iteration = self.saved_at = state["iteration"]
         if len(state["rng"]) == distributed.world_size():
             _set_rng_state(state["rng"][distributed.rank()], self.plan.device)
 
@@ -403,8 +509,7 @@ class _Trainer:
         """A sentence that names what can be continued from."""
         if self.saved_at is None:
             return "No checkpoint was written yet"
-        path = self.run.path / checkpoint.STATE_FILE
-        return f"The last good checkpoint is {path}, iteration {self.saved_at}"
+        return f"The last good checkpoint is {self.run.state_file}, iteration {self.saved_at}"
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

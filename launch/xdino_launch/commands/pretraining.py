@@ -1,5 +1,6 @@
 """`xdino pretrain` and `xdino submit`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,31 +38,59 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     epilog="Every key of the configuration is an option: --optim.lr 1e-3 --data.path FOLDER ...",
 )
 @click.argument("config")
-@click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
+@click.option(
+    "--run",
+    "--run-dir",
+    "run_dir",
+    required=True,
+    type=click.Path(),
+    help="The run's folder. Under torchrun write --run-dir: it takes --run for an option of its own.",
+)
 @click.option("--init", help="Weights to start from (a new run; continuing needs nothing).")
+@click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
+@click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
 @click.pass_context
 def pretrain(
-    ctx: click.Context, config: str, run_dir: str, init: str | None, print_config: bool
+    ctx: click.Context,
+    config: str,
+    run_dir: str,
+    init: str | None,
+    gpus: int | None,
+    processes: int | None,
+    print_config: bool,
 ) -> None:
     """Pretrain by a recipe's name or a YAML file; continue the run that RUN holds.
 
-    Under a launcher the processes find each other: torchrun --nproc-per-node 8 -m xdino_launch
-    pretrain CONFIG --run DIR.
+    --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
+    xdino_launch pretrain CONFIG --run-dir DIR, or submit.
     """
-    from xdino import config as configuration
+    from xdino.stopping import StopSignal
 
-    overrides = parse_overrides(ctx.args)
-    if init is not None:
-        overrides["train.init"] = init
-    resolved = configuration.load(config, overrides)
-    if print_config:
-        click.echo(configuration.to_yaml(resolved), nl=False)
-        return
-    from xdino_launch.local import run_pretraining
+    with StopSignal() as stop:  # before the imports, which take seconds
+        from xdino import config as configuration
 
-    path = run_pretraining(resolved, run_dir, command=sys.argv[1:])
-    click.echo(str(path))
+        overrides = parse_overrides(ctx.args)
+        if init is not None:
+            overrides["train.init"] = init
+        if gpus is not None or processes is not None:
+            overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
+        resolved = configuration.load(config, overrides)
+        if print_config:
+            click.echo(configuration.to_yaml(resolved), nl=False)
+            return
+        with stop.abandoning("before it began"):
+            from xdino_launch import processes as launcher
+            from xdino_launch.local import run_pretraining
+        count = launcher.count(gpus, processes)
+        if count == 1:
+            path = run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(str(path))
+            return
+    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *options])
+    ctx.exit(code)
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
