@@ -70,7 +70,7 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         RunFailed: the file is damaged, be it by one byte, cannot be read, or is something else.
     """
-    _check_seal(path)
+    check_state(path)
     state = _load_pickle(path)
     wanted = {"iteration": int, "learner": dict, "rng": list, "sampler": dict, "spec": dict}
     if not isinstance(state, dict) or not isinstance(state.get("learner"), dict):
@@ -92,8 +92,12 @@ def _seal(path: Path) -> None:
         file.write(_SEAL + digest.encode())
 
 
-def _check_seal(path: Path) -> None:
-    """Raises RunFailed where the checksum is wrong. States from before there were any have none."""
+def check_state(path: Path) -> None:
+    """Compare a state with its own checksum. States from before there were any have none.
+
+    Raises:
+        RunFailed: the file is damaged, or cannot be read.
+    """
     with world(f"read {path}"), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _SEAL_SIZE, 0))

@@ -113,7 +113,7 @@ class RunDirectory:
         """The configuration in the folder, None for a folder that is empty or not there."""
         there = next(p for p in [self.path, *self.path.parents] if os.path.lexists(p))
         if not there.is_dir():
-            what = "is no folder" if there.exists() else "is a link that leads nowhere"
+            what = "is a file" if there.exists() else "is a link that leads nowhere"
             raise UsageError(f"{there} {what}; --run needs a folder")
         if there != self.path:
             return None

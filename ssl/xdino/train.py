@@ -158,8 +158,13 @@ def _owes_evaluation(
 
 
 def _is_finished(run: RunDirectory, plan: Plan, evaluator: Evaluator | None) -> bool:
+    """Whether nothing is left to do; a damaged state is noticed here, and mended by going on."""
     iteration = run.backbone_iteration()  # written after the state
-    if iteration is None or iteration < plan.iterations:
+    if not run.has_state() or iteration is None or iteration < plan.iterations:
+        return False
+    try:
+        checkpoint.check_state(run.state_file)
+    except RunFailed:
         return False
     return not _owes_evaluation(run, plan, evaluator, iteration)
 

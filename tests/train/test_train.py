@@ -86,7 +86,7 @@ def test_six_iterations_equal_some_then_a_stop_then_the_rest(tiny, tmp_path, sto
     assert losses[0] == losses[1]
 
 
-def test_a_crash_between_backbone_and_state_changes_nothing(tiny, tmp_path, monkeypatch):
+def test_a_crash_while_a_state_is_written_changes_nothing(tiny, tmp_path, monkeypatch):
     configuration = tiny()
     pretrain(configuration, tmp_path / "whole")
     broken = tmp_path / "broken"
@@ -95,11 +95,11 @@ def test_a_crash_between_backbone_and_state_changes_nothing(tiny, tmp_path, monk
     def crash(path, state):
         if state["iteration"] == 6:
             path.with_name(".last.pt.1.tmp").write_bytes(b"half")  # as a killed writer leaves it
-            raise MemoryError("killed")
+            raise KeyboardInterrupt
         save_state(path, state)
 
     monkeypatch.setattr(checkpoint, "save_state", crash)
-    with pytest.raises(MemoryError):
+    with pytest.raises(KeyboardInterrupt):
         pretrain(configuration, broken)
     monkeypatch.undo()
     assert checkpoint.load_state(broken / "checkpoints" / "last.pt")["iteration"] == 3
@@ -133,11 +133,12 @@ def test_a_folder_that_holds_something_else(tiny, tmp_path):
         pretrain(tiny(), tmp_path / "thesis.tex")
 
 
-def test_a_damaged_checkpoint_is_a_sentence_and_is_kept(tiny, tmp_path):
+def test_states_that_are_all_damaged_are_a_sentence_and_are_kept(tiny, tmp_path):
     pretrain(tiny(), tmp_path)
-    last = tmp_path / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(RunFailed, match="damaged"):
+    last, previous = (tmp_path / "checkpoints" / name for name in ("last.pt", "previous.pt"))
+    for path in (last, previous):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunFailed, match=r"damaged.*no other good state"):
         pretrain(tiny(), tmp_path)
     assert last.stat().st_size == 1000
 
@@ -161,10 +162,18 @@ def test_mistakes_leave_no_folder_behind(tiny, tmp_path):
         assert not run.exists(), overrides
 
 
-def test_an_unwritable_folder(tiny, tmp_path):
+def test_folders_that_cannot_be(tiny, tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    for run, message in (
+        (tmp_path / "file" / "run", "file is a file"),
+        (tmp_path / "self", "a link that leads nowhere"),
+        (tmp_path / "self" / "run", "a link that leads nowhere"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            pretrain(tiny(), run)
     with pytest.raises(RunFailed, match="cannot write to the run folder"):
-        pretrain(tiny(), tmp_path / "file" / "run")
+        pretrain(tiny(), "/proc/run")  # where nobody may make a folder
 
 
 def test_a_full_disk_names_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
