@@ -96,16 +96,24 @@ def fail(sentence: str, code: int) -> None:
 
 
 def _unforeseen(error: Exception, given: Sequence[str]) -> str:
-    """A sentence about a fault that nobody has put into words yet; its traceback goes to a file."""
-    told = f"{type(error).__name__}: {reason(error)}"
+    """A sentence about what nobody has put into words where it arose; its traceback goes to a file."""
+    if isinstance(error, OSError):
+        named = (
+            f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
+        )
+        told = f"the disk or the network failed: {reason(error)}{named}"
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        told = "the memory does not suffice"
+    else:
+        told = f"an error that xdino does not know: {type(error).__name__}: {reason(error)}"
     trace = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} xdino {shlex.join(given)}\n"
     trace += "".join(traceback.format_exception(error))
     for path in _log_files(given):
         with contextlib.suppress(OSError, ValueError):
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(trace)
-            return f"an error that xdino does not know: {told}. The traceback is in {path}"
-    return f"an error that xdino does not know: {told}"
+            return f"{told}. The traceback is in {path}"
+    return told
 
 
 def _log_files(given: Sequence[str]) -> Iterator[Path]:

@@ -90,7 +90,7 @@ def pretrain(
             return
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
     code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *options])
-    ctx.exit(code)
+    sys.exit(code)
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
