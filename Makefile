@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 SEED ?= 0
+SCALE ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check torture format clean
 
 # The stamp is newer than pyproject.toml exactly when what it lists is installed.
 $(VENV)/.installed: pyproject.toml
@@ -24,6 +25,9 @@ check: $(VENV)/.installed  ## lint, types, import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+torture: $(VENV)/.installed  ## kills, signals, full disks, damaged and mutated files: hours at SCALE=1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture --seed $(SEED) --scale $(SCALE) $(KINDS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
