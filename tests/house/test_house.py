@@ -40,3 +40,27 @@ def test_every_recipe_says_how_to_run_it_and_what_to_expect():
         for word in ("command:", "hardware:", "hours:", "expected:"):
             assert word in header, (name, word)
         assert name in header
+
+
+def test_every_recipe_s_command_is_understood(xdino):
+    for name in config.recipes():
+        (line,) = [
+            line
+            for line in (config.recipes_dir() / f"{name}.yaml").read_text().splitlines()
+            if line.startswith("# command:")
+        ]
+        words = line.removeprefix("# command:").split()
+        assert words[0] == "xdino", line
+        if words[1] == "pretrain":
+            code, told, error = xdino(*words[1:], "--print-config")
+            assert (code, error) == (0, ""), line
+            assert told.startswith("model:")
+
+
+def test_torchrun_is_never_given_an_option_that_it_takes_for_its_own():
+    """It reads --run as --run-path, and does not start; --run-dir reaches us."""
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml")):
+        text = path.read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            if "torchrun" in line or "distributed.run" in line:
+                assert " --run " not in line, (path.name, line)
