@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,20 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     File and folder are flushed to the disk, so that what was named is still there after a crash.
     The temporary file lies in a hidden folder beside `path`, so that whatever a library puts next to
-    it goes with it; its permissions follow the umask, whatever the library thinks of them.
+    it goes with it; its permissions follow the umask, whatever the library thinks of them. Links are
+    followed, and a device (/dev/null, /dev/stdout) takes the content without being replaced.
 
     Raises:
         RunFailed: it cannot be written. What `path` held before is untouched.
     """
     with world(f"write {path}"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / path.name
+                with open(Path(folder) / path.name, "rb") as content, open(path, "wb") as device:
+                    shutil.copyfileobj(content, device)
+            return
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -44,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
         RunFailed: it cannot be written.
     """
     with contextlib.suppress(OSError, ValueError):
-        if path.read_text(encoding="utf-8") == text:
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
