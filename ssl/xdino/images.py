@@ -251,7 +251,8 @@ def _decode_pillow(
     except MemoryError as error:
         raise UnreadableImage("it needs more memory than there is") from error
     except Exception as error:  # over damaged files its readers raise nearly anything
-        raise UnreadableImage(f"damaged: {error or type(error).__name__}") from error
+        lines = str(error).splitlines()
+        raise UnreadableImage(f"damaged: {lines[0] if lines else type(error).__name__}") from error
 
 
 def _bomb(message: str, max_pixels: int) -> str:

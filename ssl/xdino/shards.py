@@ -60,6 +60,12 @@ def is_hidden(name: bytes) -> bool:
     return name.startswith(b".") or name.lower() in _SYSTEM
 
 
+def printable(name: bytes) -> str:
+    r"""A file's name as text that every terminal and file takes: \xff for what is no UTF-8."""
+    text = name.decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def count_suffix(counts: dict[str, int], suffix: str) -> None:
     """Count a file; where every file has a suffix of its own, as "a.001", "a.002", most in one."""
     suffix = suffix or "none"
@@ -217,8 +223,10 @@ def _scan_one(path: Path, descriptor: int, position: int, samples: "_Samples") -
             end = tar.offset
     except UsageError:
         raise
-    # RecursionError is a RuntimeError: headers that announce headers, thousands deep.
-    except (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError, RuntimeError,
+    except RecursionError as error:
+        why = "headers that announce headers, hundreds deep"
+        raise UsageError(_cut_short(path, samples, why)) from error
+    except (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError,
             MemoryError) as error:  # fmt: skip
         if not samples.members:
             raise UsageError(f"{path} is no tar file ({error})") from error
@@ -263,7 +271,7 @@ class _Samples:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor = path, descriptor
-        self.members, self.last = 0, ""
+        self.members, self._last = 0, ""
         self._names, self._classes = [], []  # type: list[bytes], list[bytes]
         self._offsets, self._sizes = [], []  # type: list[int], list[int]
         self._pack: dict[str, Any] = {}
@@ -272,18 +280,25 @@ class _Samples:
         self._images: list[tuple[bytes, int, int]] = []
         self._class, self._described = b"", False
 
+    @property
+    def last(self) -> str:
+        """The name of the last member."""
+        return printable(_raw(self._last)) or "none"
+
     def add(self, member: tarfile.TarInfo) -> None:
-        self.members, self.last = self.members + 1, member.name
         name = member.name.removeprefix("./").lstrip("/")
+        self.members, self._last = self.members + 1, name
         parts = name.split("/")
         if member.isdir() or any(is_hidden(_raw(p)) and p not in (".", "..") for p in parts):
             return
         suffix = os.path.splitext(name)[1].lower()
         image = suffix in SUFFIXES
+        if not name:
+            return count_suffix(self._others, "")
         if not member.isreg() or member.issparse():
             if image:
                 raise UsageError(
-                    f"{self.path} holds {name} as a link or in pieces, not whole; make it again "
+                    f"{self.path} holds {self.last} as a link or in pieces, not whole; make it again "
                     "with tar --dereference --hard-dereference"
                 )
             return
@@ -307,18 +322,17 @@ class _Samples:
 
     def _content(self, member: tarfile.TarInfo) -> bytes:
         if member.size > _SMALL:
-            raise UsageError(
-                f"{self.path}: {member.name} has {member.size:,} bytes; expected a few"
-            )
+            raise UsageError(f"{self.path}: {self.last} has {member.size:,} bytes; expected a few")
         return os.pread(self._descriptor, member.size, member.offset_data)
 
     def _flush(self) -> None:
         if len(self._images) > 1 and self._described:
-            names = " and ".join(os.fsdecode(name) for name, _, _ in self._images[:2])
+            names = " and ".join(printable(name) for name, _, _ in self._images[:2])
+            sample = printable(_raw(self._stem or ""))
             raise UsageError(
-                f"{self.path} holds several images in the sample {self._stem} ({names}), which "
-                "share one label or description, so that it is unclear which is meant; write "
-                "shards with one image a sample (a sample is what has one name up to the first dot)"
+                f"{self.path} holds several images in the sample {sample} ({names}), which share "
+                "one label or description, so that it is unclear which is meant; write shards "
+                "with one image a sample (a sample is what has one name up to the first dot)"
             )
         for name, offset, size in self._images:
             self._names.append(name)

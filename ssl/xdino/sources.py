@@ -39,7 +39,7 @@ from PIL import Image
 from xdino import shards
 from xdino.errors import UsageError, asked, nearest
 from xdino.images import HEAD, MAX_PIXELS, SUFFIXES, allow_pixels, decode, recognised
-from xdino.shards import ByteStrings, TarIndex, count_suffix, is_hidden, split_said
+from xdino.shards import ByteStrings, TarIndex, count_suffix, is_hidden, printable, split_said
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -180,11 +180,6 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
-def printable(name: bytes) -> str:
-    r"""A file's name as text that every terminal and file takes; bytes that are no UTF-8 as \xff."""
-    return name.decode("utf-8", "backslashreplace")
-
-
 class ArraySource(Source):
     """Images in memory, uint8 [N, H, W]; three channels repeat the one."""
 
@@ -247,8 +242,11 @@ class FileSource(Source):
     """Image files: paths relative to `root`, kept as one run of bytes (1.28 million are 50 MB).
 
     facts: int64 [N, 2], size in bytes and time of change in nanoseconds of each, -1 where there is
-    no such file; looked up when they are needed, unless given.
+    no such file; looked up when they are needed, unless given. listed: the files are named one by
+    one, and not found in folders.
     """
+
+    listed = False
 
     def __init__(
         self,
@@ -447,7 +445,7 @@ def open_source(
     max_pixels: images of more are unreadable. Raises UsageError for whatever is missing, misspelt
     or incomplete.
     """
-    with asked(f"{data} cannot be read"):
+    with asked(f"{shortened(data)} cannot be read"):
         source = _open(data, split, channels, labelled)
     limit_pixels(source, max_pixels)
     return source
@@ -538,14 +536,19 @@ def splits_of(data: str) -> tuple[str | None, ...]:
         found: list[str] = []
         if path.is_dir():
             found = [split for split in ("train", "val") if _is_split(path, split)]
+            if found == ["val"] and _beside(path):
+                found = ["train", "val"]
             tars = shards.tars_in(path)
             if not found and not _holds_images(path):
-                said = {split_said(tar) for tar in tars}
-                chosen = _train_tars(tars, []) if "val" in said else []
-                found = ["train"] * bool(chosen) + ["val"] * ("val" in said)
+                said = ["val"] if "val" in map(split_said, tars) else []
+                train = [tar for tar in tars if split_said(tar) == "train"]
+                chosen = _train_tars(tars, []) if said or len(train) == len(tars) else []
+                found = ["train"] * bool(chosen) + said
         elif path.is_file() and _TAR_NAME.search(path.name):
-            indexes = [shards.open_index(path)]
-            found = [s for s in ("train", "val") if _within(indexes, s)]
+            index = shards.open_index(path)
+            found = [split for split in ("train", "val") if _within([index], split)]
+            if found == ["val"] and len(_rows(index, b"", True, [])):
+                found = ["train", "val"]
     return tuple(found) or (None,)
 
 
@@ -844,7 +847,9 @@ def _open_list(data: str, path: Path, channels: int) -> Source:
             f"reached or are no regular files: {_first([shortened(name) for name in missing])} "
             f"(relative paths start at {root})"
         )
-    return FileSource(data, root, paths, channels, facts=np.array(facts, np.int64))
+    source = FileSource(data, root, paths, channels, facts=np.array(facts, np.int64))
+    source.listed = True
+    return source
 
 
 def _list_text(data: str, path: Path) -> bytes:
@@ -889,7 +894,7 @@ def _open_tars(
     indexes = [shards.open_index(path) for path in paths]
     within = _within(indexes, split) if split is not None else b""
     held: list[str] = []
-    if split == "val" and not within:
+    if split == "val" and not within and any(map(len, indexes)):
         tops = sorted({printable(n.split(b"/")[0]) for i in indexes for n in i.names})
         raise UsageError(
             f"{data} has no folder val inside, only {_first(tops)}; expected members val/..., "
