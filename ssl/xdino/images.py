@@ -83,7 +83,8 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.n
         if bare is None:
             raise
         try:
-            return _decode_pillow(bare, channels, max_pixels, _jpeg_orientation(data))
+            turned = _jpeg_orientation(data) if data[:2] == b"\xff\xd8" else None
+            return _decode_pillow(bare, channels, max_pixels, turned)
         except UnreadableImage:
             pass  # the first reason is the better one
         raise
@@ -174,9 +175,7 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1 if none, damaged, or no JPEG."""
-    if data[:2] != b"\xff\xd8":
-        return 1
+    """The EXIF orientation, 1 to 8; 1 if none or damaged."""
     for marker, start, end in _jpeg_segments(data):
         exif = data[start + 4 : end]
         if marker == 0xE1 and exif.startswith(b"Exif\0"):
