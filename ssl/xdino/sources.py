@@ -491,7 +491,7 @@ def open_splits(
 
     Raises UsageError where classes differ.
     """
-    with asked(f"{data} cannot be read"):
+    with asked(f"{shortened(data)} cannot be read"):
         path = Path(data).expanduser()
         if path.is_dir() and not shards.tars_in(path):
             absent = [split for split in ("train", "val") if not (path / split).is_dir()]
@@ -531,7 +531,7 @@ def splits_of(data: str) -> tuple[str | None, ...]:
     """The splits that `data` is divided into; (None,) where it is not."""
     if data.partition(":")[0] in _NAMES:
         return "train", "val"
-    with asked(f"{data} cannot be read"):
+    with asked(f"{shortened(data)} cannot be read"):
         path = Path(data).expanduser()
         found: list[str] = []
         if path.is_dir():
