@@ -593,17 +593,25 @@ def _is_split(path: Path, split: str) -> bool:
         return False
     if split == "val" or (path / "val").is_dir() or not _beside(path):
         return True
-    with os.scandir(os.fsencode(folder)) as entries:
-        return not any(_is_image(folder, entry.name, _status(entry), {}) for entry in entries)
+    return not _loose(folder)
 
 
 def _beside(path: Path) -> list[str]:
     """What holds images beside the folder train, and is no other part by its name."""
-    with os.scandir(os.fsencode(path)) as entries:
-        loose = [e.name for e in entries if _is_image(path, e.name, _status(e), {})]
     parts = {"train", "unlabeled", "unlabelled", *_HELD_OUT}
     folders = [f for f in _folders(path) if f.name.lower() not in parts and _holds_images(f)]
-    return sorted([*map(printable, loose), *(printable(os.fsencode(f.name)) for f in folders)])
+    return sorted(map(printable, [*_loose(path), *(os.fsencode(f.name) for f in folders)]))
+
+
+def _loose(path: Path) -> list[bytes]:
+    """The names of images that lie directly in a folder."""
+    folder = os.fsencode(path)
+    return [
+        name
+        for name, status in _listed(folder)
+        if not (status is not None and stat.S_ISDIR(status.st_mode))
+        and _is_image(folder, name, status, {})
+    ]
 
 
 def _folders(path: Path) -> list[Path]:
@@ -753,15 +761,17 @@ def _scan(
             stack.pop()
             continue
         name, status = entry
-        path = os.path.join(below, name)
-        if status is not None and stat.S_ISDIR(status.st_mode):
+        path = below + name
+        if status is None:
+            if _is_image(root, path, status, left_out):
+                yield path, -1, -1
+        elif stat.S_ISDIR(status.st_mode):
             identity = (status.st_dev, status.st_ino)
             if identity not in above and path not in skipped:
                 inner = _listed(os.path.join(root, path))
-                stack.append((path, above | {identity}, iter(inner)))
-        elif _is_image(os.path.join(root, below), name, status, left_out):
-            found = (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
-            yield path, *found
+                stack.append((path and path + b"/", above | {identity}, iter(inner)))
+        elif _is_image(root, path, status, left_out):
+            yield path, status.st_size, status.st_mtime_ns
 
 
 def _listed(folder: bytes) -> _Listing:
@@ -780,17 +790,15 @@ def _status(entry: os.DirEntry[bytes]) -> os.stat_result | None:
 
 
 def _is_image(
-    folder: Path | bytes, name: bytes, status: os.stat_result | None, left_out: dict[str, int]
+    folder: bytes, path: bytes, status: os.stat_result | None, left_out: dict[str, int]
 ) -> bool:
     """Whether a file counts as an image. What a link without a target is called decides, too."""
-    if is_hidden(name) or (status is not None and stat.S_ISDIR(status.st_mode)):
-        return False
-    suffix = os.path.splitext(name.lower())[1]
+    suffix = os.path.splitext(path)[1].lower()
     if status is not None and not stat.S_ISREG(status.st_mode):
         count_suffix(left_out, "no regular file")
     elif suffix in _RAW_SUFFIXES:
         return True
-    elif suffix or status is None or not _recognised(os.path.join(os.fsencode(folder), name)):
+    elif suffix or status is None or not _recognised(os.path.join(folder, path)):
         count_suffix(left_out, printable(suffix))
     else:
         return True
