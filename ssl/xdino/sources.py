@@ -77,7 +77,8 @@ class Source(abc.ABC):
     ) -> None:
         if channels not in (1, 3):
             raise UsageError(f"channels must be 1 or 3, got {channels}")
-        self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
+        self.name, self.channels = printable(os.fsencode(name)), channels
+        self.labels, self.classes = labels, classes
         self.left_out: dict[str, int] = {}
         self.remarks: list[str] = []
 
@@ -111,7 +112,10 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def describe(self, index: int) -> str:
-        """How a person finds image `index`: its path, or its number in the file that holds it."""
+        """How a person finds image `index`: its path, or its number in the file that holds it.
+
+        In letters that can be printed and written anywhere; `FileSource.path` opens files.
+        """
 
     @abc.abstractmethod
     def _content(self) -> Iterator[bytes]:
@@ -304,7 +308,7 @@ class FileSource(Source):
         return self._paths[index]
 
     def describe(self, index: int) -> str:
-        return self.path(index)
+        return printable(os.path.join(self._root, self._paths[index]))
 
     @cached_property
     def _facts(self) -> np.ndarray:
@@ -402,7 +406,8 @@ class TarSource(Source):
         return self._names[index]
 
     def describe(self, index: int) -> str:
-        return f"{self._tars[int(self._tar[index])]}: {os.fsdecode(self._names[index])}"
+        tar = os.fsencode(self._tars[int(self._tar[index])])
+        return f"{printable(tar)}: {printable(self._names[index])}"
 
     def _piece(self, index: int) -> bytes:
         size = int(self._sizes[index])
