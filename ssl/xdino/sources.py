@@ -88,9 +88,11 @@ class Source(abc.ABC):
         if self.left_out:
             most_first = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
             parts = _first([f"{suffix} ({count:,})" for suffix, count in most_first], 8)
+            count = sum(self.left_out.values())
+            files = f"{count:,} files" if count > 1 else "1 file"
             told.append(
-                f"{sum(self.left_out.values()):,} files of {self.name} are left out, because they "
-                f"do not have an image's suffix: {parts}"
+                f"{files} of {self.name} left out, for want of the suffix of an image that can be "
+                f"read: {parts}"
             )
         return told
 
@@ -637,7 +639,8 @@ def _train_tars(tars: Sequence[Path], remarks: list[str]) -> list[Path]:
         chosen = [tar for tar in tars if split_said(tar) in (None, "train")]
     left = [tar.name for tar in tars if tar not in chosen]
     if left:
-        remarks.append(f"train is {len(chosen):,} tars, without {_first(left)}")
+        tars_said = f"{len(chosen):,} tars" if len(chosen) != 1 else "1 tar"
+        remarks.append(f"train is {tars_said}, without {_first(left)}")
     return chosen
 
 

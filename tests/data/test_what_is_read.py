@@ -60,7 +60,7 @@ def test_every_kind_of_file_counts_or_is_counted(tmp_path):
     assert source.left_out == {".heic": 2, ".txt": 1, "none": 1, ".part": 1}
     (told,) = source.notices()
     assert told == (
-        f"5 files of {tmp_path} are left out, because they do not have an image's suffix: "
+        f"5 files of {tmp_path} left out, for want of the suffix of an image that can be read: "
         ".heic (2), .part (1), .txt (1), none (1)"
     )
 
@@ -159,7 +159,7 @@ def test_train_never_falls_back_onto_val(tmp_path):
     assert names(open_source(str(tmp_path), "val")) == ["a/2.png", "b/2.png"]
     assert splits_of(str(tmp_path)) == ("train", "val")
     (told,) = open_source(str(tmp_path), "train").notices()
-    assert told == "train is 1 tars, without imgs-val-0000.tar"
+    assert told == "train is 1 tar, without imgs-val-0000.tar"
     (tmp_path / "imgs-0000.tar").unlink()
     with pytest.raises(UsageError, match="nothing to train on but imgs-val-0000"):
         open_source(str(tmp_path), "train")
@@ -183,7 +183,7 @@ def test_one_tar_called_train_does_not_replace_the_others(tmp_path, name):
     write_tar(tmp_path / "val.tar", "a/2.png")  # now it is a part of the data, as val is
     source = open_source(str(tmp_path), "train")
     assert len(source) == 1
-    assert source.notices() == ["train is 1 tars, without bus.tar, plane.tar, val.tar"]
+    assert source.notices() == ["train is 1 tar, without bus.tar, plane.tar, val.tar"]
 
 
 def test_a_class_called_train(tmp_path):
@@ -356,6 +356,14 @@ def test_a_packed_list_is_the_list(tmp_path):
     assert [packed.encoded(i) for i in range(7)] == [whole.encoded(i) for i in range(7)]
 
 
+def test_a_pack_says_what_it_left_out(tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.heic").touch()
+    (told,) = pack(str(tmp_path / "in"), tmp_path / "out.tar").notices
+    assert "1 file of" in told
+    assert ".heic (1)" in told
+
+
 # What the operating system refuses
 
 
@@ -442,7 +450,7 @@ def test_joined_tars_are_read_through(tmp_path):
 
 @pytest.mark.parametrize("other", ["0001.png", "0001.left.jpg"])
 def test_a_sample_with_two_images_is_called_so(tmp_path, other):
-    path = write_tar(tmp_path / "x.tar", "0001.jpg", other, "0001.cls", cls=b"3")
+    path = write_tar(tmp_path / "x.tar", "0001.jpg", other, "0001.cls", "0002.jpg", cls=b"3")
     with pytest.raises(UsageError, match=r"holds several images in the sample 0001 \(0001") as told:
         open_source(str(path))
     assert "damaged" not in str(told.value)
