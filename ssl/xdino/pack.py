@@ -28,11 +28,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, asked, reason
 from xdino.files import written_beside
-from xdino.images import UnreadableImage, decode
-from xdino.shards import PACK_MEMBER
-from xdino.sources import Source, fingerprint, open_source, splits_of
+from xdino.images import HEAD, SUFFIXES, UnreadableImage, decode, recognised
+from xdino.shards import PACK_MEMBER, is_hidden
+from xdino.sources import FileSource, Source, fingerprint, open_source, splits_of
 
 LONGEST_JPEG = 65_500  # pixels a side that the format can say
 
@@ -41,12 +41,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written. unreadable: (where, why) of images that were kept as they are."""
+    """What was written. unreadable: (where, why) of images that were kept as they are.
+
+    notices: sentences about files that were not packed.
+    """
 
     files: list[Path] = field(default_factory=list)
     images: int = 0
     shrunk: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Packed") -> "Packed":
         return Packed(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -84,18 +88,19 @@ def pack(
         raise UsageError(f"--quality must be from 1 to 100, got {quality}")
     if shorter_side is not None and shorter_side < 1:
         raise UsageError(f"--shorter-side must be at least 1 pixel, got {shorter_side}")
-    _check_out(Path(out), shards)
+    with asked(f"--out {out}"):
+        _check_out(Path(out), shards)
     sources = {split: _labelled_if_it_can_be(data, split) for split in splits_of(data)}
     total = sum(map(len, sources.values()))
     layout = list(_layout(Path(out), sources, shards))
-    done = Packed()
+    done = Packed(notices=[told for source in sources.values() for told in source.notices()])
     try:
         for path, parts in layout:
             writer = _Writer(data, parts, shorter_side, quality, max(1, workers))
             tell = partial(_count, progress, done.images, total)
             done += writer.write(path, tell)
     except OSError as error:
-        raise RunFailed(f"cannot write {out}: {error.strerror or error}") from error
+        raise RunFailed(f"cannot write {out}: {reason(error)}") from error
     return done
 
 
@@ -142,7 +147,7 @@ def _layout(
     """Which images go into which file."""
     if shards is None:
         parts = [
-            _Part(split, source, np.arange(len(source)), f"{split}/".encode() if split else b"")
+            _Part(split, source, np.arange(len(source)), _prefix(split, source))
             for split, source in sources.items()
         ]
         yield out, parts
@@ -152,7 +157,20 @@ def _layout(
             raise UsageError(f"--shards is {shards}, but {source.name} has {len(source)} images")
         for number, indices in enumerate(np.array_split(np.arange(len(source)), shards)):
             name = f"{split or 'images'}-{number:05}.tar"
-            yield out / name, [_Part(split, source, indices)]
+            prefix = b"" if split else _prefix(split, source)
+            yield out / name, [_Part(split, source, indices, prefix)]
+
+
+def _prefix(split: str | None, source: Source) -> bytes:
+    """The folder that a split's images lie below in a tar.
+
+    A list of paths has no splits, whatever its folders are called: they must not become some.
+    """
+    if split is not None:
+        return f"{split}/".encode()
+    if source.labels is None and isinstance(source, FileSource) and source.listed:
+        return b"all/"
+    return b""
 
 
 class _Writer:
@@ -167,7 +185,7 @@ class _Writer:
     def write(self, path: Path, tell: Callable[[int], object]) -> Packed:
         done = 0
         shrunk, unreadable = 0, []  # type: int, list[tuple[str, str]]
-        with written_beside(path) as beside, tarfile.open(beside, "w") as tar:
+        with written_beside(path) as beside, _tar(beside) as tar:
             for part in self.parts:
                 names = _member_names(part)
                 labels = part.source.labels
@@ -178,7 +196,8 @@ class _Writer:
                     if item.why:
                         unreadable.append((part.source.describe(index), item.why))
                     shrunk += item.shrunk
-                    _add(tar, stem + (b".jpg" if item.shrunk else suffix.lower()), item.data)
+                    suffix = b".jpg" if item.shrunk else _suffix(suffix.lower(), item.data)
+                    _add(tar, stem + suffix, item.data)
                     if labels is not None:
                         _add(tar, stem + b".cls", str(labels[index]).encode())
                     done += 1
@@ -230,6 +249,17 @@ class _Writer:
         }
 
 
+def _tar(path: Path) -> tarfile.TarFile:
+    return tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape")
+
+
+def _suffix(own: bytes, data: bytes) -> bytes:
+    """A suffix by which the member is found again: its own, else that of what it holds."""
+    if own.decode("utf-8", "replace") in SUFFIXES:
+        return own
+    return (recognised(data[:HEAD]) or SUFFIXES[0]).encode()
+
+
 def _add(tar: tarfile.TarFile, name: bytes, data: bytes) -> None:
     """One member; equal images make equal tars, so nothing says who wrote them and when."""
     member = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
@@ -246,6 +276,7 @@ def _member_names(part: _Part) -> Iterator[bytes]:
     for index in part.indices.tolist():
         own = part.source.member(index)
         pieces = [p for p in own.split(b"/") if p not in (b"", b".", b"..")]
+        pieces[:-1] = [b"_" + p if is_hidden(p) else p for p in pieces[:-1]]
         here = part.prefix + b"".join(p + b"/" for p in pieces[:-1])
         if here != folder:
             folder, taken = here, set()
@@ -276,8 +307,7 @@ def _item(source: Source, index: int, side: int | None, quality: int) -> _Item:
         data = source.encoded(index)
     except OSError as error:
         raise RunFailed(
-            f"{source.describe(index)} cannot be read ({error.strerror or error}); "
-            "the pack was not finished"
+            f"{source.describe(index)} cannot be read ({reason(error)}); the pack was not finished"
         ) from error
     if side is None:
         return _Item(data)

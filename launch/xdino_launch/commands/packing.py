@@ -29,6 +29,8 @@ def pack(
     done = room.pack(
         data, out, shorter_side, quality, shards, workers, progress=counter(console, "packed")
     )
+    for notice in done.notices:
+        console.print(notice, markup=False, soft_wrap=True)
     for where, why in done.unreadable[:20]:
         console.print(f"kept as it is, unreadable: {where} ({why})", markup=False, soft_wrap=True)
     if len(done.unreadable) > 20:
