@@ -110,6 +110,8 @@ def pretrain(
                 return run.path / checkpoint.BACKBONE_FILE
             begun = distributed.from_first(run.has_state)
             learner = distributed.together(lambda: build_learner(plan, from_init=not begun))
+        for sentence in plan.source.notices():
+            listener.notice(sentence)
         if learner.kernels.why is not None:
             listener.notice(learner.kernels.why)
         facts = environment(plan.device, distributed.world_size(), config.train.seed)
