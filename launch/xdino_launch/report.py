@@ -17,11 +17,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +28,7 @@ from xdino.files import write_text
 from xdino.metrics import collapse_warning
 from xdino.run import CONFIG_FILE
 from xdino_eval import quality, results
+from xdino_eval.plotting import Figure, FigureCanvasSVG, matplotlib, quiet
 from xdino_eval.results import Row
 
 WIDEST = 1280  # pixels of a picture; larger ones are made smaller

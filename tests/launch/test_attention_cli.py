@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from xdino.backbones import BackboneSpec
@@ -27,7 +28,11 @@ def xdino(xdino):
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "xcit.safetensors"
     spec = BackboneSpec("xcit_nano_12_p8", shape=SHAPE, input_size=32, resize=32)
-    save_backbone(path, spec.build(), spec, role="teacher", iteration=7)
+    xcit = spec.build()
+    with torch.no_grad():
+        for block in xcit.cls_attn_blocks:  # an untrained one attends to all patches alike
+            block.attn.qkv.weight *= 20
+    save_backbone(path, xcit, spec, role="teacher", iteration=7)
     return path
 
 
