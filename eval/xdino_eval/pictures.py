@@ -151,9 +151,7 @@ def _title(name: str) -> str:
     return name.replace("block", "block ")
 
 
-def contact_sheet(
-    pictures: Sequence[tuple[str, np.ndarray]], path: Path, note: str = ""
-) -> None:
+def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], path: Path, note: str = "") -> None:
     """Write (title, uint8 [H, W, 3]) pictures as rows of `COLUMNS`; an untitled one is a gap.
 
     All are as large as the first; a column is as wide as the longest title needs. `note` stands
@@ -174,7 +172,9 @@ def contact_sheet(
             pen.text((left, top), title, fill="black", font=font)
             sheet.paste(_shrunk(picture, LARGE), (left, top + ROW))
     for i, line in enumerate(lines):
-        pen.text((GAP, GAP + rows * height + (i - 1) * ROW + GAP // 2), line, fill="#444444", font=font)
+        pen.text(
+            (GAP, GAP + rows * height + (i - 1) * ROW + GAP // 2), line, fill="#444444", font=font
+        )
     save(sheet, path)
 
 

@@ -28,7 +28,7 @@ from xdino.files import write_text
 from xdino.metrics import collapse_warning
 from xdino.run import CONFIG_FILE
 from xdino_eval import quality, results
-from xdino_eval.plotting import Figure, FigureCanvasSVG, matplotlib, quiet
+from xdino_eval.plotting import Figure, FigureCanvasSVG, matplotlib
 from xdino_eval.results import Row
 
 WIDEST = 1280  # pixels of a picture; larger ones are made smaller

@@ -86,7 +86,7 @@ class Refusing:
 
     def init(self, mode: str, **_: object) -> None:
         self.modes.append(mode)
-        raise Exception(f"no {mode}")  # noqa: TRY002 -- as its service's own errors are
+        raise Exception(f"no {mode}")
 
     def teardown(self) -> None:
         pass
