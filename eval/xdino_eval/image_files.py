@@ -24,6 +24,10 @@ _NO_LETTER = re.compile("[\ud800-\udfff]")  # how Python keeps a byte that is no
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
+class Unreadable(UsageError):
+    """A file that is no image, or not whole; where many are looked at, it may be left out."""
+
+
 def listed(folder: Path) -> list[Path]:
     """The image files directly in `folder`, by name; hidden ones and what is no file left out.
 
@@ -40,7 +44,7 @@ def shown_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image as it is shown, from its header alone.
 
     Raises:
-        UsageError: no file, or no image.
+        Unreadable: no file, or no image.
     """
     try:
         _regular(path)
@@ -48,20 +52,20 @@ def shown_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(0x0112, 1) in _TURNED
             return (image.height, image.width) if turned else image.size
     except DAMAGED as error:
-        raise UsageError(f"{path} cannot be read as an image: {_why(error)}") from None
+        raise Unreadable(f"{path} cannot be read as an image: {why(error)}") from None
 
 
 def read(path: Path, channels: int) -> np.ndarray:
     """uint8 [H, W, channels].
 
     Raises:
-        UsageError: no file, or no image that can be read whole.
+        Unreadable: no file, or no image that can be read whole.
     """
     try:
         _regular(path)
         return decode(path.read_bytes(), channels)
     except DAMAGED as error:
-        raise UsageError(f"{path} cannot be read as an image: {_why(error)}") from None
+        raise Unreadable(f"{path} cannot be read as an image: {why(error)}") from None
 
 
 def _regular(path: Path) -> None:
@@ -70,7 +74,8 @@ def _regular(path: Path) -> None:
         raise UnreadableImage("it is no regular file")
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
+    """What is wrong with an image, in half a sentence."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or of a kind that cannot be read"
     return reason(error)

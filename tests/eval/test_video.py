@@ -170,5 +170,5 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
         yield Path("/dev/full")
 
     monkeypatch.setattr(video, "written_beside", full)
-    with pytest.raises(RunFailed, match=r"cannot write .*a\.mp4: no space left"):
+    with pytest.raises(RunFailed, match=r"cannot write .*a\.mp4: No space left"):
         write(tmp_path / "a.mp4", frames(3, 32, 32))
