@@ -63,12 +63,10 @@ def network_input(
         )
     if transform.size < patch:
         raise UsageError(f"size must be at least a patch of {patch} pixels, got {transform.size}")
-    shown = height * width * (transform.size / min(height, width)) ** 2
-    if shown > LARGEST:
+    if height * width * transform.size**2 > LARGEST * min(height, width) ** 2:
         raise UsageError(
-            f"{width} x {height} pixels with the shorter side at {transform.size} come to "
-            f"{shown / 1e6:,.0f} million pixels, more than the limit of {LARGEST / 1e6:,.0f} "
-            "million: lower --size"
+            f"{width} x {height} pixels with the shorter side at {transform.size} come to more "
+            f"than the limit of {LARGEST / 1e6:,.0f} million pixels: lower --size"
         )
     pixels = torch.from_numpy(resize_shorter(image, transform.size).copy())
     inputs = transform.normalise(pixels[None].to(device_of(backbone)))  # [1, C, H', W']

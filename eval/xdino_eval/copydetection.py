@@ -32,6 +32,7 @@ from xdino.errors import UsageError
 from xdino.sources import SUFFIXES, FileSource
 from xdino_eval import image_files
 from xdino_eval.accuracy import average_precision
+from xdino_eval.attention import LARGEST
 from xdino_eval.descriptors import GEM, Describer, class_and_gem
 from xdino_eval.features import Progress
 from xdino_eval.image_files import printable
@@ -161,6 +162,11 @@ def evaluate(
         UsageError: a folder without images; no patch tokens in this backbone.
         RunFailed: an image cannot be read.
     """
+    if size**2 > LARGEST:
+        raise UsageError(
+            f"{size} x {size} pixels are more than the limit of {LARGEST / 1e6:,.0f} million: "
+            "lower --size"
+        )
     start = time.monotonic()
     judged = cast(Judged, backbone)
     others = {name: image_names(path) if path else [] for name, path in

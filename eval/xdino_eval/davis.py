@@ -358,7 +358,7 @@ def propagate(
     for rows in torch.arange(N, device=target.device).split(max(1, LARGEST // (M * N))):
         affinity = (target[rows] @ sources.T / how.temperature).exp()  # [rows, M N]
         if how.radius:
-            affinity *= neighbours(rows, grid, how.radius).repeat(1, M)
+            affinity *= neighbours(rows, grid, min(how.radius, max(grid))).repeat(1, M)
         last = affinity.topk(min(how.topk, M * N), dim=1).values[:, -1:]
         affinity[affinity < last] = 0
         affinity /= affinity.sum(1, keepdim=True)
@@ -430,7 +430,7 @@ def segment(
     first = tokens(video.frames[0])
     h, w = first.shape[:2]
     given = first.flatten(0, 1), one_hot(mask, (h, w)).flatten(0, 1).to(device)
-    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=how.context)
+    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=min(how.context, len(video.frames)))
     for path in video.frames[1:]:
         target = tokens(path).flatten(0, 1)
         sources, labels = zip(given, *before, strict=True)
@@ -474,7 +474,7 @@ def evaluate(
     """
     how = how or Propagation()
     patch = patch_side(backbone)  # before anything is read
-    _refuse_overwriting(out, videos)
+    _check(out, videos, side, patch)
     start = time.monotonic()
     scores: list[ObjectScore] = []
     notes = _told(videos, side, patch)
@@ -547,7 +547,16 @@ def _told(videos: list[Video], side: int, patch: int) -> list[str]:
     return notes
 
 
-def _refuse_overwriting(out: Path, videos: list[Video]) -> None:
+def _check(out: Path, videos: list[Video], side: int, patch: int) -> None:
+    """Refuse frames that are larger than memory holds, and to write over the data set."""
+    for video in videos:
+        size = image_files.shown_size(video.frames[0])
+        height, width = frame_size(size[1], size[0], side, patch)
+        if height * width > LARGEST:
+            raise UsageError(
+                f"the frames of {video.name} with a shorter side of {side} pixels come to more than "
+                f"the limit of {LARGEST / 1e6:,.0f} million pixels: lower --size"
+            )
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out needs a folder, and {out} is a file")
     for video in videos:

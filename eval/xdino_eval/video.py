@@ -178,8 +178,8 @@ class Writer:
         self._av = _av()
         self._tick = tick
         self._rate = Fraction(fps).limit_denominator(100_000)
-        if self._rate <= 0:
-            raise UsageError(f"fps must be above 0, got {fps}")
+        if not 0 < self._rate <= FASTEST:
+            raise UsageError(f"fps must be above 0 and at most {FASTEST}, got {fps}")
         self._stack = contextlib.ExitStack()
         self._stream: Any = None
         self._count = 0
