@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
 from xdino_eval import attending
 from xdino_eval.attending import Lattice
 from xdino_eval.features import device_of, evaluating
 from xdino_eval.transform import EvalTransform, resize_shorter
 
 MASS = 0.6  # of the attention inside a mask, as published
+LARGEST = 2**26  # pixels that are shown to a network at once
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def network_input(
     = the backbone's input size), less what fills no patch of a vision transformer.
 
     Raises:
-        UsageError: an image, or a `size`, that is smaller than a patch; a backbone without patches.
+        UsageError: an image, or a `size`, that is smaller than a patch, or a `size` that makes it
+            larger than memory holds; a backbone without patches.
     """
     patch = attending.patch_size(backbone)
     transform = EvalTransform.of(backbone, size)  # type: ignore[arg-type]
@@ -61,6 +63,11 @@ def network_input(
         )
     if transform.size < patch:
         raise UsageError(f"size must be at least a patch of {patch} pixels, got {transform.size}")
+    if height * width * transform.size**2 > LARGEST * min(height, width) ** 2:
+        raise UsageError(
+            f"{width} x {height} pixels with the shorter side at {transform.size} come to more "
+            f"than the limit of {LARGEST / 1e6:,.0f} million pixels: lower --size"
+        )
     pixels = torch.from_numpy(resize_shorter(image, transform.size).copy())
     inputs = transform.normalise(pixels[None].to(device_of(backbone)))  # [1, C, H', W']
     lattice = attending.lattice(backbone, *inputs.shape[2:])
@@ -86,6 +93,7 @@ def class_attention_maps(
     Raises:
         UsageError: the backbone has no class attention, or not that layer; the image is smaller
             than a patch.
+        RunFailed: a weight is not finite.
     """
     inputs, lattice = network_input(backbone, image, size)
     with evaluating(backbone), torch.inference_mode():
@@ -93,6 +101,9 @@ def class_attention_maps(
     h, w = attending.grid(backbone, inputs.shape[2], inputs.shape[3])
     kind = attending.layer_kind(backbone)
     numbers = sorted(found)
+    for i in numbers:
+        if not found[i].isfinite().all():
+            raise RunFailed(f"the attention of {kind} {i} is not finite: the weights are damaged")
     return Maps(
         tuple(found[i][0].reshape(-1, h, w).cpu().numpy() for i in numbers),
         tuple(f"{kind}{i}" for i in numbers),
@@ -148,10 +159,14 @@ def mask(
 ) -> np.ndarray:
     """bool [height, width]: `mass_threshold` at the image's own resolution, by nearest patch.
 
+    Nothing where no patch has any attention: the class token may have kept all of it.
+
     Args:
         attention: float [h, w] of one head, or their mean.
         height, width: of the image in pixels.
     """
+    if not attention.any():
+        return np.zeros((height, width), dtype=bool)
     keep = mass_threshold(attention, mass)
     h, w = keep.shape
     rows, columns, seen = patch_of_pixel(lattice, h, w, height, width)

@@ -30,9 +30,12 @@ from torch.nn import functional as F
 
 from xdino.errors import UsageError
 from xdino.sources import SUFFIXES, FileSource
+from xdino_eval import image_files
 from xdino_eval.accuracy import average_precision
+from xdino_eval.attention import LARGEST
 from xdino_eval.descriptors import GEM, Describer, class_and_gem
 from xdino_eval.features import Progress
+from xdino_eval.image_files import printable
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform, Judged, resample
 
@@ -68,13 +71,7 @@ def image_names(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
-    names = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_file()
-        and entry.name.lower().endswith(SUFFIXES)
-        and not entry.name.startswith(".")
-    )
+    names = [path.name for path in image_files.listed(folder)]
     if not names:
         raise UsageError(f"{folder} holds no image with the suffix {' '.join(SUFFIXES)}")
     return names
@@ -121,6 +118,8 @@ class Whitening:
         """
         x = features.double()
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        if not values.max() > 0:
+            raise UsageError("descriptors that are all zero have no whitening")
         values = values.clamp(min=float(values.max()) * SMALLEST_EIGENVALUE)
         # Largest first: the order changes no similarity, and makes the rows readable.
         matrix = (vectors / values.sqrt()).T.flip(0)
@@ -163,6 +162,11 @@ def evaluate(
         UsageError: a folder without images; no patch tokens in this backbone.
         RunFailed: an image cannot be read.
     """
+    if size**2 > LARGEST:
+        raise UsageError(
+            f"{size} x {size} pixels are more than the limit of {LARGEST / 1e6:,.0f} million: "
+            "lower --size"
+        )
     start = time.monotonic()
     judged = cast(Judged, backbone)
     others = {name: image_names(path) if path else [] for name, path in
@@ -208,7 +212,7 @@ def evaluate(
         },
         top1=None,
         top5=None,
-        data=str(copydays.folder),
+        data=printable(copydays.folder),
         transform=f"{size} x {size} (PIL bicubic), mean ({mean}), std ({std}), {precision}",
         train_size=len(database),
         val_size=sum(len(found) for found in queries.values()),

@@ -8,9 +8,14 @@ published `eval_video_segmentation.py`).
 The folder, as DAVIS-2017 (480p, semi-supervised) is distributed:
 
     FOLDER/ImageSets/2017/val.txt                    names of videos, one a line
-    FOLDER/JPEGImages/480p/VIDEO/00000.jpg ...       frames, all of one size
-    FOLDER/Annotations/480p/VIDEO/00000.png ...      palette masks of the frames' size; the first is
-                                                     needed, the others are scored against
+    FOLDER/JPEGImages/480p/VIDEO/00000.jpg ...       frames, all of one size; any image format
+    FOLDER/Annotations/480p/VIDEO/00000.png ...      masks of the frames' size; the first is needed,
+                                                     the others are scored against
+
+Masks are palette or grey images whose value is the label, 0 background and 255 void. Those that were
+drawn by other means say their objects as the first of a video does (`Labels`): 255 is an object where
+nothing else is drawn, grey levels with gaps between them and colours are numbered. Objects that the
+first frame does not show are neither followed nor scored, as in the official measure, and named.
 
 Letters: M context frames, N patches of a frame, D width, K labels with the background, (h, w) patch
 grid, H x W pixels, C channels.
@@ -20,7 +25,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -31,11 +37,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xdino.backbones import IMAGENET_STD
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, asked
 from xdino.files import written_beside
-from xdino.images import UnreadableImage, decode
+from xdino_eval import image_files
 from xdino_eval.davis_scores import VOID, ObjectScore, score_video, summary
 from xdino_eval.features import Progress, autocast, device_of, evaluating
+from xdino_eval.image_files import DAMAGED, printable
 from xdino_eval.results import Row
 from xdino_eval.tokens import class_and_patches, patch_side
 from xdino_eval.transform import EvalTransform, Judged
@@ -44,6 +51,8 @@ from xdino_eval.transform import EvalTransform, Judged
 PUBLISHED_STD = (0.228, 0.224, 0.225)
 MULTIPLE = 64  # the longer side of a frame is rounded down to
 LARGEST = 2**26  # affinities that are held at a time
+LATER = 254  # the label of what the first frame of drawn masks does not show
+MOST_OBJECTS = 100  # of a video whose masks are drawn; more are smoothed edges
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,30 @@ class Propagation:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What the pixels of a video's masks mean: values (of colours: `_values`) -> labels. None: a
+    value is its label."""
+
+    numbers: dict[int, int] | None = None
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """int64 [H, W] -> uint8 [H, W]; `LATER` for what the first frame does not show."""
+        if self.numbers is None:
+            return values.astype(np.uint8)
+        codes = np.array(sorted(self.numbers))
+        labels = np.array([self.numbers[code] for code in codes.tolist()], np.uint8)
+        place = np.searchsorted(codes, values).clip(max=len(codes) - 1)
+        return np.where(codes[place] == values, labels[place], LATER).astype(np.uint8)
+
+
+@dataclass(frozen=True)
 class Video:
     """frames: the files in order. masks: one for each frame, or the first frame's alone."""
 
     name: str
     frames: tuple[Path, ...]
     masks: tuple[Path, ...]
+    labels: Labels = field(default_factory=Labels)
 
     @property
     def scored(self) -> bool:
@@ -90,7 +117,10 @@ def open_davis(folder: Path | str, split: str = "val") -> list[Video]:
                 f"{path} is missing: a DAVIS-2017 folder holds ImageSets/2017/{split}.txt, "
                 "JPEGImages/480p/VIDEO/*.jpg and Annotations/480p/VIDEO/*.png"
             )
-    names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+    with asked(f"{listed} cannot be read"):
+        # A name in no encoding is a name all the same.
+        told = listed.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    names = [line.strip() for line in told.splitlines() if line.strip()]
     if not names:
         raise UsageError(f"{listed} names no video")
     return [_open_video(folder, name, listed) for name in names]
@@ -99,53 +129,115 @@ def open_davis(folder: Path | str, split: str = "val") -> list[Video]:
 def _open_video(folder: Path, name: str, listed: Path) -> Video:
     if Path(name).name != name or name == "..":
         raise UsageError(f'{listed} names "{name}", which is no name of a video')
-    frames = _files(folder / "JPEGImages" / "480p" / name, ".jpg")
+    place = folder / "JPEGImages" / "480p" / name
+    if not place.is_dir():
+        raise UsageError(f"there is no folder {place}")
+    frames = image_files.listed(place)
     if not frames:
-        raise UsageError(f"{folder / 'JPEGImages' / '480p' / name} holds no frame (*.jpg)")
-    places = [folder / "Annotations" / "480p" / name / f"{frame.stem}.png" for frame in frames]
-    if not places[0].is_file():
-        raise UsageError(f"{places[0]}, the mask of the first frame of {name}, is missing")
-    whole = all(place.is_file() for place in places)
-    video = Video(name, tuple(frames), tuple(places if whole else places[:1]))
-    size = _size(frames[0])
-    for path in (*video.frames, *video.masks):
-        if _size(path) != size:
-            what = "mask" if path.suffix == ".png" else "frame"
+        raise UsageError(f"{place} holds no frame (*.jpg)")
+    for one, two in pairwise(sorted(frames, key=lambda path: path.stem)):
+        if one.stem == two.stem:
+            raise UsageError(f"{one} and {two.name} are two frames of one name")
+    masks = _masks(folder / "Annotations" / "480p" / name, frames)
+    size = image_files.shown_size(frames[0])
+    for path in (*frames, *masks):
+        if image_files.shown_size(path) != size:
+            found = " x ".join(map(str, image_files.shown_size(path)))
+            what = "mask" if path in masks else "frame"
             raise UsageError(
-                f"the {what} {path} has {' x '.join(map(str, _size(path)))} pixels, and the first "
-                f"frame of {name} {size[0]} x {size[1]}"
+                f"the {what} {path} has {found} pixels, and the first frame of {name} "
+                f"{size[0]} x {size[1]}"
             )
-    return video
+    kinds = {path: _kind(path) for path in masks}
+    for path, kind in kinds.items():
+        if kind != kinds[masks[0]]:
+            raise UsageError(
+                f"{path} is a {kind} image and the first mask of {name} a {kinds[masks[0]]} image"
+            )
+    return Video(name, tuple(frames), masks, labels_of(masks[0]))
 
 
-def _files(folder: Path, suffix: str) -> list[Path]:
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}")
-    return sorted(Path(e.path) for e in os.scandir(folder) if e.name.endswith(suffix))
+def _masks(folder: Path, frames: list[Path]) -> tuple[Path, ...]:
+    """The mask of each frame, or of the first alone where one is missing."""
+    found = {path.stem: path for path in image_files.listed(folder)} if folder.is_dir() else {}
+    masks = {stem: path for stem, path in found.items() if path.suffix.lower() == ".png"}
+    if frames[0].stem not in masks:
+        first = folder / f"{frames[0].stem}.png"
+        raise UsageError(f"{first}, the mask of the first frame of {folder.name}, is missing")
+    whole = all(frame.stem in masks for frame in frames)
+    return tuple(masks[frame.stem] for frame in (frames if whole else frames[:1]))
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """(width, height) from a file's header."""
+KINDS = {
+    "P": "palette", "L": "grey", "1": "grey", "LA": "grey", "I": "grey", "I;16": "grey",
+    "I;16B": "grey", "RGB": "colour", "RGBA": "colour",
+}  # fmt: skip
+
+
+def _kind(path: Path) -> str:
+    """Whether a mask is a palette, grey or colour image, by its header."""
     try:
         with Image.open(path) as image:
-            if path.suffix == ".png" and image.mode not in ("P", "L", "1"):
-                raise UsageError(f"{path} is no mask of labels: its pixels are {image.mode}")
-            return image.size
-    except (OSError, SyntaxError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+            mode = image.mode
+    except DAMAGED as error:
+        raise UsageError(f"{path} cannot be read as a mask: {image_files.why(error)}") from None
+    if mode not in KINDS:
+        raise UsageError(f"{path} is no mask of labels: its pixels are {mode}")
+    return KINDS[mode]
 
 
-def read_mask(path: Path) -> np.ndarray:
+def labels_of(path: Path) -> Labels:
+    """What the pixels of a video's masks mean, by its first.
+
+    Raises:
+        UsageError: unreadable, or more grey levels or colours than there are objects.
+    """
+    objects = np.unique(_values(path, UsageError))
+    objects = objects[objects > 0].tolist()
+    kind, palette = _kind(path), _pascal_numbers()
+    if kind == "colour" and palette.keys() >= set(objects):
+        return Labels(palette)  # a palette mask that was saved in its colours
+    labels = [value for value in objects if value != VOID]
+    # Gaps in a palette mask are as distributed: objects that come later.
+    numbered = kind == "palette" or labels == [*range(1, len(labels) + 1)]
+    numbered &= objects != [VOID] and max(labels, default=0) <= MOST_OBJECTS
+    if kind != "colour" and numbered:
+        return Labels()
+    if len(objects) > MOST_OBJECTS:
+        raise UsageError(
+            f"{path} is no mask of labels: it holds {len(objects):,} colours or grey levels, and "
+            "each stands for an object; are its edges smoothed?"
+        )
+    return Labels({0: 0, **{value: label for label, value in enumerate(objects, 1)}})
+
+
+def _pascal_numbers() -> dict[int, int]:
+    red, green, blue = (pascal_palette()[channel::3] for channel in range(3))
+    colours = zip(red, green, blue, strict=True)
+    return {(r << 16) + (g << 8) + b: label for label, (r, g, b) in enumerate(colours)}
+
+
+def _values(path: Path, failure: type[UsageError | RunFailed] = RunFailed) -> np.ndarray:
+    """int64 [H, W]: palette indices, grey levels, or 65536 red + 256 green + blue."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image).astype(np.int64)
+    except DAMAGED as error:
+        raise failure(f"{path} cannot be read as a mask: {image_files.why(error)}") from None
+    if values.ndim == 2:
+        return values
+    if values.shape[2] == 2:  # grey and transparency
+        return values[..., 0]
+    return (values[..., 0] << 16) + (values[..., 1] << 8) + values[..., 2]
+
+
+def read_mask(path: Path, labels: Labels = Labels()) -> np.ndarray:
     """Labels, uint8 [H, W].
 
     Raises:
         RunFailed: the file is damaged.
     """
-    try:
-        with Image.open(path) as image:
-            return np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError) as error:
-        raise RunFailed(f"{path} cannot be read: {error}") from None
+    return labels.of(_values(path))
 
 
 def read_frame(path: Path, channels: int) -> np.ndarray:
@@ -155,15 +247,18 @@ def read_frame(path: Path, channels: int) -> np.ndarray:
         RunFailed: the file is damaged.
     """
     try:
-        return decode(path.read_bytes(), channels)
-    except (UnreadableImage, OSError) as error:
-        raise RunFailed(f"{path} cannot be read: {error}") from None
+        return image_files.read(path, channels)
+    except UsageError as error:
+        raise RunFailed(str(error)) from None
 
 
 def palette_of(path: Path) -> list[int]:
     """The colours of a mask's labels, for masks that are written beside it; PASCAL's if it has none."""
-    with Image.open(path) as image:
-        colours = image.getpalette()
+    try:
+        with Image.open(path) as image:
+            colours = image.getpalette()
+    except DAMAGED as error:
+        raise RunFailed(f"{path} cannot be read as a mask: {image_files.why(error)}") from None
     return colours or pascal_palette()
 
 
@@ -188,12 +283,19 @@ def write_mask(path: Path, labels: np.ndarray, palette: list[int]) -> None:
 # --- frames -----------------------------------------------------------------------------------
 
 
-def frame_size(height: int, width: int, side: int = 480) -> tuple[int, int]:
+def frame_size(height: int, width: int, side: int = 480, patch: int = 1) -> tuple[int, int]:
     """(height, width) that a frame is shown at: the shorter side at `side`, the longer rounded
-    down to a multiple of 64; a square loses in width."""
-    if height > width:
-        return side * height // width // MULTIPLE * MULTIPLE, side
-    return side, side * width // height // MULTIPLE * MULTIPLE
+    down to a multiple of 64; a square loses in width. Both are multiples of the patch (`whole`): a
+    patch that lies in the frame by a part would lend its label to the part beyond."""
+    side = whole(side, patch)
+    longer = side * max(height, width) // min(height, width) // MULTIPLE * MULTIPLE
+    longer = max(longer // patch * patch, patch)
+    return (longer, side) if height > width else (side, longer)
+
+
+def whole(side: int, patch: int) -> int:
+    """The multiple of the patch nearest to `side`, one at least."""
+    return max((side + patch // 2) // patch, 1) * patch
 
 
 def resize_linear(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -256,7 +358,7 @@ def propagate(
     for rows in torch.arange(N, device=target.device).split(max(1, LARGEST // (M * N))):
         affinity = (target[rows] @ sources.T / how.temperature).exp()  # [rows, M N]
         if how.radius:
-            affinity *= neighbours(rows, grid, how.radius).repeat(1, M)
+            affinity *= neighbours(rows, grid, min(how.radius, max(grid))).repeat(1, M)
         last = affinity.topk(min(how.topk, M * N), dim=1).values[:, -1:]
         affinity[affinity < last] = 0
         affinity /= affinity.sum(1, keepdim=True)
@@ -310,12 +412,12 @@ def segment(
     """
     device, patch = device_of(backbone), patch_side(backbone)
     transform = transform_of(backbone)
-    mask = read_mask(video.masks[0])
+    mask = read_mask(video.masks[0], video.labels)
     height, width = mask.shape
 
     def tokens(path: Path) -> Tensor:  # [h, w, D]
         image = resize_linear(
-            read_frame(path, len(transform.mean)), *frame_size(height, width, side)
+            read_frame(path, len(transform.mean)), *frame_size(height, width, side, patch)
         )
         pixels = torch.from_numpy(image)[None].to(device)
         with autocast(device, precision):
@@ -328,7 +430,7 @@ def segment(
     first = tokens(video.frames[0])
     h, w = first.shape[:2]
     given = first.flatten(0, 1), one_hot(mask, (h, w)).flatten(0, 1).to(device)
-    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=how.context)
+    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=min(how.context, len(video.frames)))
     for path in video.frames[1:]:
         target = tokens(path).flatten(0, 1)
         sources, labels = zip(given, *before, strict=True)
@@ -367,13 +469,15 @@ def evaluate(
         folder: the data set's, for the row. out: folder for the masks.
 
     Raises:
-        UsageError: the backbone has no patch tokens.
+        UsageError: the backbone has no patch tokens, or `out` would write over the data set.
         RunFailed: a file is damaged, or a mask cannot be written.
     """
     how = how or Propagation()
-    patch_side(backbone)  # before anything is read
+    patch = patch_side(backbone)  # before anything is read
+    _check(out, videos, side, patch)
     start = time.monotonic()
     scores: list[ObjectScore] = []
+    notes = _told(videos, side, patch)
     total, done = sum(len(video.frames) for video in videos), 0
     with evaluating(backbone), torch.inference_mode():
         for video in videos:
@@ -381,29 +485,33 @@ def evaluate(
             for path, labels in zip(
                 video.frames, segment(backbone, video, how, side, precision), strict=True
             ):
-                try:
-                    write_mask(out / video.name / f"{path.stem}.png", labels, palette)
-                except OSError as error:
-                    raise RunFailed(f"cannot write the masks of {video.name}: {error}") from None
+                write_mask(out / video.name / f"{path.stem}.png", labels, palette)
                 found.append(labels)
                 done += 1
                 if progress:
                     progress(done, total)
             if video.scored:
-                truth = np.stack([read_mask(path) for path in video.masks])
+                truth = np.stack([read_mask(path, video.labels) for path in video.masks])
                 scores += score_video(truth, np.stack(found))
+                late = set(np.unique(truth)) - {*range(highest(truth[0]) + 1), VOID}
+                if late:
+                    notes.append(
+                        f"{printable(video.name)} shows objects after its first frame that are "
+                        "neither followed nor scored"
+                    )
     unscored = [video.name for video in videos if not video.scored]
     transform = transform_of(backbone)
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (transform.mean, transform.std))
-    notes = [
-        "not scored (fewer than three frames, or not all annotated): " + ", ".join(unscored)
-    ] if unscored else []  # fmt: skip
+    if unscored:
+        named = printable(", ".join(unscored))
+        notes.append(f"not scored (fewer than three frames, or not all annotated): {named}")
+    side = whole(side, patch)
     return Row(
         protocol="video segmentation",
         settings={**vars(how), "size": side, "objects": len(scores)},
         top1=None,
         top5=None,
-        data=str(folder),
+        data=printable(folder),
         transform=f"shorter side {side}, longer a multiple of {MULTIPLE} (bilinear), "
         f"mean ({mean}), std ({std}), {precision}",
         train_size=0,
@@ -412,3 +520,47 @@ def evaluate(
         notes=notes,
         metrics=summary(scores) if scores else {},
     )
+
+
+def highest(mask: np.ndarray) -> int:
+    """The highest label of an object in uint8 [H, W]; 0 without any."""
+    return int(np.where(mask == VOID, 0, mask).max())
+
+
+def _told(videos: list[Video], side: int, patch: int) -> list[str]:
+    """What a reader of the numbers should know before they are believed."""
+    notes = []
+    if whole(side, patch) != side:
+        notes.append(
+            f"frames were shown with a shorter side of {whole(side, patch)} pixels instead of "
+            f"{side}: a multiple of the patch of {patch}"
+        )
+    drawn = [video.name for video in videos if video.labels.numbers is not None]
+    if drawn:
+        notes.append(
+            "masks that are drawn, not labelled (grey levels or colours stand for objects): "
+            + printable(", ".join(drawn))
+        )
+    empty = [v.name for v in videos if not highest(read_mask(v.masks[0], v.labels))]
+    if empty:
+        notes.append("no object in the first mask of: " + printable(", ".join(empty)))
+    return notes
+
+
+def _check(out: Path, videos: list[Video], side: int, patch: int) -> None:
+    """Refuse frames that are larger than memory holds, and to write over the data set."""
+    for video in videos:
+        size = image_files.shown_size(video.frames[0])
+        height, width = frame_size(size[1], size[0], side, patch)
+        if height * width > LARGEST:
+            raise UsageError(
+                f"the frames of {video.name} with a shorter side of {side} pixels come to more than "
+                f"the limit of {LARGEST / 1e6:,.0f} million pixels: lower --size"
+            )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out needs a folder, and {out} is a file")
+    for video in videos:
+        place = os.path.realpath(out / video.name)
+        for path in (video.frames[0], video.masks[0]):
+            if os.path.realpath(path.parent) == place:
+                raise UsageError(f"the masks would be written over {path.parent}: another --out")

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from xdino.data import Source
 from xdino.errors import UsageError, world
 from xdino.files import write_text, written_beside
 from xdino_eval.features import Features
+from xdino_eval.image_files import printable
 from xdino_eval.knn import normalise
+from xdino_eval.pictures import DRAWN
+from xdino_eval.plotting import Axes, Figure, FigureCanvasAgg, Rectangle, quiet
 from xdino_eval.search import EXACT, How, read, searcher, unpack, without
 from xdino_eval.transform import resize_shorter
 
@@ -136,12 +135,13 @@ def write(
     written = [folder / SHEET.format(number) for number in range(1, len(pages) + 1)]
     with world(f"write neighbour sheets to {folder}"):
         for path, page in zip(written, pages, strict=True):
-            with written_beside(path) as beside:
-                FigureCanvasAgg(sheet(page, bank_source, query_source)).print_png(str(beside))
+            with written_beside(path) as beside, quiet():
+                canvas = FigureCanvasAgg(sheet(page, bank_source, query_source))
+                canvas.print_png(str(beside), metadata=DRAWN)
         for old in set(folder.glob("neighbours-[0-9][0-9][0-9]-sheet.png")) - set(written):
             old.unlink()
         told = {**facts, "queries": [asdict(query) for query in found]}
-        write_text(folder / FILE, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / FILE, printable(json.dumps(told, indent=2, ensure_ascii=False)) + "\n")
     return [*written, folder / FILE]
 
 
@@ -171,6 +171,7 @@ def _show(
     small = image if min(image.shape[:2]) <= SIDE else resize_shorter(image, SIDE)
     rgb = small if small.shape[2] == 3 else np.repeat(small[..., :1], 3, axis=2)
     axes.imshow(rgb, interpolation="nearest")
+    title = printable(title)
     shown = title if len(title) <= 22 else f"{title[:21]}…"
     # "$" would begin a formula
     axes.set_title(shown, fontsize=7, fontweight=weight, color=colour, parse_math=False)

@@ -1,26 +1,33 @@
 """Pictures of attention, of principal components and of channel matrices; contact sheets.
 
-Nothing is computed here that is scored: maps are stretched smoothly and coloured by their own
-range, for the eye.
+Nothing is computed here that is scored: maps are stretched smoothly and coloured, for the eye.
+Colours run from weight 0 to the map's 99th percentile, but never to less than `LEAST_TOP` times the
+weight that each patch has when all have the same (the map's mean). So what is nearly flat looks
+flat: attention that says nothing must not be drawn as vivid structure. Sheets say the upper end.
+
+Every PNG says that it was drawn here (`drawn_here`), so that no command takes its own pictures for
+photographs.
 
 Letters: H x W pixels, h x w patches, d channels of a head.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch.nn import functional as F
 
+from xdino.errors import world
+from xdino_eval import plotting
 from xdino_eval.attending import Lattice
 from xdino_eval.attention import MASS, Maps, mask
+from xdino_eval.image_files import DAMAGED, printable
+from xdino_eval.plotting import Figure, FigureCanvasAgg, matplotlib
 
 COLOURS = matplotlib.colormaps["inferno"]
 COLUMNS = 4
@@ -28,6 +35,8 @@ BLANK = np.full((1, 1, 3), 255, dtype=np.uint8)
 LARGE, TILE = 320, 176  # pixels, the longer side of a picture on an image's and a folder's sheet
 ROW, GAP = 18, 12  # pixels of a line of text, and between pictures
 PAGE = 60  # images on a page of a folder's sheet
+LEAST_TOP = 3.0  # times the uniform weight, at the bright end of a map's colours at least
+DRAWN = {"Software": "xdino"}  # in the header of every picture from here
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ def view(
 ) -> View:
     """Draw one map, float [h, w], over uint8 [H, W, 3]; `limits` are its colours' ends."""
     height, width = photograph.shape[:2]
+    limits = limits or limits_of(attention)
     wide = stretch(attention, lattice, height, width)
     return View(
         colour(wide, limits),
@@ -92,39 +102,46 @@ def draw(
         The files written.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     photograph = as_rgb(image)
     sheet: list[tuple[str, np.ndarray]] = []
     written: list[Path] = []
 
-    def save(name: str, picture: np.ndarray) -> None:
+    def put(name: str, picture: np.ndarray) -> None:
         written.append(out_dir / f"{stem}-{name}.png")
-        Image.fromarray(picture).save(written[-1])
+        save(Image.fromarray(picture), written[-1])
 
     for i, heads in enumerate(maps.layers):
         name = maps.name(i)
         tiles = []
         for number, attention in enumerate(heads, 1) if head is None else ():
             one = view(attention, photograph, maps.lattice, mass)
-            save(f"{name}-head{number}", one.heat)
-            save(f"{name}-head{number}-mask", black_white(one.mask))
-            tiles.append((f"head {number}", one.heat))
-        main = view(one_map(heads, head), photograph, maps.lattice, mass)
+            put(f"{name}-head{number}", one.heat)
+            put(f"{name}-head{number}-mask", black_white(one.mask))
+            tiles.append((f"head {number}, to {times_uniform(attention):.1f}x", one.heat))
+        mean = one_map(heads, head)
+        main = view(mean, photograph, maps.lattice, mass)
         prefix, what = ("", "mean of heads") if head is None else (f"head{head}-", f"head {head}")
-        save(f"{name}-{prefix or 'mean'}".rstrip("-"), main.heat)
-        save(f"{name}-{prefix}overlay", main.overlay)
-        save(f"{name}-{prefix}mask", black_white(main.mask))
+        put(f"{name}-{prefix or 'mean'}".rstrip("-"), main.heat)
+        put(f"{name}-{prefix}overlay", main.overlay)
+        put(f"{name}-{prefix}mask", black_white(main.mask))
         sheet += [
             ("image", photograph),
-            (f"{_title(name)}: {what}", main.heat),
+            (f"{_title(name)}: {what}, to {times_uniform(mean):.1f}x", main.heat),
             (f"{what}, laid over", main.overlay),
             (f"{mass:.0%} of its mass", dimmed(photograph, main.mask)),
             *tiles,
             *[("", BLANK)] * (-len(tiles) % COLUMNS),
         ]
     path = out_dir / f"{stem}-sheet.png"
-    contact_sheet(sheet, path)
+    contact_sheet(sheet, path, SCALE)
     return [path, *written]
+
+
+SCALE = (
+    "Colours: from weight 0 (black) to the number behind a title, in multiples of the uniform "
+    f"weight that all patches would share alike (bright). It is at least {LEAST_TOP:g}, so that a "
+    "map that is nearly flat looks flat."
+)
 
 
 def _title(name: str) -> str:
@@ -134,23 +151,54 @@ def _title(name: str) -> str:
     return name.replace("block", "block ")
 
 
-def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
+def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], path: Path, note: str = "") -> None:
     """Write (title, uint8 [H, W, 3]) pictures as rows of `COLUMNS`; an untitled one is a gap.
 
-    All are as large as the first.
+    All are as large as the first; a column is as wide as the longest title needs. `note` stands
+    below.
     """
     first = _shrunk(pictures[0][1], LARGE)
-    width, height = first.width + GAP, first.height + 2 * ROW
-    rows = math.ceil(len(pictures) / COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
+    titles = max(math.ceil(font.getlength(title)) for title, _ in pictures)
+    width, height = max(first.width, titles) + GAP, first.height + 2 * ROW
+    rows = math.ceil(len(pictures) / COLUMNS)
+    lines = _lines(note, lambda line: font.getlength(line) > COLUMNS * width - GAP)
+    size = (COLUMNS * width + GAP, rows * height + GAP + len(lines) * ROW)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
     for i, (title, picture) in enumerate(pictures):
         if title:
             left, top = GAP + i % COLUMNS * width, GAP + i // COLUMNS * height
             pen.text((left, top), title, fill="black", font=font)
             sheet.paste(_shrunk(picture, LARGE), (left, top + ROW))
-    sheet.save(path)
+    for i, line in enumerate(lines):
+        pen.text(
+            (GAP, GAP + rows * height + (i - 1) * ROW + GAP // 2), line, fill="#444444", font=font
+        )
+    save(sheet, path)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that says it was drawn here; its folder is made.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    header = PngImagePlugin.PngInfo()
+    for name, value in DRAWN.items():
+        header.add_text(name, value)
+    with world(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, "PNG", pnginfo=header)
+
+
+def drawn_here(path: Path) -> bool:
+    """Whether a file is a picture that was drawn here, by its header."""
+    if path.suffix.lower() != ".png" or not path.is_file():
+        return False
+    with contextlib.suppress(*DAMAGED), Image.open(path, formats=["PNG"]) as image:
+        return all(image.info.get(name) == value for name, value in DRAWN.items())
+    return False
 
 
 def folder_sheets(
@@ -169,7 +217,7 @@ def folder_sheets(
         nonlocal pages
         pages += 1
         path = out_dir / (f"{stem}.png" if pages == 1 else f"{stem}-{pages}.png")
-        _page(cells).save(path)
+        save(_page(cells), path)
         cells.clear()
         return path
 
@@ -187,7 +235,7 @@ def _cell(name: str, pictures: Sequence[np.ndarray]) -> Image.Image:
     cell = Image.new("RGB", (len(small) * (TILE + 4), TILE + ROW), "white")
     for i, tile in enumerate(small):
         cell.paste(tile, (i * (TILE + 4) + (TILE - tile.width) // 2, (TILE - tile.height) // 2))
-    pen = ImageDraw.Draw(cell)
+    pen, name = ImageDraw.Draw(cell), printable(name)
     while len(name) > 4 and pen.textlength(name) > cell.width:
         name = "..." + name[4:]  # the end of a path tells images apart
     pen.text((0, TILE + 3), name, fill="black")
@@ -220,7 +268,6 @@ def draw_channels(matrices: Sequence[np.ndarray], out_dir: Path | str, stem: str
         The files written, the sheet of all blocks first.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     top = max(float(np.quantile(block, 0.999)) for block in matrices)
     written = [out_dir / f"{stem}-xca-sheet.png"]
     _channel_figure(matrices, range(1, len(matrices) + 1), top, written[0])
@@ -258,16 +305,21 @@ def _channel_figure(
             if column == 0:
                 axes.set_ylabel(f"block {number}\nquery channel", fontsize=8)
     figure.colorbar(shown, ax=list(grid.flat), label="attention weight", shrink=min(1, 3 / rows))
-    figure.suptitle("\n".join(_lines(NOTE, int(size[0] * 14))), fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)
+    lines = _lines(NOTE, lambda line: len(line) > size[0] * 14)
+    figure.suptitle("\n".join(lines), fontsize=8)
+    with world(f"write {path}"), plotting.quiet():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FigureCanvasAgg(figure).print_png(path, metadata=DRAWN)
 
 
-def _lines(words: str, length: int) -> list[str]:
-    lines = [""]
+def _lines(words: str, too_long: Callable[[str], bool]) -> list[str]:
+    lines: list[str] = []
     for word in words.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= length:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and not too_long(longer):
+            lines[-1] = longer
+        else:
+            lines.append(word)
     return lines
 
 
@@ -313,12 +365,22 @@ def stretch(
 
 
 def limits_of(attention: np.ndarray) -> tuple[float, float]:
-    """The ends of a map's colours: one patch must not blacken the rest, so a hundredth is cut off."""
-    return float(attention.min()), float(np.quantile(attention, 0.99))
+    """The ends of a map's colours, see the module: float [h, w] -> (0, the bright end).
+
+    One patch must not blacken the rest, so a hundredth is cut off; and what is less than
+    `LEAST_TOP` times the uniform weight is not bright.
+    """
+    return 0.0, times_uniform(attention) * float(attention.mean())
+
+
+def times_uniform(attention: np.ndarray) -> float:
+    """The bright end of a map's colours in multiples of the uniform weight, its mean."""
+    mean = float(attention.mean())
+    return max(float(np.quantile(attention, 0.99)) / mean, LEAST_TOP) if mean > 0 else LEAST_TOP
 
 
 def colour(attention: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
-    """float [H, W] -> uint8 [H, W, 3], dark to bright between `limits`, by default its own."""
+    """float [H, W] -> uint8 [H, W, 3], dark to bright between `limits`, by default `limits_of`."""
     return np.rint(COLOURS(unit(attention, limits))[..., :3] * 255).astype(np.uint8)
 
 
@@ -332,6 +394,6 @@ def overlay(
 
 
 def unit(attention: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
-    """Scaled to 0..1 between `limits`, by default its own."""
+    """Scaled to 0..1 between `limits`, by default `limits_of`."""
     low, high = limits or limits_of(attention)
     return np.clip((attention - low) / max(high - low, 1e-12), 0, 1)

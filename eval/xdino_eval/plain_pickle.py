@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, reason
 
 KINDS = "biufSU"  # of dtypes that hold no objects and no fields
 
@@ -141,6 +141,8 @@ def load(path: Path) -> Any:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
+    except OSError as error:
+        raise RunFailed(f"{path} cannot be read: {reason(error)}") from None
     try:
         return _finished(PlainUnpickler(io.BytesIO(data), encoding="latin1").load())
     except Refused as error:

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xdino.errors import RunFailed, UsageError, nearest
+from xdino.errors import RunFailed, UsageError, asked, nearest
 from xdino.sources import FileSource
 from xdino_eval import plain_pickle
 from xdino_eval.accuracy import average_precision
@@ -93,7 +93,8 @@ def open_benchmark(folder: Path | str, dataset: str) -> Benchmark:
     names, queries = _parse(plain_pickle.load(truth), truth)
     if not queries or not names:
         raise UsageError(f"{truth} names no {'image' if queries else 'query'}")
-    present = {entry.name for entry in os.scandir(images)}
+    with asked(f"{images} cannot be listed"):
+        present = {entry.name for entry in os.scandir(images) if entry.is_file()}
     wanted = [*names, *(query.name for query in queries)]
     missing = [name for name in wanted if f"{name}.jpg" not in present]
     if missing:
@@ -106,14 +107,16 @@ def open_benchmark(folder: Path | str, dataset: str) -> Benchmark:
 
 def _parse(tree: Any, path: Path) -> tuple[tuple[str, ...], tuple[Query, ...]]:
     try:
-        names, asked, entries = tree["imlist"], tree["qimlist"], tree["gnd"]
-        for name in (*names, *asked):
+        names, asked_for, entries = tree["imlist"], tree["qimlist"], tree["gnd"]
+        for name in (*names, *asked_for):
             if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"an image called {name!r}")
         queries = tuple(
-            _query(name, entry, len(names)) for name, entry in zip(asked, entries, strict=True)
+            _query(name, entry, len(names)) for name, entry in zip(asked_for, entries, strict=True)
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if any("\0" in name for name in (*names, *asked_for)):
+            raise ValueError("a name with a zero byte")
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RunFailed(
             f"{path} is no ground truth of revisited Oxford or Paris "
             f"({type(error).__name__}: {error})"
@@ -129,8 +132,10 @@ def _query(name: str, entry: Any, count: int) -> Query:
             raise ValueError(f"{kind} images of {name} are no list of numbers")
         if indices.size and not (indices.min() >= 0 and indices.max() < count):
             raise ValueError(f"{kind} images of {name} lie outside of the {count} of the set")
-        relevant[kind] = indices.astype(np.int64)
+        relevant[kind] = indices.astype(np.int64).reshape(-1)  # empty ones too
     left, top, right, bottom = (float(value) for value in entry["bbx"])
+    if not np.isfinite((left, top, right, bottom)).all():
+        raise ValueError(f"the box of {name} is not finite")
     return Query(name, (left, top, right, bottom), relevant)
 
 

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from xdino.errors import UsageError
 from xdino.files import write_text
-from xdino.images import UnreadableImage, decode
-from xdino.sources import SUFFIXES
+from xdino_eval import image_files
 from xdino_eval.attention import MASS, class_attention_maps, mask
+from xdino_eval.image_files import DAMAGED, Unreadable, printable
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
 
@@ -52,6 +52,8 @@ class Pair:
 def find_pairs(folder: Path | str) -> list[Pair]:
     """The images of a folder with their masks, by name; every mask's size is that of its image.
 
+    Files that cannot be read are left for `score` to name.
+
     Raises:
         UsageError: a folder is missing or empty, an image has no mask or a mask no image, two
             files share a stem, or a mask has another size than its image.
@@ -68,7 +70,10 @@ def find_pairs(folder: Path | str) -> list[Pair]:
             )
     pairs = [Pair(stem, images[stem], masks[stem]) for stem in sorted(images)]
     for pair in pairs:
-        first, second = _size(pair.image), _size(pair.mask)
+        try:
+            first, second = (image_files.shown_size(path) for path in (pair.image, pair.mask))
+        except Unreadable:
+            continue
         if first != second:
             raise UsageError(
                 f"{pair.mask} has {second[0]} x {second[1]} pixels and its image "
@@ -85,25 +90,13 @@ def _stems(folder: Path, name: str) -> dict[str, Path]:
             f"it has no {name}"
         )
     found: dict[str, Path] = {}
-    for path in sorted(place.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
-            continue
+    for path in image_files.listed(place):
         if path.stem in found:
             raise UsageError(f"{path} and {found[path.stem].name} have the same stem")
         found[path.stem] = path
     if not found:
         raise UsageError(f"{place} holds no image")
     return found
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """(width, height) as shown, from the header alone."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} cannot be read as an image: {error}") from None
 
 
 def read_mask(path: Path, ignore: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -113,14 +106,14 @@ def read_mask(path: Path, ignore: int | str | None = None) -> tuple[np.ndarray, 
         ignore: a value that is left out, "none", or None = 255 in palette files alone.
 
     Raises:
-        UsageError: unreadable, or a grey file whose 255 may be either.
+        Unreadable: no mask can be read. UsageError: a grey file whose 255 may be either.
     """
     try:
         with Image.open(path) as image:
             palette = image.mode == "P"
-            values = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} cannot be read as a mask: {error}") from None
+            values = np.asarray(ImageOps.exif_transpose(image))
+    except DAMAGED as error:
+        raise Unreadable(f"{path} cannot be read as a mask: {image_files.why(error)}") from None
     if values.ndim == 3:  # colours, their transparency left out; grey with transparency
         values = values[..., : 1 if values.shape[2] == 2 else 3].max(2)
     if ignore is None:
@@ -194,22 +187,28 @@ def score(
     layers: Sequence[int] | None = None,
     ignore: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Scores], list[str]]:
-    """The Jaccard indices of every layer and head, and the names of masks without an object.
+) -> tuple[list[Scores], list[str], list[str]]:
+    """The Jaccard indices of every layer and head, and what was left out: the names of masks
+    without an object, and a sentence for each image or mask that cannot be read.
 
     Args: as for `attention.class_attention_maps` and `read_mask`.
 
     Raises:
-        UsageError: as those; an image that cannot be read; no mask with an object.
+        UsageError: as those; no mask with an object, or none that can be read.
     """
     found: dict[str, list[tuple[list[float], float, float]]] = {}
     names: list[str] = []
     empty: list[str] = []
+    damaged: list[str] = []
     for done, pair in enumerate(pairs, 1):
-        truth, counted = read_mask(pair.mask, ignore)
+        try:
+            image = image_files.read(pair.image, backbone.in_chans)  # type: ignore[arg-type]
+            truth, counted = read_mask(pair.mask, ignore)
+        except Unreadable as error:
+            damaged.append(str(error))
+            continue
         height, width = truth.shape
         if truth.any():
-            image = _read(pair.image, backbone.in_chans)  # type: ignore[arg-type]
             maps = class_attention_maps(backbone, image, size, layers)
             names.append(pair.name)
             for i, heads in enumerate(maps.layers):
@@ -223,18 +222,12 @@ def score(
         if progress:
             progress(done, len(pairs))
     if not names:
-        raise UsageError("no mask holds an object")
-    return [
+        raise UsageError(damaged[0] if damaged else "no mask holds an object")
+    scores = [
         Scores(layer, names, *(np.array(column) for column in zip(*lines, strict=True)))
         for layer, lines in found.items()
-    ], empty
-
-
-def _read(path: Path, channels: int) -> np.ndarray:
-    try:
-        return decode(path.read_bytes(), channels)
-    except (UnreadableImage, OSError) as error:
-        raise UsageError(f"{path} cannot be read as an image: {error}") from None
+    ]
+    return scores, empty, damaged
 
 
 def evaluate(
@@ -253,13 +246,15 @@ def evaluate(
     """
     began = time.monotonic()
     pairs = find_pairs(folder)
-    scores, empty = score(backbone, pairs, mass, size, layers, ignore, progress)
+    scores, empty, damaged = score(backbone, pairs, mass, size, layers, ignore, progress)
     transform = EvalTransform.of(backbone, size)  # type: ignore[arg-type]
     told = (
         f"whole image, shorter side {transform.size} (PIL bicubic); masks by nearest patch at the "
         f"image's own size; mean {transform.mean}, std {transform.std}, fp32"
     )
     notes = [f"{len(empty)} masks without an object were left out"] if empty else []
+    if damaged:
+        notes.append(f"{len(damaged)} images could not be read, the first: {printable(damaged[0])}")
     rows = [
         Row(
             protocol=PROTOCOL,
@@ -272,7 +267,7 @@ def evaluate(
             },
             top1=None,
             top5=None,
-            data=str(folder),
+            data=printable(folder),
             transform=told,
             train_size=0,
             val_size=len(one.names),
@@ -294,7 +289,7 @@ def save_details(path: Path, scores: Sequence[Scores]) -> None:
     tree: dict[str, list[dict[str, Any]]] = {
         one.layer: [
             {
-                "image": name,
+                "image": printable(name),
                 "heads": [round(float(v), 6) for v in heads],
                 "mean map": round(float(mean), 6),
                 "chance": round(float(guess), 6),

@@ -5,7 +5,6 @@ the run's own teacher before its first step, and the teacher at the end. The hel
 never pretrained on.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from PIL import Image
 from rich.table import Table
 from torch import nn
 
-from xdino import checkpoint, config, data
+from xdino import checkpoint, config, data, metrics
+from xdino.errors import world
 from xdino.run import INITIAL_FILE
 from xdino_eval import attention, knn, logistic, pictures, results
 from xdino_eval.features import Features, extract, pixels
@@ -58,7 +58,8 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
             logistic.logistic_probe(bank, queries, STRENGTHS).row,
         ]
         rows += results.signed(scored, sha, what)
-    (run_dir / "results.json").unlink(missing_ok=True)  # the rows of an earlier demo in this folder
+    with world(f"write {run_dir / 'results.json'}"):  # the rows of an earlier demo in this folder
+        (run_dir / "results.json").unlink(missing_ok=True)
     results.append(run_dir / "results.json", rows)
     sheet = _draw(pretrained, val, run_dir / "attention")
     _print(rows, run_dir, sheet, len(val), time.monotonic() - began)
@@ -102,7 +103,7 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
         total.paste(page, (0, top))
         top += page.height
     path = out / "all.png"
-    total.save(path)
+    pictures.save(total, path)
     return path
 
 
@@ -114,7 +115,8 @@ def _print(rows: list[Row], run_dir: Path, sheet: Path, val: int, seconds: float
         table.add_row(neighbours.features, f"{neighbours.top1:.1f}", f"{probe.top1:.1f}")
     console = stdout_console()
     console.print(table)
-    iterations = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
+    logged, _ = metrics.read_rows(run_dir / metrics.METRICS_FILE)
+    iterations = max((row["iteration"] for row in logged), default=0)
     console.print(f"{iterations:,} iterations; {seconds:.0f} s in all", soft_wrap=True)
     console.print(f"attention pictures: {sheet}", soft_wrap=True)
     console.print(f"views of the first batch: {run_dir / 'views.png'}", soft_wrap=True)

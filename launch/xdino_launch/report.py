@@ -3,7 +3,8 @@
 Everything shown is taken from the run's own files (see `xdino.run`) and written as it stands there,
 so every number can be found again. No script, no link, no request: pictures are data URIs, curves
 are inline SVG, and what the files say is escaped, for a folder's or a class's name may hold anything.
-What a run does not have yet is said in a sentence. Equal files give an equal report.
+What a run does not have yet is said in a sentence, and so is what is damaged: the page is made of
+the rest. Equal files give an equal report.
 """
 
 import base64
@@ -12,25 +13,24 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import yaml
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from xdino.checkpoint import BACKBONE_FILE, HEADER_KEY
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, asked, reason
 from xdino.files import write_text
-from xdino.metrics import collapse_warning
+from xdino.metrics import METRICS_FILE, collapse_warning, read_rows
 from xdino.run import CONFIG_FILE
-from xdino_eval import quality, results
+from xdino_eval import quality
+from xdino_eval.image_files import DAMAGED, printable
+from xdino_eval.plotting import Figure, FigureCanvasSVG, matplotlib
 from xdino_eval.results import Row
 
 WIDEST = 1280  # pixels of a picture; larger ones are made smaller
@@ -42,6 +42,7 @@ POINTS = 1_500  # of a curve; a long run logs tens of thousands
 COLOURS = ("#1f5fa8", "#c8551b", "#3a8f4d", "#7d4bb0")  # of runs, or of a single run's curves
 LINES = ("-", "--", ":", "-.")
 ABSENT = "–"  # noqa: RUF001
+LARGEST = 1e100  # of a number in a curve; a figure has no axis for more
 ALIKE = "Their configurations are the same."
 
 PANELS = (
@@ -61,7 +62,8 @@ PICTURES = (
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run, read. `config`: dotted keys to values as they are written."""
+    """The files of a run, read. `config`: dotted keys to values as they are written. `damage`: what
+    could not be read, a sentence each."""
 
     path: Path
     name: str
@@ -71,6 +73,7 @@ class Run:
     metrics: list[dict[str, Any]]
     rows: list[Row]
     quality: list[dict[str, Any]]
+    damage: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -78,33 +81,62 @@ class Run:
 
         Raises:
             UsageError: no folder, or one that is no run.
-            RunFailed: a file of it is damaged.
         """
-        if not path.is_dir():
-            raise UsageError(f"there is no run folder {path}")
-        if not (path / CONFIG_FILE).is_file():
-            raise UsageError(f"{path} is not a run: it has no {CONFIG_FILE}")
+        with asked(f"{path} cannot be read"):
+            if not path.is_dir():
+                raise UsageError(f"there is no run folder {path}")
+            if not (path / CONFIG_FILE).exists():
+                raise UsageError(f"{path} is not a run: it has no {CONFIG_FILE}")
+        damage: list[str] = []
         return cls(
             path=path,
             name=path.resolve().name,
-            config=_config(path / CONFIG_FILE),
-            facts=_facts(path / BACKBONE_FILE),
-            starts=_starts(path / "environment.json"),
-            metrics=_metrics(path / "metrics.jsonl"),
-            rows=results.load(path / "results.json"),
-            quality=quality.load(path / quality.FILE),
+            config=_config(path / CONFIG_FILE, damage),
+            facts=_facts(path / BACKBONE_FILE, damage),
+            starts=_starts(path / "environment.json", damage),
+            metrics=_metrics(path / METRICS_FILE, damage),
+            rows=_rows(path / "results.json", damage),
+            quality=_quality(path / quality.FILE, damage),
+            damage=damage,
         )
 
     def value(self, key: str) -> str:
         return self.config.get(key, ABSENT)
 
 
-def _config(path: Path) -> dict[str, str]:
+T = TypeVar("T")
+
+
+def _json(path: Path, kind: type[T], damage: list[str]) -> T | None:
+    """What a JSON file holds, where it is a `kind`; None without the file, or with a damaged one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        damage.append(f"{path.name} is damaged and left out: {reason(error)}")
+        return None
+    if isinstance(value, kind):
+        return value
+    damage.append(f"{path.name} is damaged and left out: it is no {_KINDS[kind]}")
+    return None
+
+
+_KINDS: dict[Any, str] = {list: "list", dict: "object"}
+
+
+def _config(path: Path, damage: list[str]) -> dict[str, str]:
     """Dotted keys -> values, both as they are written: 1.0e-06 stays 1.0e-06."""
     try:
-        tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFailed(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        told = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(told)):
+            raise ValueError("it refers to itself (an alias), which no run writes")
+        tree = yaml.load(told, Loader=yaml.BaseLoader)
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no sections")
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        damage.append(f"{path.name} is damaged and left out: {' '.join(str(error).split())}")
+        return {}
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -114,43 +146,109 @@ def _config(path: Path) -> dict[str, str]:
         else:
             flat[prefix] = ", ".join(map(plain, value)) if isinstance(value, list) else plain(value)
 
-    walk("", tree or {})
+    walk("", tree)
     return flat
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path, damage: list[str]) -> dict[str, Any]:
     """What the backbone's header says: iteration, iterations, data; nothing without a backbone."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         with safe_open(path, framework="np") as file:
-            header = (file.metadata() or {}).get(HEADER_KEY, "{}")
-        return json.loads(header).get("facts", {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunFailed(f"{path} is damaged: {error}") from None
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+        facts = header.get("facts", {}) if isinstance(header, dict) else None
+        if not isinstance(facts, dict):
+            raise ValueError("its header says nothing of a run")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        damage.append(f"{path.name} is damaged: {reason(error)}")
+        return {}
+    return facts
 
 
-def _starts(path: Path) -> list[dict[str, Any]]:
-    try:
-        starts = json.loads(path.read_text())["starts"]
-    except FileNotFoundError:
+def _starts(path: Path, damage: list[str]) -> list[dict[str, Any]]:
+    starts = (_json(path, dict, damage) or {"starts": []}).get("starts")
+    if not isinstance(starts, list):
+        damage.append(f"{path.name} is damaged: it lists no starts")
         return []
-    except (ValueError, LookupError, TypeError) as error:
-        raise RunFailed(f"{path} is damaged: {error}") from None
-    return [start for start in starts if isinstance(start, dict)]
+    whole = [start for start in starts if isinstance(start, dict)]
+    if len(whole) < len(starts):
+        damage.append(f"{path.name} is damaged: a start in it is no object")
+    return whole
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path, damage: list[str]) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a line that was cut short when the run was killed is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "iteration" in row:
-            rows.append(row)
+    try:
+        rows, bad = read_rows(path)
+        ended = not path.exists() or path.read_bytes()[-1:] == b"\n"
+    except (RunFailed, OSError) as error:
+        damage.append(f"{path.name} is left out: {error}")
+        return []
+    if bad > (not ended):
+        damage.append(f"{path.name} holds lines that are no rows: they are left out")
+    keys = dict.fromkeys(key for _, lines in PANELS for key in lines)
+    wild = [key for key in keys if any(not _is_number(row.get(key, 0)) for row in rows)]
+    if wild:
+        damage.append(
+            f"{path.name} holds values that no curve can show (not finite, too large, or no "
+            f"numbers): {', '.join(wild)}"
+        )
     return rows
+
+
+def _rows(path: Path, damage: list[str]) -> list[Row]:
+    """The rows of results.json that are whole."""
+    entries = _json(path, list, damage) or []
+    rows = [row for entry in entries if (row := _row(entry)) is not None]
+    if len(rows) < len(entries):
+        damage.append(f"{path.name} holds entries that are no whole rows: they are left out")
+    return rows
+
+
+def _row(entry: Any) -> Row | None:
+    try:
+        row = Row(**entry)
+    except TypeError:  # no object, or fields that are missing or unknown
+        return None
+    texts = (row.protocol, row.data, row.transform, row.checkpoint, row.features)
+    whole = (
+        all(isinstance(value, str) for value in texts)
+        and all(value is None or _is_real(value) for value in (row.top1, row.top5))
+        and isinstance(row.settings, dict)
+        and isinstance(row.metrics, dict)
+        and _are_texts(row.notes)
+    )
+    return row if whole else None
+
+
+def _quality(path: Path, damage: list[str]) -> list[dict[str, Any]]:
+    """The entries of quality.json that are whole."""
+    entries = _json(path, list, damage) or []
+    whole = [
+        entry
+        for entry in entries
+        if isinstance(entry, dict)
+        and {"rankme", "lidar", "feature_std"} <= entry.keys()
+        and isinstance(entry.get("settings", {}), dict)
+        and all(_are_texts(entry.get(key, [])) for key in ("alarms", "notes"))
+    ]
+    if len(whole) < len(entries):
+        damage.append(f"{path.name} holds entries that are no measures: they are left out")
+    return whole
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a curve can show it."""
+    return _is_real(value) and abs(value) <= LARGEST  # not a number is not less
 
 
 # --- text -------------------------------------------------------------------------------------
@@ -163,7 +261,7 @@ def plain(value: Any) -> str:
 
 def text(value: Any) -> str:
     """A value, fit to stand between tags and inside quotes."""
-    return escape(plain(value))
+    return escape(printable(plain(value)))
 
 
 def short(digest: str) -> str:
@@ -262,6 +360,12 @@ def differing(runs: Sequence[Run]) -> str:
     names = [key for key in keys if len({run.value(key) for run in runs}) > 1]
     told = f"Their configurations differ in {', '.join(names)}." if names else ALIKE
     return sentence(told)
+
+
+def damages(runs: Sequence[Run]) -> str:
+    """What of the runs' files could not be shown; empty where all of it could."""
+    names = zip(labels(runs), runs, strict=True)
+    return warnings(f"{name}: {words}." for name, run in names for words in run.damage)
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -385,7 +489,7 @@ def _collapse(name: str, run: Run, last: dict[str, Any]) -> str:
     """The trainer's own alarm, where the last logged values call for it."""
     numbers = [last.get(key, math.nan) for key in ("loss", "teacher_entropy", "kl")]
     prototypes = run.value("head.prototypes")
-    if not all(map(_is_number, numbers)) or not re.fullmatch(r"[1-9]\d*", prototypes):
+    if not all(map(_is_number, numbers)) or not re.fullmatch(r"[1-9]\d{0,9}", prototypes):
         return ""
     loss, entropy, kl = numbers
     alarm = collapse_warning(loss, {"teacher_entropy": entropy, "kl": kl}, int(prototypes))
@@ -417,10 +521,6 @@ def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.
         keep = np.unique([0, *ends, len(x) - 1])
         x, y = x[keep], y[keep]
     return x, y
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw_curves(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
@@ -497,7 +597,7 @@ def quality_table(runs: Sequence[Run]) -> str:
             + "".join(number(entry[key]) for key in ("rankme", "lidar", "feature_std"))
             + f"<td>{_settings(entry.get('settings', {}))}{warned}</td>"
             + origin(entry.get("data", ""), entry.get("transform", ""))
-            + hashed(entry.get("checkpoint", "")) + "</tr>"
+            + hashed(plain(entry.get("checkpoint", ""))) + "</tr>"
         )  # fmt: skip
     head = ["features", "#RankMe", "#LiDAR", "#feature std", "settings", "data and transform"]
     head = ["run"] * (len(runs) > 1) + head + ["checkpoint"]
@@ -506,6 +606,8 @@ def quality_table(runs: Sequence[Run]) -> str:
 
 def picture(path: Path, label: str, widest: int = WIDEST) -> str:
     """The picture as part of the page; a sentence where it is missing or cannot be read."""
+    if path.exists() and not path.is_file():
+        return sentence(f"{path.name} cannot be read as a picture.")
     try:
         raw = path.read_bytes()
         with Image.open(io.BytesIO(raw)) as image:
@@ -520,7 +622,7 @@ def picture(path: Path, label: str, widest: int = WIDEST) -> str:
                 raw, kind = out.getvalue(), "image/jpeg"
     except FileNotFoundError:
         return sentence(f"There is no {path.name}.")
-    except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
+    except DAMAGED:
         return sentence(f"{path.name} cannot be read as a picture.")
     data = base64.b64encode(raw).decode()
     return (
@@ -594,7 +696,9 @@ def environment(runs: Sequence[Run]) -> str:
             for key, title in zip(keys, head, strict=False)
         )
         command = start.get("command") or []
-        packages = start.get("packages") or {}
+        command = command if isinstance(command, list) else [command]
+        packages = start.get("packages")
+        packages = packages if isinstance(packages, dict) else {}
         versions = ", ".join(f"{name} {version}" for name, version in packages.items())
         where = f"{start.get('platform', ABSENT)}, Python {start.get('python', ABSENT)}; {versions}"
         return (
@@ -683,6 +787,7 @@ def page(runs: Sequence[Run]) -> str:
     networks = " and ".join(dict.fromkeys(run.value("model.arch") for run in runs))
     told = f"{networks}, pretrained without labels by self-distillation (DINO)."
     parts = [
+        damages(runs),
         summary(runs),
         differing(runs),
         result_table(runs),
@@ -713,7 +818,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
     Raises:
         UsageError: a folder that is no run.
-        RunFailed: a damaged file of a run, or a place that cannot be written to.
+        RunFailed: a place that cannot be written to.
     """
     runs = [Run.open(path) for path in run_dirs]
     if out is None:

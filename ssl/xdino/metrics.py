@@ -7,11 +7,12 @@ resident_mb (Linux: what this process holds now), peak_memory_mb (CUDA), and knn
 (per cent) where they were evaluated.
 """
 
+import contextlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xdino.errors import RunFailed
+from xdino.errors import RunFailed, reason, world
+from xdino.files import write_text, written_beside
 
+METRICS_FILE = "metrics.jsonl"
+WANDB_SECONDS = 30.0  # that a run waits for wandb at its start, and at its end
 VIEW_PIXELS = 96  # a global view in the picture of the views is drawn at least so large
 
 
@@ -33,11 +37,42 @@ def resident_megabytes() -> float | None:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a metrics.jsonl, and how many of its lines are none; no row without a file.
+
+    A row is an object that says its iteration. What else stands there was cut short when a process
+    was killed, or damaged since.
+
+    Raises:
+        RunFailed: the file cannot be read.
+    """
+    with world(f"read {path}"):
+        try:
+            lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        except FileNotFoundError:
+            return [], 0
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    return rows, len(lines) - len(rows)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # brackets without end nest too deep
+        return None
+    said = row.get("iteration") if isinstance(row, dict) else None
+    return row if isinstance(said, int) and not isinstance(said, bool) else None
+
+
 class MetricsLog:
     """Appends rows to metrics.jsonl, and to the run's wandb page where that is wanted.
 
     A continued run drops the rows that lie beyond the iteration it continues from, so that every
-    iteration is told once.
+    iteration is told once. wandb is a convenience: where it cannot be had, `notice` is told so and
+    the run goes on without.
+
+    Raises:
+        RunFailed: metrics.jsonl cannot be read or written.
     """
 
     def __init__(
@@ -47,41 +82,99 @@ class MetricsLog:
         wandb_mode: str = "off",
         wandb_project: str = "xdino",
         config: dict[str, Any] | None = None,
+        notice: Callable[[str], None] = lambda _: None,
     ) -> None:
-        path = run_dir / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # a line cut short when the process was killed
-                if row["iteration"] <= iteration:
-                    kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115
-        self._wandb = self._start_wandb(run_dir, wandb_mode, wandb_project, config)
+        self._path = run_dir / METRICS_FILE
+        rows, _ = read_rows(self._path)
+        kept = [json.dumps(row) + "\n" for row in rows if row["iteration"] <= iteration]
+        write_text(self._path, "".join(kept))
+        with world(f"write {self._path}"):
+            # Without a buffer: what a full disk refuses must not come up again when it is closed.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        self._page: _WandbPage | None = None
+        if wandb_mode != "off":
+            self._page = _WandbPage(run_dir, wandb_mode, wandb_project, config, notice)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add one row; it must say its iteration.
+
+        Raises:
+            RunFailed: the disk is full, or gone.
+        """
+        plain = {k: _rounded(v) for k, v in row.items()}
+        with world(f"write {self._path}"):
+            left = memoryview((json.dumps(plain) + "\n").encode())
+            while left:  # a disk that fills up takes a part first, and says why at the next try
+                left = left[self._file.write(left) :]
+        if self._page is not None:
+            self._page.log(plain)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # nothing is left to be written
+            self._file.close()
+        if self._page is not None:
+            self._page.finish()
+
+
+class _WandbPage:
+    """A run's page at wandb. Whatever fails there costs the page, never the run."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        mode: str,
+        project: str,
+        config: dict[str, Any] | None,
+        notice: Callable[[str], None],
+    ) -> None:
+        self._notice = notice
+        self.run: Any = None
+        try:
+            import wandb  # slow to import, and only wanted here
+        except ImportError as error:
+            notice(f"wandb is not installed ({error}): the run goes on without its page")
+            return
+        if mode == "online" and not _has_key(wandb):
+            # wandb would ask for one, or raise where nobody can be asked.
+            notice(
+                "wandb has no API key: the page is kept offline in the run's folder wandb/ "
+                "(`wandb login`, then `wandb sync`, sends it)"
+            )
+            mode = "offline"
+        try:
+            self.run = self._start(wandb, run_dir, mode, project, config)
+        except Exception as error:  # noqa: BLE001 -- see `_or_without`
+            if mode == "offline":
+                notice(f"wandb failed ({reason(error)}): the run goes on without its page")
+                return
+            notice(
+                f"wandb cannot be reached ({reason(error)}): the page is kept offline in the run's "
+                "folder wandb/ (`wandb sync` sends it)"
+            )
+            with self._or_without():
+                wandb.teardown()  # its service still holds the page that could not be begun
+                self.run = self._start(wandb, run_dir, "offline", project, config)
 
     @staticmethod
-    def _start_wandb(
-        run_dir: Path, mode: str, project: str, config: dict[str, Any] | None
-    ) -> Any | None:
-        if mode == "off":
-            return None
-        import wandb  # slow to import, and only wanted here
-
+    def _start(
+        wandb: Any, run_dir: Path, mode: str, project: str, config: dict[str, Any] | None
+    ) -> Any:
         id_file = run_dir / "wandb-id.txt"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            write_text(id_file, secrets.token_hex(4))
+        told = id_file.read_text(errors="replace").strip()
+        settings = {"console": "off", "silent": True, "init_timeout": WANDB_SECONDS}
+        known = wandb.Settings.model_fields
+        settings |= {"finish_timeout": WANDB_SECONDS} if "finish_timeout" in known else {}
         run = wandb.init(
             project=project,
-            id=id_file.read_text().strip(),
+            id=told,
             name=run_dir.name,
             resume="allow",
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             dir=str(run_dir),
             config=config,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(**settings),
         )
         # Rows lie at their iteration, in whatever order they come: by its own counter wandb drops
         # what a continued run, or an evaluation after the last step, says of an earlier one.
@@ -89,17 +182,34 @@ class MetricsLog:
         run.define_metric("*", step_metric="iteration")
         return run
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Add one row; it must say its iteration."""
-        plain = {k: _rounded(v) for k, v in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(plain)
+    @contextlib.contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- wandb's service raises nearly anything
+            self.run = None
+            self._notice(f"wandb failed ({reason(error)}): the run goes on without its page")
 
-    def close(self) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+    def log(self, row: dict[str, Any]) -> None:
+        if self.run is not None:
+            with self._or_without():
+                self.run.log(row)
+
+    def finish(self) -> None:
+        """Send what is left, for `WANDB_SECONDS` at most."""
+        if self.run is not None:
+            with self._or_without():
+                self.run.finish()
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether somebody is logged in; nobody is asked and nothing is sent."""
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # before wandb had `prompt`
+        return bool(wandb.api.api_key)
+    except (wandb.Error, OSError, ValueError):
+        return True  # what is wrong with the key is said when it is used
 
 
 def _rounded(value: Any) -> Any:
@@ -112,21 +222,76 @@ def collapse_warning(loss: float, diagnostics: dict[str, float], prototypes: int
     Two ways to collapse (DINO, section 5.3): uniform outputs, where the entropy is ln K and the
     loss sits there too, and one prototype for everything, where the entropy is zero.
     """
-    uniform = math.log(prototypes)
+    kind = _collapse(loss, diagnostics, math.log(prototypes), 1.0)
+    return None if kind is None else _WORDS[kind].format(ln_k=math.log(prototypes))
+
+
+_WORDS = {
+    "uniform": (
+        "the loss sits at ln K = {ln_k:.3f}: the teacher says nothing about any image. "
+        "Lower loss.teacher_temp, warm it up, or lower optim.lr"
+    ),
+    "point": (
+        "the teacher gives every image the same prototype: raise loss.teacher_temp, "
+        "or check that loss.centre_momentum is below 1"
+    ),
+    "hovering": (
+        "the loss has stayed at ln K = {ln_k:.3f} for {rows} logged rows: nothing has been learned "
+        "so far. Usual while optim.lr warms up; later lower optim.lr or loss.teacher_temp, "
+        "or take larger batches"
+    ),
+}
+
+
+def _collapse(
+    loss: float, diagnostics: dict[str, float], uniform: float, width: float
+) -> str | None:
+    """The kind of collapse within limits that are `width` times as wide as those of the alarm."""
     entropy, kl = diagnostics["teacher_entropy"], diagnostics["kl"]
-    if kl > 1e-3:
+    near = 0.01 * width * uniform
+    if kl > 1e-3 * width:
         return None
-    if abs(loss - uniform) < 0.01 * uniform and entropy > 0.99 * uniform:
-        return (
-            f"the loss sits at ln K = {uniform:.3f}: the teacher says nothing about any image. "
-            "Lower loss.teacher_temp, warm it up, or lower optim.lr"
-        )
-    if entropy < 0.01 * uniform:
-        return (
-            "the teacher gives every image the same prototype: raise loss.teacher_temp, "
-            "or check that loss.centre_momentum is below 1"
-        )
-    return None
+    if abs(loss - uniform) < near and entropy > uniform - near:
+        return "uniform"
+    return "point" if entropy < near else None
+
+
+class CollapseAlarm:
+    """Says once that learning has stopped, and again only after it had recovered.
+
+    Beside what `collapse_warning` sees in a single row, a loss within 1 % of ln K in `ROWS` rows one
+    after the other. A kind has recovered in a row that lies outside of limits twice as wide, so that
+    what hovers at a limit is said once too.
+
+    Args:
+        prototypes: K.
+        after: nothing is said up to this iteration: every run begins at ln K.
+    """
+
+    ROWS = 5
+
+    def __init__(self, prototypes: int, after: int = 0) -> None:
+        self._uniform = math.log(prototypes)
+        self._after = after
+        self._near = 0  # rows in a row with a loss near ln K
+        self._said: set[str] = set()
+
+    def look(self, iteration: int, loss: float, diagnostics: dict[str, float]) -> str | None:
+        """A sentence about the row of this iteration, or None."""
+        if iteration <= self._after or not self._uniform:
+            return None
+        away = abs(loss - self._uniform) / self._uniform
+        self._near = self._near + 1 if away < 0.01 else 0
+        kind = _collapse(loss, diagnostics, self._uniform, 1.0)
+        if kind is None and self._near >= self.ROWS and "uniform" not in self._said:
+            kind = "hovering"
+        still = {_collapse(loss, diagnostics, self._uniform, 2.0), kind}
+        still |= {"hovering"} if away < 0.02 else set()
+        self._said &= still
+        if kind is None or kind in self._said:
+            return None
+        self._said.add(kind)
+        return _WORDS[kind].format(ln_k=self._uniform, rows=self.ROWS)
 
 
 def save_views(
@@ -140,6 +305,9 @@ def save_views(
 
     Args:
         groups: normalised crops, each `[V_r, B, C, h, w]`.
+
+    Raises:
+        RunFailed: it cannot be written.
     """
     size, gap = groups[0].shape[-1], 2
     views = [view[:images] for group in groups for view in group]
@@ -156,9 +324,11 @@ def save_views(
     array = sheet.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(array)
     enlarge = max(1, VIEW_PIXELS // size)  # crops of small images would be stamps
-    picture.resize(
+    picture = picture.resize(
         (picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST
-    ).save(path)
+    )
+    with written_beside(path) as beside:
+        picture.save(beside)
 
 
 def check_writable(run_dir: Path) -> None:

@@ -258,6 +258,7 @@ class _Trainer:
     def _loop(self, log: metrics.MetricsLog | None) -> None:
         plan, config, total = self.plan, self.plan.config, self.plan.iterations
         clock = _Clock(self.loader)
+        alarm = metrics.CollapseAlarm(config.head.prototypes, after=plan.steps_per_epoch)
         batches = self.loader.iterate(self.iteration, total)
         try:
             for _, micro_batches in groupby(batches, key=lambda batch: batch.iteration):
@@ -271,10 +272,8 @@ class _Trainer:
                 if logs:
                     row = self._row(result.loss, result.diagnostics, settings, clock)
                     self._tell(log, row)
-                    warning = metrics.collapse_warning(
-                        result.loss, result.diagnostics, config.head.prototypes
-                    )
-                    if warning and done > plan.steps_per_epoch:
+                    warning = alarm.look(done, result.loss, result.diagnostics)
+                    if warning:
                         self.listener.notice(warning)
                 epoch, left = divmod(done, plan.steps_per_epoch)
                 if left == 0 or done % config.runtime.checkpoint_every == 0:
@@ -392,6 +391,7 @@ class _Trainer:
             runtime.wandb,
             runtime.wandb_project,
             configuration.to_tree(self.plan.config),
+            self.listener.notice,
         )
 
     def _tell(self, log: metrics.MetricsLog | None, row: dict[str, Any]) -> None:

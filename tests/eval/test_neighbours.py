@@ -113,3 +113,21 @@ def test_refusals(bank, make_source):
     ):
         with pytest.raises(UsageError, match=sentence):
             find(*arguments)
+
+
+def test_sheets_do_not_lie_among_the_images(xdino, tmp_path):
+    """The next run would take them for images."""
+    for name in ("train/a", "val/a", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / name / "1.png")
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    for data, out in (
+        (tmp_path, tmp_path / "train"),
+        (tmp_path, tmp_path / "link" / "sheets"),
+        (tmp_path / "elsewhere", tmp_path / "elsewhere" / "sheets"),
+    ):
+        code, _, err = xdino("neighbours", "w.pt", "--data", data, "--out", out)
+        assert code == 2
+        assert "--out lies in the images of" in err
+    code, _, err = xdino("neighbours", "w.pt", "--data", tmp_path, "--out", tmp_path / "sheets")
+    assert "--out lies" not in err

@@ -1,5 +1,9 @@
 """Pictures of maps, of principal components and of channel matrices."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from xdino.backbones import BackboneSpec
+from xdino.errors import RunFailed
 from xdino_eval import pca, pictures
 from xdino_eval.attending import Lattice
 from xdino_eval.attention import Maps, mask, mass_threshold
@@ -131,3 +136,58 @@ def test_patch_tokens_of_an_xcit_are_those_before_class_attention():
     for block in xcit.cls_attn_blocks:
         torch.nn.init.normal_(block.attn.qkv.weight)
     assert torch.equal(found.tokens, other.tokens)
+
+
+# --- colours and sheets -----------------------------------------------------------------------
+
+
+def test_attention_that_says_nothing_looks_flat():
+    rng = np.random.default_rng(0)
+    photograph = np.full((60, 80, 3), 128, np.uint8)
+    for spread, low, high in ((0, 0, 0), (1e-6, 0, 0), (0.01, 0, 2), (2, 40, 255)):
+        weights = np.exp(spread * rng.normal(size=(6, 8)))
+        drawn = pictures.view(weights / weights.sum(), photograph)
+        assert low <= drawn.heat.astype(float).std((0, 1)).max() <= high, spread
+    # Twice the uniform weight is as bright in a map of many patches as in one of few.
+    for patches in (10, 40):
+        double = np.full((patches, patches), 1 / patches**2)
+        double[: patches // 10] *= 2
+        assert pictures.limits_of(double) == pytest.approx((0, 3 * double.mean()))
+
+
+def test_titles_of_a_portrait_have_room(tmp_path):
+    """Each title ends before the next column begins: nothing is drawn in the gaps."""
+    image = np.zeros((400, 40, 3), np.uint8)
+    maps = Maps((np.full((2, 40, 4), 1 / 160, np.float32),), ("layer12",))
+    sheet, *_ = pictures.draw(maps, image, tmp_path, "tall")
+    pixels = np.asarray(Image.open(sheet))
+    width = (pixels.shape[1] - pictures.GAP) // pictures.COLUMNS
+    for column in range(1, pictures.COLUMNS + 1):
+        left = column * width
+        assert (pixels[: pictures.ROW, left : left + pictures.GAP] == 255).all()
+
+
+def test_pictures_say_who_drew_them(tmp_path):
+    image = np.zeros((20, 20, 3), np.uint8)
+    maps = Maps((np.full((1, 4, 4), 1 / 16, np.float32),))
+    for path in [
+        *pictures.draw(maps, image, tmp_path, "a"),
+        *pictures.draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
+        *pictures.folder_sheets([("\udcff", [image])], tmp_path),
+    ]:
+        assert pictures.drawn_here(path)
+    Image.fromarray(image).save(tmp_path / "photograph.png")
+    assert not pictures.drawn_here(tmp_path / "photograph.png")
+    assert not pictures.drawn_here(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match="cannot write"):
+        pictures.draw(maps, image, tmp_path / "file", "a")
+
+
+def test_matplotlib_says_nothing_of_its_cache(tmp_path):
+    """As where the home cannot be written: the root of a test may write anywhere but below a file."""
+    (tmp_path / "file").touch()
+    env = os.environ | {"MPLCONFIGDIR": str(tmp_path / "file" / "below")}
+    command = [sys.executable, "-c", "import xdino_eval.pictures, xdino_eval.neighbours"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -1,5 +1,7 @@
 """Jaccard indices of attention masks with masks drawn by people: layout, void, figures."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -90,7 +92,7 @@ def test_the_truth_itself_scores_a_hundred(folder, xcit, monkeypatch):
         return segmentation_maps(next(truths).astype(np.float32))
 
     monkeypatch.setattr(segmentation, "class_attention_maps", perfect)
-    (scores,), _ = segmentation.score(xcit, find_pairs(folder), mass=1.0)
+    (scores,), _, _ = segmentation.score(xcit, find_pairs(folder), mass=1.0)
     assert scores.summary()["jaccard best head"] == 100
 
 
@@ -145,3 +147,27 @@ def test_the_layout_is_checked_first(folder, tmp_path):
     (folder / "masks" / "0.gif").write_bytes(b"")
     with pytest.raises(UsageError, match="have the same stem"):
         find_pairs(folder)
+
+
+def test_what_cannot_be_read_is_left_out_and_told(folder, xcit, tmp_path):
+    whole = segmentation.evaluate(xcit, folder)[1][-1]
+    picture = (folder / "images" / "1.jpg").read_bytes()
+    (folder / "images" / "1.jpg").write_bytes(picture[: len(picture) // 2])
+    (folder / "images" / "folder.png").mkdir()
+    os.mkfifo(folder / "images" / "pipe.png")
+    rows, (*_, left) = segmentation.evaluate(xcit, folder)
+    assert left.names == ["0", "2"]
+    np.testing.assert_allclose(left.heads, whole.heads[[0, 2]])
+    assert rows[0].notes[0].startswith("1 images could not be read, the first: ")
+    assert "1.jpg cannot be read as an image" in rows[0].notes[0]
+    (folder / "masks" / "2.png").write_bytes(b"")
+    assert "2 images could not" in segmentation.evaluate(xcit, folder)[0][0].notes[0]
+    (folder / "masks" / "0.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"0\.png cannot be read as a mask"):
+        segmentation.evaluate(xcit, folder)
+
+
+def test_a_head_without_any_attention_on_patches():
+    from xdino_eval import attention
+
+    assert not attention.mask(np.zeros((4, 4), np.float32), None, 20, 20).any()

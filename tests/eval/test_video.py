@@ -1,8 +1,11 @@
 """Videos in and out: decoded again, counted, and as fast as before."""
 
+import contextlib
+import os
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +124,51 @@ def test_without_pyav_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UsageError, match=r"videos need PyAV: pip install 'xdino\[video\]'"):
         video.Video(tmp_path / "a.mp4")
+
+
+TIMES = (Fraction(0), Fraction(1, 25), Fraction(1, 2), Fraction(2), Fraction(21, 10), Fraction(5))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_frames_of_no_steady_rate_keep_their_times(tmp_path, suffix):
+    with video.Writer(tmp_path / f"a.{suffix}", 25, Fraction(1, 1000)) as out:
+        for time, pixels in zip(TIMES, frames(6, 32, 48), strict=True):
+            out.add(pixels, time)
+    first = video.Video(tmp_path / f"a.{suffix}")
+    assert first.drawn_here
+    with video.Writer(tmp_path / "b.mp4", first.fps, first.tick) as out:
+        for frame in first.timed():
+            out.add(frame.pixels, frame.time, frame.duration)
+    again = [frame.time for frame in video.Video(tmp_path / "b.mp4").timed()]
+    assert again == list(TIMES)
+
+
+def test_times_that_do_not_rise_are_moved(tmp_path):
+    with video.Writer(tmp_path / "a.mp4", 10, Fraction(1, 1000)) as out:
+        for time in (0, 1, 1, Fraction(1, 2), None):
+            out.add(np.zeros((32, 32, 3), np.uint8), None if time is None else Fraction(time))
+    found = [frame.time for frame in video.Video(tmp_path / "a.mp4").timed()]
+    assert found == [0, 1, Fraction(1001, 1000), Fraction(1002, 1000), Fraction(1003, 1000)]
+
+
+@pytest.mark.parametrize("name", [b"12:30.mp4", b"[/b] \xe9.mp4".replace(b"/", b"-"), b"a b.mp4"])
+def test_names_that_ffmpeg_would_take_for_something_else(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.fsdecode(name))
+    write(path, frames(3, 32, 32))
+    assert len(list(video.Video(path).frames())) == 3
+    assert os.listdir(os.fsencode(tmp_path)) == [name], "nothing else is left"
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match="cannot write"):
+        video.Writer(tmp_path / "file" / "b.mp4", 5).__enter__()
+
+    @contextlib.contextmanager
+    def full(_):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(video, "written_beside", full)
+    with pytest.raises(RunFailed, match=r"cannot write .*a\.mp4: No space left"):
+        write(tmp_path / "a.mp4", frames(3, 32, 32))

@@ -1,9 +1,11 @@
 """`xdino attention` and `xdino segment-score` as a person meets them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from xdino.backbones import BackboneSpec
@@ -27,7 +29,11 @@ def xdino(xdino):
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "xcit.safetensors"
     spec = BackboneSpec("xcit_nano_12_p8", shape=SHAPE, input_size=32, resize=32)
-    save_backbone(path, spec.build(), spec, role="teacher", iteration=7)
+    xcit = spec.build()
+    with torch.no_grad():
+        for block in xcit.cls_attn_blocks:  # an untrained one attends to all patches alike
+            block.attn.qkv.weight *= 20
+    save_backbone(path, xcit, spec, role="teacher", iteration=7)
     return path
 
 
@@ -150,6 +156,9 @@ def test_bad_input_is_one_sentence(xdino, weights, resnet, images, tmp_path):
         ((weights, tmp_path / "text.mp4"), "cannot be read as a video"),
         ((weights, tmp_path / "thin.png"), "40 x 5 pixels is smaller than a patch of 8 x 8"),
         ((weights, picture, "--size", 4), "at least a patch of 8"),
+        ((weights, picture, "--size", 10**30), "lower --size"),
+        ((weights, images, "--fps", 1e-300), "fps must be above 0 and at most 1000"),
+        ((weights, images, "--fps", 1e300), "fps must be above 0 and at most 1000"),
         ((weights, picture, "--layer", 3), "no class-attention layer 3: choose one from 1 to 2"),
         ((weights, picture, "--head", 5), "there is no head 5: choose one from 1 to 4"),
         ((weights, picture, "--mass", 0), "--mass must be above 0 and at most 1"),
@@ -173,3 +182,87 @@ def test_bad_input_is_one_sentence(xdino, weights, resnet, images, tmp_path):
         code, out, err = xdino("segment-score", weights, *arguments)
         assert (code, out, err.count("\n")) == (2, [], 1), err
         assert sentence in err
+
+
+@pytest.mark.parametrize("kind", [(), ("--pca",), ("--xca",)])
+def test_what_was_drawn_is_not_read_again(xdino, weights, images, tmp_path, kind):
+    """A folder that holds --out, an earlier --out, or both, gives as many pictures every time."""
+    (images / "sub").mkdir()
+    (images / "sub").joinpath("01.png").write_bytes((images / "01.png").read_bytes())
+    for path in sorted(images.glob("0[2-9].png")):
+        path.unlink()
+    counts = []
+    for out in ("a", "a", "b", "sub/c"):
+        code, written, err = xdino("attention", weights, images, *kind, "--out", images / out)
+        counts.append((code, len(written)))
+    assert counts == [counts[0]] * 4
+    assert counts[0][0] == 0
+    assert "that xdino drew" in err
+    code, written, err = xdino("attention", weights, images, *kind, "--out", images)
+    assert (code, written) == (2, [])
+    assert "--out is the folder of images" in err
+    (tmp_path / "link").symlink_to(images)
+    assert xdino("attention", weights, images, *kind, "--out", tmp_path / "link")[0] == 2
+
+
+def test_a_pattern_of_files_does_not_feed_on_itself(xdino, weights, images):
+    """`xdino attention W photos/*.png --out photos`, again and again."""
+    for path in sorted(images.glob("0[2-9].png")):
+        path.unlink()
+    counts = []
+    for _ in range(3):
+        code, written, _ = xdino("attention", weights, *sorted(images.glob("*")), "--out", images)
+        counts.append((code, len(written)))
+    assert counts == [(0, 46)] * 3
+    drawn = images / "00-sheet.png"
+    code, _, err = xdino("attention", weights, drawn, "--out", images)
+    assert code == 2
+    assert "was drawn by xdino" in err
+    # A photograph that happens to be called like a picture is not drawn over.
+    Image.new("RGB", (40, 40)).save(drawn)
+    before = drawn.read_bytes()
+    code, _, err = xdino("attention", weights, drawn, images / "00.png", "--out", images)
+    assert code == 2
+    assert "would be drawn over" in err
+    assert drawn.read_bytes() == before
+
+
+def test_odd_files_among_good_ones(xdino, weights, images, tmp_path):
+    (images / "folder.png").mkdir()
+    (images / "empty.png").touch()
+    os.mkfifo(images / "pipe.png")
+    (images / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(40))
+    Image.new("RGB", (40, 5)).save(images / "[thin/]".replace("/", ":"), "PNG")
+    Image.new("LA", (40, 40)).save(images / "[bold] ö.png")
+    Image.new("L", (40, 40)).save(os.fsencode(images) + b"/caf\xe9.png")
+    (images / f"{'x' * 240}.png").write_bytes((images / "00.png").read_bytes())
+    for kind, count in (((), 13 * 23 + 1), (("--pca",), 14), (("--xca",), 26)):
+        code, written, err = xdino("attention", weights, images, *kind, "--out", tmp_path / "out")
+        assert (code, len(written)) == (0, count), err
+        assert "empty.png cannot be read" in err.replace("\n", " ")
+        assert "Traceback" not in err
+    for name in os.listdir(images):
+        if name not in ("empty.png", "cut.jpg"):
+            os.rename(images / name, tmp_path / name)
+    code, _, err = xdino("attention", weights, images, "--out", tmp_path / "out")
+    assert code == 2
+    assert "none of the 2 images can be drawn" in err
+    code, _, err = xdino("attention", weights, images, "--fps", 5, "--out", tmp_path / "out")
+    assert code == 2
+    (tmp_path / "file").touch()
+    code, _, err = xdino("attention", weights, tmp_path / "00.png", "--out", tmp_path / "file")
+    assert code == 2
+    assert "--out needs a folder" in err
+
+
+def test_weights_that_are_not_finite(xdino, weights, images, tmp_path):
+    spec = BackboneSpec("xcit_nano_12_p8", shape=SHAPE, input_size=32, resize=32)
+    xcit = spec.build()
+    with torch.no_grad():
+        xcit.cls_attn_blocks[-1].attn.qkv.weight.fill_(1e30)
+    save_backbone(tmp_path / "huge.safetensors", xcit, spec)
+    code, _, err = xdino(
+        "attention", tmp_path / "huge.safetensors", images, "--out", tmp_path / "o"
+    )
+    assert code == 1
+    assert "is not finite" in err

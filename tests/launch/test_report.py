@@ -1,7 +1,9 @@
 """The report of runs made by hand: it parses, holds every number, and reaches for nothing outside."""
 
 import json
+import os
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from xdino import config
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import UsageError
 from xdino_eval import quality, results
 from xdino_launch import cli, report
 from xdino_launch.report import draw_curves, series, write_report
@@ -243,16 +245,89 @@ def test_mistakes_are_one_sentence(make_run, tmp_path, capsys):
         write_report([empty])
 
 
+ROW = {"protocol": "k-NN", "settings": {}, "top1": 50.0, "top5": None, "data": "d",
+       "transform": "t", "train_size": 1, "val_size": 1}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("results.json", "{"), ("environment.json", "[]"), ("config.yaml", "a: [")],
+    [
+        ("results.json", "{"),
+        ("results.json", "{}"),
+        ("results.json", b"\xff\xfe"),
+        ("results.json", json.dumps([{"protocol": "k-NN"}])),
+        ("results.json", json.dumps([ROW, 3])),
+        ("results.json", json.dumps([ROW | {"top1": "high"}])),
+        ("results.json", json.dumps([ROW | {"settings": []}])),
+        ("results.json", json.dumps([ROW | {"notes": [[]]}])),
+        ("results.json", json.dumps([ROW | {"metrics": 7}])),
+        ("environment.json", "[]"),
+        ("environment.json", "[" * 100_000),
+        ("environment.json", '{"starts": 3}'),
+        ("environment.json", '{"starts": [3]}'),
+        ("config.yaml", "a: ["),
+        ("config.yaml", "- a\n- b\n"),
+        ("config.yaml", ""),
+        ("config.yaml", b"\xff\xfe\x00"),
+        ("config.yaml", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
+        ("metrics.jsonl", "[]\n7\n{}\n"),
+        ("metrics.jsonl", '{"iteration": 1, "loss": NaN}\n'),
+        ("metrics.jsonl", '{"iteration": 1, "loss": 1' + "0" * 4000 + "}\n"),
+        ("metrics.jsonl", '{"iteration": 1, "kl": "much"}\n'),
+        ("quality.json", "[3]"),
+        ("quality.json", '[{"rankme": 1, "lidar": 1, "feature_std": 1, "settings": 3}]'),
+        ("backbone.safetensors", "no weights"),
+    ],
 )
-def test_a_damaged_file_is_named(make_run, tmp_path, name, content):
+def test_damage_is_said_on_a_page_of_the_rest(make_run, tmp_path, name, content):
     path = make_run("one")
-    (path / name).write_text(content)
-    with pytest.raises(RunFailed, match=name):
-        write_report([path], tmp_path / "r.html")
-    assert not (tmp_path / "r.html").exists()
+    (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    _, page = read([path], tmp_path / "r.html")
+    said = [words for words in page.pieces if words.startswith(f"one: {name} ")]
+    assert len(said) == 1
+    for other, told in (("config.yaml", "xcit_nano"), ("results.json", "98.4"),
+                        ("environment.json", "2031-05-06"), ("quality.json", "5.125")):  # fmt: skip
+        assert other == name or told in page.text
+
+
+def test_a_whole_run_has_no_damage(make_run):
+    assert report.Run.open(make_run("one")).damage == []
+
+
+def test_folders_and_pipes_in_the_place_of_files(make_run, tmp_path):
+    path = make_run("one")
+    names = ("results.json", "environment.json", "metrics.jsonl", "quality.json", "views.png")
+    for name in names:
+        (path / name).unlink()
+        (path / name).mkdir()
+    os.mkfifo(path / "attention" / "c-sheet.png")
+    _, page = read([path], tmp_path / "r.html")
+    assert page.text.count("Is a directory") == 4
+    assert "views.png cannot be read as a picture" in page.text
+    assert "c-sheet.png cannot be read as a picture" in page.text
+
+
+def test_values_of_any_size_and_kind(make_run, tmp_path):
+    """What no figure has an axis for, and starts whose fields are of other kinds."""
+    path = make_run("one")
+    odd = [1e308, -1e308, 10**300, 1e99, -1e99, 0, None, True, [], {"a": 1}, "x", float("nan")]
+    lines = [{"iteration": i, "loss": v, "lr": v, "kl": v, "knn_top1": v}
+             for i, v in enumerate([*odd, *odd])]  # fmt: skip
+    lines += [{"iteration": 10**300, "loss": 1.0}, {"iteration": -5, "loss": 1.0}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    starts = [dict.fromkeys(("time", "commit", "command", "packages", "device"), v) for v in odd]
+    (path / "environment.json").write_text(json.dumps({"starts": starts}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        html, page = read([path], tmp_path / "r.html")
+    assert "values that no curve can show" in page.text
+    assert "<svg" in html
+
+
+def test_names_in_no_encoding(make_run):
+    path = make_run(os.fsdecode(b"caf\xe9"))
+    written = write_report([path])
+    assert "caf\N{REPLACEMENT CHARACTER}" in written.read_text(encoding="utf-8")
 
 
 def test_the_default_place_is_in_the_run(make_run, capsys):

@@ -122,3 +122,8 @@ def test_bad_files(folder, patch_colours, colours, paint):
     (folder / "strong" / "200001.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(RunFailed, match=r"200001\.jpg cannot be read"):
         evaluate(patch_colours, copydays, size=32)
+
+
+def test_descriptors_that_are_all_zero():
+    with pytest.raises(UsageError, match="all zero have no whitening"):
+        Whitening.learn(torch.zeros(4, 3))

@@ -1,6 +1,7 @@
 """Label propagation, the masks it writes, and the measures of DAVIS, on made videos."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -289,8 +290,15 @@ def test_bad_masks(folder):
     with pytest.raises(UsageError, match=r"the mask .*00000\.png has 120 x 64 pixels, .* 128 x 64"):
         davis.open_davis(folder)
     Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save(first)
-    with pytest.raises(UsageError, match="is no mask of labels: its pixels are RGB"):
+    with pytest.raises(UsageError, match="is a palette image and the first mask of bars a colour"):
         davis.open_davis(folder)
+    Image.fromarray(np.zeros((64, 128), np.float32)).save(first, "TIFF")
+    with pytest.raises(UsageError, match="is no mask of labels: its pixels are F"):
+        davis.open_davis(folder)
+    smooth = np.arange(64 * 128).reshape(64, 128) % 200
+    Image.fromarray(smooth.astype(np.uint8)).save(first)
+    with pytest.raises(UsageError, match="holds 199 colours or grey levels"):
+        davis.labels_of(first)
     first.write_bytes(b"no image")
     with pytest.raises(UsageError, match="cannot be read"):
         davis.open_davis(folder)
@@ -316,3 +324,116 @@ def test_bad_frames(folder, patch_colours, colours, tmp_path):
         path.unlink()
     with pytest.raises(UsageError, match="holds no frame"):
         davis.open_davis(folder)
+
+
+# --- masks and frames of other makers ---------------------------------------------------------
+
+
+def drawn(folder: Path, make) -> None:
+    """Save each mask of the folder's video anew: `make` gets its labels, uint8 [H, W]."""
+    for path in sorted((folder / "Annotations/480p/bars").iterdir()):
+        make(np.array(Image.open(path))).save(path)
+
+
+def one_object(labels):
+    return (labels > 0).astype(np.uint8)
+
+
+PAINTS = np.array([(0, 0, 0), (255, 255, 255), (10, 200, 30)], np.uint8)
+PASCAL = np.array(davis.pascal_palette(), np.uint8).reshape(-1, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "objects", "told"),
+    [
+        (lambda m: Image.fromarray(one_object(m) * 255), 1, True),
+        (lambda m: Image.fromarray(one_object(m) * 255).convert("1"), 1, False),
+        (lambda m: Image.fromarray(one_object(m) * 255).convert("P"), 1, True),
+        (lambda m: Image.fromarray(one_object(m) * 128), 1, True),
+        (lambda m: Image.fromarray(np.array([0, 38, 75], np.uint8)[m]), 2, True),
+        (lambda m: Image.fromarray(np.array([0, 7, 3000], np.uint16)[m]), 2, True),
+        (lambda m: Image.fromarray(m), 2, False),
+        (lambda m: Image.fromarray(PAINTS[m]), 2, True),
+        (lambda m: Image.fromarray(PAINTS[m]).convert("RGBA"), 2, True),
+        (lambda m: Image.fromarray(PASCAL[m]), 2, True),
+    ],
+)
+def test_masks_however_they_are_drawn(folder, patch_colours, tmp_path, make, objects, told):
+    drawn(folder, make)
+    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), tmp_path / "o", side=64)
+    assert row.metrics["J&F mean"] == pytest.approx(100)
+    assert row.settings["objects"] == objects
+    assert [("drawn, not labelled" in note) for note in row.notes] == [True] * told
+
+
+def test_void_beside_labels_stays_void(folder):
+    drawn(folder, lambda m: Image.fromarray(np.where(np.arange(128) < 4, 255, m).astype(np.uint8)))
+    (video,) = davis.open_davis(folder)
+    assert video.labels == davis.Labels()
+    assert set(np.unique(davis.read_mask(video.masks[0], video.labels))) == {0, 1, 2, 255}
+
+
+@pytest.mark.parametrize("scale", [1, 60])
+def test_objects_that_come_later_are_named(folder, patch_colours, tmp_path, scale):
+    drawn(folder, lambda m: Image.fromarray(m * scale))
+    path = folder / "Annotations/480p/bars/00002.png"
+    late = np.array(Image.open(path))
+    late[:8, :8] = 3 * scale
+    Image.fromarray(late).save(path)
+    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), tmp_path / "o", side=64)
+    assert row.settings["objects"] == 2
+    assert "bars shows objects after its first frame that are neither" in row.notes[-1]
+    drawn(folder, lambda m: Image.fromarray(m * 0))
+    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), tmp_path / "o", side=64)
+    assert row.metrics == {}
+    assert row.notes == ["no object in the first mask of: bars"]
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "JPG", "PNG", "bmp"])
+def test_frames_in_any_format(folder, suffix):
+    for path in sorted((folder / "JPEGImages/480p/bars").iterdir()):
+        Image.open(path).save(path.with_suffix(f".{suffix}"))
+        path.unlink()
+    (folder / "JPEGImages/480p/bars/folder.jpg").mkdir()
+    (folder / "JPEGImages/480p/bars/notes.txt").touch()
+    os.mkfifo(folder / "JPEGImages/480p/bars/pipe.jpg")
+    (video,) = davis.open_davis(folder)
+    assert [path.suffix for path in video.frames] == [f".{suffix}"] * 5
+    Image.open(video.frames[0]).save(video.frames[0].with_suffix(".gif"))
+    with pytest.raises(UsageError, match="two frames of one name"):
+        davis.open_davis(folder)
+
+
+@pytest.mark.parametrize(("side", "shown"), [(63, 64), (60, 64), (59, 56), (2, 8), (64, 64)])
+def test_a_side_that_is_no_multiple_of_the_patch(folder, patch_colours, tmp_path, side, shown):
+    videos = davis.open_davis(folder)
+    row = davis.evaluate(patch_colours, folder, videos, tmp_path / "o", side=side)
+    assert f"shorter side {shown}," in row.transform
+    told = f"a shorter side of {shown} pixels instead of {side}: a multiple of the patch of 8"
+    assert [told in note for note in row.notes] == [True] * (side != shown)
+    assert side < 60 or row.metrics["J&F mean"] == pytest.approx(100)
+
+
+def test_frame_size_of_patches_that_do_not_divide_64():
+    assert davis.frame_size(480, 854, 480, 14) == (476, 826)
+    assert davis.frame_size(854, 480, 480, 16) == (832, 480)
+
+
+def test_masks_are_not_written_over_the_data(folder, patch_colours):
+    videos = davis.open_davis(folder)
+    for place in ("Annotations/480p", "JPEGImages/480p", "ImageSets/../Annotations/480p"):
+        with pytest.raises(UsageError, match="would be written over"):
+            davis.evaluate(patch_colours, folder, videos, folder / place, side=64)
+    with pytest.raises(UsageError, match="--out needs a folder"):
+        davis.evaluate(patch_colours, folder, videos, videos[0].frames[0], side=64)
+
+
+def test_names_in_no_encoding(folder, patch_colours, tmp_path):
+    name = os.fsdecode(b"[/b]ars\xe9".replace(b"/", b""))
+    for place in ("Annotations", "JPEGImages"):
+        (folder / place / "480p/bars").rename(folder / place / "480p" / name)
+    (folder / "ImageSets/2017/val.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode(name) + b"\r\n")
+    videos = davis.open_davis(folder)
+    row = davis.evaluate(patch_colours, folder, videos, tmp_path / "o", side=64)
+    assert row.metrics["J mean"] == pytest.approx(100)
+    assert os.listdir(tmp_path / "o") == [name]

@@ -1,5 +1,6 @@
 """Retrieval on made sets whose ranking follows from colours: the answers are known."""
 
+import os
 import pickle
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from xdino.errors import RunFailed, UsageError
+from xdino_eval import plain_pickle
 from xdino_eval.accuracy import average_precision
 from xdino_eval.retrieval import Query, cut, evaluate, fit, open_benchmark, score
 
@@ -136,6 +138,11 @@ def test_missing_images_and_empty_sets(folder):
         {"gnd": [{"bbx": [0, 0, 1, 1], "easy": ["a"], "hard": [], "junk": []}]},
         {"gnd": [{"bbx": [0, 0], "easy": [0], "hard": [], "junk": []}]},
         {"gnd": [{"bbx": [0, 0, 1, 1], "easy": [0]}]},
+        {"gnd": [{"bbx": [0, 0, float("inf"), 1], "easy": [0], "hard": [], "junk": []}]},
+        {"gnd": [{"bbx": [0, 0, 10**400, 1], "easy": [0], "hard": [], "junk": []}]},
+        {"gnd": [{"bbx": [0, 0, 1, 1], "easy": [10**30], "hard": [], "junk": []}]},
+        {"imlist": ["zero\0byte"]},
+        {"imlist": 7},
     ],
 )
 def test_something_else_than_ground_truth(folder, fields):
@@ -152,3 +159,20 @@ def test_a_broken_image_and_a_box_outside(folder, colours):
     (folder / "roxford5k/jpg/easy.jpg").write_bytes(b"no image")
     with pytest.raises(RunFailed, match=r"easy\.jpg cannot be read"):
         evaluate(colours, benchmark)
+
+
+def test_what_is_no_file(folder):
+    """A folder or a named pipe in the place of an image, or of the ground truth."""
+    easy, truth = folder / "roxford5k/jpg/easy.jpg", folder / "roxford5k/gnd_roxford5k.pkl"
+    easy.unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(easy)
+        with pytest.raises(UsageError, match=r"lacks 1 of the 7 images .* the first easy\.jpg"):
+            open_benchmark(folder, "roxford5k")
+        (os.rmdir if easy.is_dir() else os.unlink)(easy)
+    truth.unlink()
+    truth.mkdir()
+    with pytest.raises(UsageError, match=r"gnd_roxford5k\.pkl is missing"):
+        open_benchmark(folder, "roxford5k")
+    with pytest.raises(RunFailed, match="cannot be read: Is a directory"):
+        plain_pickle.load(truth)

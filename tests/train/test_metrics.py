@@ -2,12 +2,19 @@
 
 import json
 import math
+import os
+import sys
+import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from PIL import Image
 
-from xdino.metrics import MetricsLog, collapse_warning, save_views
+from xdino import metrics
+from xdino.errors import RunFailed
+from xdino.metrics import CollapseAlarm, MetricsLog, collapse_warning, save_views
 
 
 def rows(folder):
@@ -29,6 +36,76 @@ def test_a_continued_log_tells_every_iteration_once(tmp_path):
     ]  # fmt: skip
 
 
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    good = b'{"iteration": 1, "loss": 2.5}'
+    bad = (b"[]", b"7", b"null", b'{"loss": 1}', b'{"iteration": "2"}', b'{"iteration": true}',
+           b"\xff\xfe", b"[" * 100_000, b"", b'{"iteration": 1, "lo')  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good, *bad]))
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == ([{"iteration": 1, "loss": 2.5}], 9)
+    MetricsLog(tmp_path, 5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good + b"\n"
+
+
+def test_a_whole_log_is_not_written_again(tmp_path):
+    """A restart that is killed in the middle of writing would lose every row."""
+    log = MetricsLog(tmp_path, 0)
+    log.write({"iteration": 1, "loss": 0.25, "lr": 1e-7})
+    log.close()
+    before = (tmp_path / "metrics.jsonl").stat()
+    MetricsLog(tmp_path, 1).close()
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    MetricsLog(tmp_path, 0).close()
+    assert (tmp_path / "metrics.jsonl").stat().st_ino != before.st_ino, "written beside"
+
+
+def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log._file.close()
+    log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(RunFailed, match=r"cannot write .*metrics\.jsonl: No space left"):
+        log.write({"iteration": 1})
+    log.close()
+    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(RunFailed, match=r"cannot read .*metrics\.jsonl: Is a directory"):
+        MetricsLog(tmp_path / "other", 0)
+
+
+class Refusing:
+    """Stands in for the module: whatever is asked of it fails."""
+
+    Error = RuntimeError
+
+    class Settings(SimpleNamespace):
+        model_fields: ClassVar = {}
+
+    def __init__(self, key: bool) -> None:
+        self.key, self.modes = key, []
+
+    def login(self, **_: object) -> bool:
+        return self.key
+
+    def init(self, mode: str, **_: object) -> None:
+        self.modes.append(mode)
+        raise Exception(f"no {mode}")
+
+    def teardown(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("key", "modes"), [(True, ["online", "offline"]), (False, ["offline"])])
+def test_wandb_that_fails_does_not_end_a_run(tmp_path, monkeypatch, key, modes):
+    wandb, told = Refusing(key), []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = MetricsLog(tmp_path, 0, "online", notice=told.append)
+    log.write({"iteration": 1})
+    log.close()
+    assert wandb.modes == modes
+    assert ("cannot be reached (no online)" if key else "has no API key") in told[0]
+    assert told[1:] == ["wandb failed (no offline): the run goes on without its page"]
+    assert rows(tmp_path) == [{"iteration": 1}]
+
+
 @pytest.mark.slow
 def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -38,13 +115,16 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
         log.write({"iteration": iteration + 1, "loss": 1.0})
         log.write({"iteration": iteration + 1, "knn_top1": 50.0})  # at the same iteration
         log.write({"iteration": 1, "linear_top1": 60.0})  # and one that comes late
-        ids.append(log._wandb.id)
+        ids.append(log._page.run.id)
         log.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb-id.txt").read_text()
     kept = list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}/*.wandb"))
     assert kept
-    for file in kept:
-        assert all(name in file.read_bytes() for name in (b"loss", b"knn_top1", b"linear_top1"))
+    names, deadline = (b"loss", b"knn_top1", b"linear_top1"), time.monotonic() + 20
+    for file in kept:  # its service may write the last block after it has said that it is done
+        while not all(name in file.read_bytes() for name in names):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_collapse_is_said_in_words():
@@ -55,6 +135,45 @@ def test_collapse_is_said_in_words():
     assert "same prototype" in collapse_warning(2e-6, point, K)
     healthy = {"teacher_entropy": 2.0, "kl": 0.5, "centre_norm": 1.0}
     assert collapse_warning(2.5, healthy, K) is None
+
+
+def test_each_collapse_is_said_once_until_it_has_recovered():
+    K = 64
+    flat = {"teacher_entropy": math.log(K), "kl": 1e-5}
+    point = {"teacher_entropy": 1e-6, "kl": 1e-6}
+    healthy = {"teacher_entropy": 2.0, "kl": 0.5}
+    nearly = {"teacher_entropy": math.log(K), "kl": 1.5e-3}  # outside of the limits, but not well
+    alarm = CollapseAlarm(K, after=10)
+    assert alarm.look(10, math.log(K), flat) is None, "every run begins there"
+    assert "says nothing about any image" in alarm.look(11, math.log(K), flat)
+    told = [alarm.look(i, math.log(K), [flat, nearly][i % 2]) for i in range(12, 60)]
+    assert told == [None] * 48
+    assert "same prototype" in alarm.look(60, 1e-6, point)
+    assert alarm.look(61, 1e-6, point) is None
+    assert alarm.look(62, 2.5, healthy) is None
+    assert "same prototype" in alarm.look(63, 1e-6, point)
+
+
+def test_a_loss_that_hovers_at_ln_k_is_said_once():
+    K, spread = 1000, {"teacher_entropy": 4.0, "kl": 2.9}
+    alarm = CollapseAlarm(K)
+    near = math.log(K)
+    told = [alarm.look(i, near * (1 + 0.009 * (-1) ** i), spread) for i in range(20)]
+    assert [i for i, words in enumerate(told) if words] == [5]
+    assert "has stayed at ln K = 6.908 for 5 logged rows" in told[5]
+    assert alarm.look(20, 6.0, spread) is None
+    again = [alarm.look(i, near, spread) for i in range(21, 27)]
+    assert [bool(words) for words in again] == [False, False, False, False, True, False]
+    passing = CollapseAlarm(K)
+    assert not any(passing.look(i, near * (1 - 0.003 * i), spread) for i in range(40))
+
+
+def test_a_picture_of_the_views_that_cannot_be_written(tmp_path):
+    group = torch.zeros(2, 3, 3, 16, 16)
+    (tmp_path / "views.png").mkdir()
+    with pytest.raises(RunFailed, match=r"cannot write .*views\.png"):
+        save_views(tmp_path / "views.png", [group], [0.5] * 3, [0.25] * 3)
+    assert os.listdir(tmp_path) == ["views.png"], "nothing is left beside it"
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -26,6 +26,8 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
         raise UsageError("--queries draws from the data and --images names files: not both")
     if not (options["out"] or Path(options["weights"]).is_dir()):
         raise UsageError("neighbours needs --out FOLDER where WEIGHTS is not a run")
+    folder = Path(options["out"] or Path(options["weights"]) / "neighbours")
+    _refuse_within(folder, Path(options["data"]).expanduser())
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
         raise UsageError(f"there is no image file {missing[0]}")
@@ -61,9 +63,17 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
         "train_size": len(bank.features),
         "k": k,
     }
-    folder = Path(options["out"] or Path(options["weights"]) / "neighbours")
     for path in rooms.write(found, subject.train, asked, folder, told):
         click.echo(str(path))
+
+
+def _refuse_within(out: Path, data: Path) -> None:
+    """Refuse sheets in a folder that is read for images: the next run would find them there."""
+    splits = [data / split for split in ("train", "val") if (data / split).is_dir()]
+    for read in splits or [data]:
+        place, root = os.path.realpath(out), os.path.realpath(read)
+        if read.is_dir() and (place == root or place.startswith(os.path.join(root, ""))):
+            raise UsageError(f"--out lies in the images of {read}: name a folder outside of them")
 
 
 # Two of the shared options mean something else here: there are no rows, and the JSON is a file.

@@ -1,6 +1,7 @@
 """`xdino retrieval`, `xdino copydetection` and `xdino davis`: the rest of DINO's evaluations."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from xdino.errors import UsageError
 from xdino_launch.commands.options import finish
 
 if TYPE_CHECKING:
@@ -197,6 +199,8 @@ def davis(
     Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
     official scorer reads. J and F are measured as it does, where all frames are annotated.
     """
+    if not math.isfinite(temperature):
+        raise UsageError(f"--temperature must be a number from 0.02 up, got {temperature}")
     from xdino_eval import davis as room
 
     videos = room.open_davis(data, split)
