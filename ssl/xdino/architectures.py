@@ -276,7 +276,7 @@ def published_name(arch: str, tensors: Mapping[str, Tensor], patch_size: Any = N
 
 
 # Blocks of each stage of the published ResNets; timm's names, plain blocks and bottlenecks.
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], tuple[str, ...]] = {
     (False, (2, 2, 2, 2)): ("resnet18",),
     (False, (3, 4, 6, 3)): ("resnet34",),
     (True, (2, 2, 2, 2)): ("resnet26",),

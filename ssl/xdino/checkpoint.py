@@ -481,7 +481,7 @@ def _renamed(spec: BackboneSpec, name: str) -> BackboneSpec:
     """A file's spec under another name; its shape stays only where it is the same network's."""
     arch = _named(name).arch
     same = arch.split(".")[0] == spec.arch.split(".")[0]  # but for timm's tags, and DINO's
-    return dataclasses.replace(spec, arch=arch, **({} if same else {"shape": {}}))
+    return dataclasses.replace(spec, arch=arch, shape=spec.shape if same else {})
 
 
 def load_into(model: nn.Module, file: WeightsFile, arch: str) -> None:

@@ -113,6 +113,30 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
+def on_first(action: Callable[[], None]) -> None:
+    """action() on the first process, however long it takes; its sentence is everyone's."""
+    if world_size() == 1:
+        action()
+        return
+    waiting: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    told: list[Any] = [None]
+    if rank() == 0:
+        try:
+            action()
+        except BaseException as error:
+            usage = isinstance(error, UsageError)
+            known = usage or isinstance(error, RunFailed)
+            told = [(usage, str(error) if known else f"the first process failed ({error!r})")]
+            raise
+        finally:
+            dist.broadcast_object_list(told, src=0, group=waiting)
+        return
+    dist.broadcast_object_list(told, src=0, group=waiting)
+    if told[0]:
+        usage, sentence = told[0]
+        raise (UsageError if usage else RunFailed)(sentence)
+
+
 def gather_tensor(x: Tensor) -> list[Tensor]:
     """`x` of every process, in order of rank, on the CPU of all; its shape is the same on each."""
     if world_size() == 1:

@@ -6,6 +6,7 @@ a truncated archive is an error with the mend in it, never a smaller data set.
 """
 
 import abc
+import contextlib
 import gzip
 import hashlib
 import io
@@ -77,6 +78,17 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def describe(self, index: int) -> str:
         """How a person finds image `index`: its path, or its number in the file that holds it."""
+
+    def stamps(self) -> bytes:
+        """Sizes and times of the files that images are read from, for caches of what they gave."""
+        told = []
+        for path in dict.fromkeys(
+            map(str, getattr(self, "_tars", map(self.describe, range(len(self)))))
+        ):
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                told.append((status.st_size, status.st_mtime_ns))
+        return repr(told).encode()
 
     @abc.abstractmethod
     def _content(self) -> Iterator[bytes]:

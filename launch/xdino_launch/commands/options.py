@@ -1,7 +1,9 @@
 """Options that several commands take, and what they do with rows of results."""
 
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +61,28 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
+    """Under a launcher the first process alone does it; the others wait, and fail as it does."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+            command(*arguments, **options)
+            return
+        import torch
+
+        from xdino import distributed
+
+        joined = distributed.start(torch.device("cpu"))
+        try:
+            distributed.on_first(lambda: command(*arguments, **options))
+        finally:
+            if joined:
+                distributed.stop()
+
+    return wrapped
+
+
 def numbers(
     text: str | None, name: str, kind: Callable[[str], Any] = float
 ) -> tuple[Any, ...] | None:
@@ -79,17 +103,21 @@ def results_file(weights: str, out: str | None) -> Path | None:
 
 
 def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) -> None:
-    """Where rows go: results.json of the run or --out, and standard output."""
+    """Where rows go: standard output, then results.json of the run or --out.
+
+    In this order, so that a disk that refuses them loses none.
+    """
     from xdino_eval import results
     from xdino_launch.console import stdout_console
 
-    target = results_file(weights, out)
-    if target is not None:
-        results.append(target, rows)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
         stdout_console().print(results.table(rows))
+    sys.stdout.flush()
+    target = results_file(weights, out)
+    if target is not None:
+        results.append(target, rows)
 
 
 def subject_options(options: dict[str, Any]) -> dict[str, Any]:
