@@ -270,7 +270,7 @@ def published_name(arch: str, tensors: Mapping[str, Tensor], patch_size: Any = N
     if match is None:
         return arch
     size = {"t": "tiny", "s": "small", "b": "base"}.get(match[1], match[1])
-    told = patch_size if isinstance(patch_size, int) and patch_size > 0 else 16
+    told = patch_size if isinstance(patch_size, int) and 0 < patch_size < 1000 else 16
     _, patch, side = vit_shape(tensors) or (size, told, 224)
     return vit.name(size, int(match[2] or patch), side)
 

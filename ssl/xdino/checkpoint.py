@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 
-from xdino import architectures
+from xdino import architectures, vit, xcit
 from xdino.architectures import to_timm_names as to_timm_names  # part of this room's interface
 from xdino.backbones import BackboneSpec, of_timm, statistics
-from xdino.errors import RunFailed, UsageError, asked, reason
+from xdino.errors import RunFailed, UsageError, asked, nearest, reason
 from xdino.files import written_beside
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -214,8 +215,8 @@ def read_weights(path: str | Path, role: str = "teacher") -> WeightsFile:
         if start.startswith(b"version https://git-lfs"):
             raise RunFailed(f"{path} is a Git LFS pointer and not the file: run git lfs pull")
         pickled = start.startswith((b"PK", b"\x80"))
-        plain = start[8:9] == b"{" or path.suffix == ".safetensors"
-        return _read_safetensors(path, role) if plain and not pickled else _read_pickle(path, role)
+        plain = start[8:9] == b"{" or (path.suffix == ".safetensors" and not pickled)
+        return _read_safetensors(path, role) if plain else _read_pickle(path, role)
 
 
 @contextlib.contextmanager
@@ -471,6 +472,12 @@ def _named(name: str) -> BackboneSpec:
     """
     match = re.match(r"(xcit_\w+?_p\d+)(_(\d+))?(_dist)?(\..*)?$", name)
     if match is None:
+        if not (vit.is_name(name) or timm.is_model(name)):
+            hint = nearest(name[:100], [*xcit.NAMES, *timm.list_models()])
+            hint = (
+                hint if hint.startswith("did you") else "XCiT's, DINO's and timm's names are known"
+            )
+            raise UsageError(f'no backbone is called "{name[:100]}": {hint}')
         return of_timm(name)
     side = int(match[3] or 224)
     spec = BackboneSpec(match[1], input_size=side, resize=round(side * 256 / 224))
@@ -479,7 +486,10 @@ def _named(name: str) -> BackboneSpec:
 
 def _renamed(spec: BackboneSpec, name: str) -> BackboneSpec:
     """A file's spec under another name; its shape stays only where it is the same network's."""
-    arch = _named(name).arch
+    named = _named(name)
+    arch = named.arch
+    if vit.is_name(arch) != vit.is_name(spec.arch):  # other position tables, of other sizes
+        return dataclasses.replace(named, in_chans=spec.in_chans, mean=spec.mean, std=spec.std)
     same = arch.split(".")[0] == spec.arch.split(".")[0]  # but for timm's tags, and DINO's
     return dataclasses.replace(spec, arch=arch, shape=spec.shape if same else {})
 
@@ -540,7 +550,7 @@ def build_for(file: WeightsFile, spec: BackboneSpec) -> nn.Module:
         raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         if spec is not file.spec:  # not the file's doing
-            raise
+            raise UsageError(f"no network can be built as {spec.arch} ({reason(error)})") from None
         raise RunFailed(
             f"{file.path} is damaged: no {spec.arch} is as it says ({reason(error)})"
         ) from None
