@@ -337,7 +337,11 @@ def load_plain(path: Path) -> Any:
                     )
     with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_types()):
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with contextlib.ExitStack() as stack:
+            # By its name torch would take a file for safetensors; other names it opens faster itself.
+            misnamed = path.suffix == ".safetensors"
+            source = stack.enter_context(open(path, "rb")) if misnamed else path
+            return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def _read_pickle(path: Path, role: str) -> WeightsFile:

@@ -146,8 +146,8 @@ def test_several_networks_without_a_role_are_named(tmp_path):
         torch.save(tree, tmp_path / f"{name}.pth")
         with pytest.raises(UsageError, match=rf"{name}\.pth.*several networks .*78 tensors"):
             load_backbone(tmp_path / f"{name}.pth", ARCH)
+    torch.save({"optimizer": {}, "epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(RunFailed, match="it has 'optimizer', 'epoch'"):
-        torch.save({"optimizer": {}, "epoch": 3}, tmp_path / "none.pth")
         load_backbone(tmp_path / "none.pth")
 
 

@@ -39,9 +39,11 @@ from xdino.errors import RunFailed, UsageError
 
 SECONDS, MEGABYTES = 10.0, 2000
 SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-ARCHS = (None, None, None, None, None, "test_vit", "test_vit", "test_vit", "xcit_nano_12_p8", "xcit_nano_12_p16_384.fb_dist_in1k", "vit_tiny",
-         "test_convnext", "resnet18", "", "x" * 300, "hf-hub:a/b", "vit_giant_patch14_224",
-         "dino_vits0", "vit_tiny_patch16_99999999.dino")  # fmt: skip
+ARCHS = (
+    *(None, None, None, None, None, "test_vit", "test_vit", "test_vit", "xcit_nano_12_p8"),
+    *("xcit_nano_12_p16_384.fb_dist_in1k", "vit_tiny", "test_convnext", "resnet18", "", "x" * 300),
+    *("hf-hub:a/b", "vit_giant_patch14_224", "dino_vits0", "vit_tiny_patch16_99999999.dino"),
+)
 
 
 class Harm:
