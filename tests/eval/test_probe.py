@@ -236,3 +236,20 @@ def test_a_disk_that_refuses_the_state_does_not_cost_the_probe(points, tmp_path,
     with pytest.warns(UserWarning, match="the probe goes on, but"):
         done = sgd_probe_features(points(), points(30), HOW, keep_in=tmp_path / "file" / "below")
     assert done.row.top1 > 50
+
+
+def test_features_far_from_zero_and_close_together(points, tmp_path):
+    """Folded in single precision, a probe on features of 1 +- 1e-7 forgets what it learned."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    steps = torch.randint(-8, 9, (400, 24), generator=generator) + 3 * torch.eye(4, 24)[labels]
+    near_one = (1 + steps.double() * 2.0**-23).float()  # exact in single precision
+    assert len(near_one.unique()) > 10
+    count = torch.arange(400)
+    far, plain = (Features(x, labels, count, data="far") for x in (near_one, steps.float()))
+    done = logistic_probe(far, far, cs=[1.0])
+    wanted = logistic_probe(plain, plain, cs=[1.0]).row.top1
+    assert done.row.top1 == pytest.approx(wanted, abs=0.5)
+    done.probe.save(tmp_path / "p.safetensors")
+    again = Probe.load(tmp_path / "p.safetensors")
+    assert probes.apply(again, far).top1 == done.row.top1
