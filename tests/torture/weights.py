@@ -205,7 +205,7 @@ def _values(rng: random.Random, old: torch.Tensor) -> Any:
     return rng.choice((
         lambda: torch.full_like(old.float(), float("nan")),
         lambda: one.expand(2**31, 2**10) if old.numel() else one,
-        lambda: one.expand(old.shape),
+        lambda: torch.zeros(()).expand(old.shape),
         lambda: old.to(torch.int64),
         lambda: old.to(torch.complex64),
         lambda: old.float().to(torch.float8_e4m3fn),

@@ -53,7 +53,7 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--cache",
             type=click.Path(),
-            help="Keep features in this folder for the next command; a file counts by its name, size and time.",
+            help="Keep features in this folder for the next command; files count by name, size and time.",
         ),
     ]
     for option in reversed(options):
