@@ -48,6 +48,10 @@ def knn_callback(
     for source in (train_source, val_source):
         if source.labels is None:
             raise UsageError(f"k-NN needs labels, and {source.name} has none")
+    if train_source.classes != val_source.classes:
+        raise UsageError(
+            f"{train_source.name} and {val_source.name} number their classes differently"
+        )
 
     def evaluate(backbone: nn.Module) -> dict[str, float]:
         train, val = (

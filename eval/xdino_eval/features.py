@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xdino import copies
-from xdino.data import Source, UnreadableImage
+from xdino.data import Source, UnreadableImage, fingerprint
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino.files import written_beside
 from xdino_eval.transform import EvalTransform
@@ -249,32 +249,53 @@ def pixels(
     return extract(nn.Flatten(), source, raw, batch_size, workers=workers, indices=indices)
 
 
+def content_of(source: Source) -> str:
+    """What tells a source from every other, and from itself after a file of it was changed.
+
+    Its name, the images' names, labels and classes, and the sizes and times of the files: two folders
+    with the same names in them are two sources.
+    """
+    stamps = hashlib.sha256(source.stamps()).hexdigest()
+    return json.dumps([source.name, fingerprint(source), stamps, source.channels])
+
+
 def cache_key(
-    checkpoint: str, what: str, transform: EvalTransform, fingerprint: str, precision: str
+    checkpoint: str, what: str, transform: EvalTransform, content: str, precision: str
 ) -> str:
     """32 hexadecimal digits that change with everything that changes the features.
 
     Args:
         checkpoint: hash of the weights. what: which network of the file, "teacher" as a rule.
-        fingerprint: of the source.
+        content: of the source, see `content_of`.
     """
-    told = json.dumps(["features 1", checkpoint, what, repr(transform), fingerprint, precision])
+    told = json.dumps(["features 2", checkpoint, what, repr(transform), content, precision])
     return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 def cached(folder: Path | str, key: str, compute: Callable[[], Features]) -> Features:
     """The features kept under `key` in `folder`, else those of `compute()`, kept for next time.
 
-    A file that cannot be read is reported by a warning and written again.
+    A file that cannot be read is reported by a warning and written again; a folder that cannot be
+    written costs no more than a warning.
     """
     path = Path(folder) / f"{key}.safetensors"
     if path.exists():
         try:
             return _load(path, key)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RecursionError,
+        ) as error:
             warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
     features = compute()
-    _save(path, key, features)
+    try:
+        _save(path, key, features)
+    except RunFailed as error:
+        warnings.warn(f"the features are not kept: {error}", stacklevel=2)
     return features
 
 
@@ -294,11 +315,19 @@ def _load(path: Path, key: str) -> Features:
             raise ValueError("it holds another key")
         told = json.loads(metadata["told"])
         names = file.keys()
-        return Features(
-            features=file.get_tensor("features"),
-            labels=file.get_tensor("labels") if "labels" in names else None,
-            indices=file.get_tensor("indices"),
-            skipped=[(description, reason) for description, reason in told["skipped"]],
-            data=told["data"],
-            transform=told["transform"],
-        )
+        features, indices = file.get_tensor("features"), file.get_tensor("indices")
+        labels = file.get_tensor("labels") if "labels" in names else None
+    if (
+        features.ndim != 2
+        or len(features) != len(indices)
+        or len(features) != len(indices if labels is None else labels)
+    ):
+        raise ValueError("features, indices and labels are of different lengths")
+    return Features(
+        features=features,
+        labels=labels,
+        indices=indices,
+        skipped=[(description, reason) for description, reason in told["skipped"]],
+        data=told["data"],
+        transform=told["transform"],
+    )

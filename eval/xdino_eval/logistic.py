@@ -31,6 +31,7 @@ GRIDS = {
 """Inverse strengths of the regularisation. "dino" is DINOv2's; the other takes a sixth of it."""
 
 MAX_ITER = 1000  # of L-BFGS
+CONSTANT = 1e-12  # of its mean: a dimension that varies by less says the same of every image
 
 
 def logistic_probe(
@@ -66,7 +67,7 @@ def logistic_probe(
     if len(trial.classes) < 2:
         raise UsageError(f"{train.data} has one class only: there is nothing to tell apart")
     mean, std = train.features.mean(0), train.features.std(0)
-    std = torch.where(std > 0, std, 1.0)
+    std = torch.where(std > CONSTANT * mean.abs(), std, 1.0)
     x, y = ((train.features - mean) / std).numpy(), trial.train_class
     unfinished = Unfinished.of(
         keep_in, "logistic", train.features, torch.from_numpy(y), grid, holdout, seed, MAX_ITER
@@ -164,7 +165,8 @@ def _fits(x: np.ndarray, y: np.ndarray, grid: Sequence[float]) -> Iterator[Logis
 def folded(model: LogisticRegression, mean: Tensor, std: Tensor, classes: np.ndarray) -> Probe:
     """The fit on (x - mean) / std as a probe of x: weight w / std, bias b - sum(w mean / std).
 
-    Folded in double precision. Of two classes scikit-learn keeps the second's scores alone; the
+    In double precision, and left so: where std is small against mean, the two terms cancel to what
+    single precision does not hold. Of two classes scikit-learn keeps the second's scores alone; the
     first's are 0.
     """
     weight, bias = torch.from_numpy(model.coef_).double(), torch.from_numpy(model.intercept_)
@@ -172,4 +174,4 @@ def folded(model: LogisticRegression, mean: Tensor, std: Tensor, classes: np.nda
     bias = bias.double() - weight @ mean.double()
     if len(weight) == 1:
         weight, bias = (torch.cat([torch.zeros_like(t), t]) for t in (weight, bias))
-    return Probe(weight.float(), bias.float(), classes)
+    return Probe(weight, bias, classes)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xdino.errors import RunFailed, UsageError, nearest
+from xdino.errors import RunFailed, UsageError, asked, nearest
 from xdino.files import written_beside
 from xdino_eval.accuracy import class_indices, ranks, top1_top5
 from xdino_eval.features import Features
@@ -36,7 +36,8 @@ FACTS = ("protocol", "data", "train_size", "checkpoint")
 class Probe:
     """Scores of K classes: features [N, D] -> features @ weight.T + bias, [N, K].
 
-    weight: float32 [K, D]. bias: float32 [K]. labels: int64 [K], of the training split, ascending.
+    weight: [K, D]. bias: [K]. Both float32, or float64 of a logistic regression.
+    labels: int64 [K], of the training split, ascending.
     features: which a head reads, "class", "patches" or "both" (see `grid.Tokens`).
     names: of the K classes, or () where they have none.
     facts: where it comes from: protocol, data, train_size, checkpoint (SHA-256 of the backbone).
@@ -66,6 +67,7 @@ class Probe:
             "classes": torch.from_numpy(np.asarray(self.labels, np.int64)),
         }
         header = {"features": self.features, "names": json.dumps(self.names), **self.facts}
+        header = {n: v.encode("utf-8", "backslashreplace").decode() for n, v in header.items()}
         with written_beside(Path(path)) as beside:
             save_file(tensors, beside, header)
 
@@ -77,8 +79,10 @@ class Probe:
             UsageError: no such file, or one that holds no probe.
         """
         path = Path(path)
-        if not path.is_file():
-            raise UsageError(f"there is no probe {path}; --save-head writes one")
+        with asked(f"cannot read {path}"):
+            if not path.is_file():
+                raise UsageError(f"there is no probe {path}; --save-head writes one")
+            open(path, "rb").close()
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
@@ -91,16 +95,23 @@ class Probe:
                 raise ValueError(f"{K} classes, {len(names)} names")
             if not (weight.isfinite().all() and bias.isfinite().all()):
                 raise ValueError("a weight is not finite")
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("names that are no text")
+            if header.get("features", "class") not in ("class", "patches", "both"):
+                raise ValueError(f"features {header['features']:.40}")
+            if not header.get("train_size", "0").isdecimal():
+                raise ValueError(f"trained on {header['train_size']:.40} images")
+        except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"{path} is not a saved probe ({error}); --save-head writes one"
             ) from None
         facts = {name: header[name] for name in FACTS if name in header}
         features = header.get("features", "class")
-        return cls(weight.float(), bias.float(), labels.numpy(), features, names, facts)
+        kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return cls(weight.to(kind), bias.to(kind), labels.numpy(), features, names, facts)
 
     def scores(self, features: Tensor) -> Tensor:
-        """float32 [N, D] -> float32 [N, K], on the probe's device.
+        """float32 [N, D] -> [N, K], on the probe's device and as precise as it.
 
         Raises:
             UsageError: features of another width.
@@ -111,7 +122,7 @@ class Probe:
                 "apply it to the backbone that it was trained on"
             )
         with torch.no_grad():
-            return torch.addmm(self.bias, features.to(self.weight.device), self.weight.T)
+            return torch.addmm(self.bias, features.to(self.weight), self.weight.T)
 
     def score(self, features: Tensor, classes: np.ndarray) -> tuple[float, float]:
         """Top-1 and top-5 in per cent. classes: rows of the probe, int64 [N]; -1 is none of them."""

@@ -8,10 +8,9 @@ image. None of them is an accuracy: compare them between checkpoints of one kind
 Letters: N images, B of a batch, q views of each, D width of a feature, C channels, s side of a crop.
 """
 
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +29,7 @@ from xdino.files import write_text
 from xdino.photometric import photometric
 from xdino.plan import photometric_of, resolve_device
 from xdino.run import CONFIG_FILE
+from xdino_eval import results
 from xdino_eval.features import (
     Batch,
     Progress,
@@ -45,6 +45,7 @@ from xdino_eval.transform import EvalTransform, Judged
 EPSILON = 1e-7  # RankMe's, for features in float32
 DELTA = 1e-4  # keeps the within-image covariance invertible
 FILE = "quality.json"
+MEASURES = ("rankme", "lidar", "feature_std")
 
 # Below these shares of what is possible an alarm is raised. They are ours, not the papers': an
 # orientation, set where a network has lost nearly everything, not where one is merely worse.
@@ -338,6 +339,7 @@ def judge(
     arch: str | None = None,
     role: str = "teacher",
     device: str = "auto",
+    tell: Callable[[Quality], None] = lambda quality: None,
     **how: Any,
 ) -> Quality:
     """The measures of a weights file or a run, added to the run's quality.json or to `out`.
@@ -346,6 +348,7 @@ def judge(
     the published ones at the network's size.
 
     Args:
+        tell: gets the measures before they are written, which may fail.
         how: the rest goes to `measure`.
 
     Raises:
@@ -358,12 +361,12 @@ def judge(
     if crops is None:
         crops = replace(Crops(), global_size=cast(int, backbone.input_size))
     facts = cast(dict[str, Any], backbone.weights)
-    features = Path(facts["path"]).name
-    if "iteration" in facts:
-        features = f"{facts.get('role', 'teacher')}, iteration {facts['iteration']}"
     quality = replace(
-        measure(backbone, source, crops, **how), checkpoint=facts["sha256"], features=features
+        measure(backbone, source, crops, **how),
+        checkpoint=facts["sha256"],
+        features=results.features_name(facts),
     )
+    tell(quality)
     if out is None and Path(weights).is_dir():
         out = Path(weights) / FILE
     if out is not None:
@@ -383,23 +386,20 @@ def load(path: Path) -> list[dict[str, Any]]:
     """The entries of a quality.json; none if there is no such file.
 
     Raises:
-        RunFailed: the file is damaged or holds something else.
+        RunFailed: the file is damaged, cannot be read, or holds something else.
     """
     try:
-        entries = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
+        found = results.entries(path)
     except ValueError as error:
         raise RunFailed(f"{path} is damaged ({error}): move it away, or mend it by hand") from error
-    needed = {"rankme", "lidar", "feature_std"}
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and needed <= entry.keys() for entry in entries
-    ):
-        raise RunFailed(f"{path} does not hold measures of quality: move it away")
-    return entries
+    for entry in found:
+        told = [entry.get(name) for name in MEASURES] if isinstance(entry, dict) else [None]
+        if not all(isinstance(value, int | float) for value in told):
+            raise RunFailed(f"{path} does not hold measures of quality: move it away")
+    return found
 
 
 def append(path: Path, quality: Quality) -> None:
-    """Add one entry to the file at `path`, making it if need be; written beside and renamed."""
-    text = json.dumps([*load(path), asdict(quality)], indent=2, ensure_ascii=False)
-    write_text(path, text + "\n")
+    """Add one entry to the file at `path`, making it if need be; see `results.append`."""
+    with results.locked(path):
+        write_text(path, results.as_json([*load(path), asdict(quality)]))

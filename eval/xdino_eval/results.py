@@ -1,22 +1,28 @@
 """One schema for every number: a row says what was measured, on what, and how.
 
 `results.json` is a list of flat objects that a person can read and `jq` can filter. A file is
-written beside the old one and renamed, so a reader sees all the old rows or all the new ones. One
-process appends at a time.
+written beside the old one and renamed, so a reader sees all the old rows or all the new ones.
+Processes append one after the other.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
-from collections.abc import Iterable, Sequence
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from xdino.errors import RunFailed
-from xdino.files import written_beside
+from xdino.errors import RunFailed, world
+from xdino.files import write_text
 
 LONGEST_SETTING = 16  # characters of a setting that a table shows
+PATIENCE = 60.0  # seconds that one process waits for the others' rows
 
 
 @dataclass(frozen=True)
@@ -50,26 +56,24 @@ def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
     return [replace(row, checkpoint=checkpoint, features=features) for row in rows]
 
 
+def features_name(weights: dict[str, Any]) -> str:
+    """ "teacher, iteration 1234"; of other files the name, and the role where it is the student's."""
+    role = weights.get("role", "teacher")
+    if "iteration" in weights:
+        return f"{role}, iteration {weights['iteration']}"
+    name = Path(weights["path"]).name
+    return f"{name}, student" if role == "student" else name
+
+
 def load(path: Path | str) -> list[Row]:
     """The rows of `path`; none if there is no such file. Rows from before a field was added lack it.
 
     Raises:
-        RunFailed: the file is damaged or holds something else.
+        RunFailed: the file is damaged, cannot be read, or holds something else.
     """
     path = Path(path)
     try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    names = {f.name for f in fields(Row)}
-    try:
-        entries = json.loads(text)
-        if not isinstance(entries, list):
-            raise ValueError("not a list")
-        for entry in entries:
-            if set(entry) | {"metrics"} != names:  # rows of before metrics have none
-                raise ValueError(f"a row with the fields {sorted(entry)}")
-        return [Row(**entry) for entry in entries]
+        return [_row(entry) for entry in entries(path)]
     except (ValueError, TypeError) as error:
         raise RunFailed(
             f"{path} does not hold result rows ({error}); nothing was written. "
@@ -77,21 +81,123 @@ def load(path: Path | str) -> list[Row]:
         ) from error
 
 
+def entries(path: Path) -> list[Any]:
+    """The JSON list in a file; an empty one if there is no such file.
+
+    Raises:
+        RunFailed: it cannot be read. ValueError: it holds something else.
+    """
+    try:
+        with world(f"read {path}"):
+            content = path.read_bytes()
+    except RunFailed as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+    try:
+        found = json.loads(content.decode(), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("lists within lists without end") from None
+    if not isinstance(found, list):
+        raise ValueError("not a list")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = {
+    "protocol": str, "settings": dict, "top1": (*_NUMBER, type(None)), "top5": (*_NUMBER, type(None)),
+    "data": str, "transform": str, "train_size": int, "val_size": int, "checkpoint": str,
+    "features": str, "seconds": _NUMBER, "notes": list, "metrics": dict,
+}  # fmt: skip
+
+
+def _row(entry: Any) -> Row:
+    """The row that a JSON object is. Raises ValueError or TypeError where it is none."""
+    if not isinstance(entry, dict) or entry.keys() | {"metrics"} != {f.name for f in fields(Row)}:
+        raise ValueError(f"a row with the fields {sorted(entry)}")  # of before metrics have none
+    for name, value in entry.items():
+        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
+            raise ValueError(f"a row whose {name} is {json.dumps(value):.40}")
+    if not all(isinstance(note, str) for note in entry["notes"]):
+        raise ValueError("a row with notes that are no text")
+    if not all(isinstance(value, _NUMBER) for value in entry.get("metrics", {}).values()):
+        raise ValueError("a row with metrics that are no numbers")
+    return Row(**entry)
+
+
 def append(path: Path | str, rows: Sequence[Row]) -> None:
     """Add `rows` to the file at `path`, making it if need be.
 
     Raises:
         ValueError: a row without its origin (see `signed`), or with a number that is not finite.
-        RunFailed: the existing file is damaged. It is left as it is.
+        RunFailed: the existing file is damaged and left as it is, or it cannot be written.
     """
     for row in rows:
         if not row.checkpoint or not row.features:
             raise ValueError(f"a {row.protocol} row names no checkpoint or no features: sign it")
     path = Path(path)
-    everything = [asdict(row) for row in [*load(path), *rows]]
-    text = json.dumps(everything, indent=2, allow_nan=False, ensure_ascii=False)
-    with written_beside(path) as beside:
-        beside.write_text(text + "\n")
+    as_json([asdict(row) for row in rows])  # before anything is touched
+    with locked(path):
+        write_text(path, as_json([asdict(row) for row in [*load(path), *rows]]))
+
+
+def as_json(value: Any) -> str:
+    """JSON for people. Names that are no UTF-8 come out as escapes, which JSON reads back.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float | None = None) -> Iterator[None]:
+    """Alone with the file at `path` among processes that ask, on one machine or on several.
+
+    The lock is a hidden file beside it, removed again at the end. One that a killed process left is
+    nobody's: the lock is the system's, not the name's.
+
+    Raises:
+        RunFailed: another process keeps it for more than `patience` seconds, or it cannot be made.
+    """
+    hidden = path.with_name(f".{path.name}.lock")
+    until = time.monotonic() + (PATIENCE if patience is None else patience)
+    with world(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            lock = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if _held(lock, hidden):
+                break
+            os.close(lock)
+            if time.monotonic() > until:
+                raise RunFailed(
+                    f"cannot write {path}: another process holds {hidden}. Is it stuck?"
+                )
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        os.close(lock)
+
+
+def _held(descriptor: int, hidden: Path) -> bool:
+    """Whether this process has the lock now, and the name is still that of the file it locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), hidden.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            return True  # a file system without locks: as good as alone
+        raise
 
 
 def table(rows: Iterable[Row]) -> Table:

@@ -34,8 +34,9 @@ def kept(folder: Path, key: str, compute: Callable[[], Features]) -> Features:
 
     Its pages come into memory as they are touched, and leave it when others are wanted.
     """
-    cached(folder, key, compute)
-    return cached(folder, key, compute)
+    found = cached(folder, key, compute)
+    written = (folder / f"{key}.safetensors").exists()
+    return cached(folder, key, compute) if written else found
 
 
 @contextmanager

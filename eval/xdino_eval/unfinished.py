@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xdino.errors import RunFailed
+from xdino.errors import RunFailed, reason
 from xdino.files import written_beside
 
 
@@ -59,7 +59,9 @@ class Unfinished:
             with safe_open(self.path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return int(file.metadata()["epoch"]), tensors
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except OSError as error:
+            raise RunFailed(f"cannot read {self.path}: {reason(error)}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunFailed(
                 f"{self.path}, an unfinished probe, is damaged ({error}): delete it"
             ) from error

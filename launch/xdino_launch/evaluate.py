@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from xdino import checkpoint, data, distributed
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
 from xdino.files import written_beside
 from xdino.images import MAX_PIXELS
 from xdino.plan import resolve_device
 from xdino.sources import limit_pixels
 from xdino_eval import results
-from xdino_eval.features import Features, cache_key, cached, extract
+from xdino_eval.features import Features, cache_key, cached, content_of, extract
 from xdino_eval.grid import Tokens, needs_both
 from xdino_eval.results import Row
+from xdino_eval.results import features_name as features_name  # part of this room's interface
 from xdino_eval.shares import cut, kept, share
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
@@ -86,6 +87,21 @@ class Subject:
         kept = Path(cache) if cache else None
         return cls(backbone, train, val, transform, where, batch_size, workers, precision, kept)
 
+    def check_alike(self) -> None:
+        """Raises RunFailed where processes have other weights or see other images."""
+        if distributed.world_size() == 1:
+            return
+        weights: Any = self.backbone.weights
+        for what, own in {
+            "weights": weights["sha256"],
+            "images of train": data.fingerprint(self.train),
+            "images of val": data.fingerprint(self.val),
+        }.items():
+            everyone = distributed.gather(own)
+            if len(set(everyone)) > 1:
+                other = next(r for r, theirs in enumerate(everyone) if theirs != everyone[0])
+                raise RunFailed(f"processes 0 and {other} see different {what} under one name")
+
     def features(self, tokens: Sequence[str] = ("class",)) -> tuple[Features, Features]:
         """Features of both splits; unreadable images are named on standard error."""
         train, val = (
@@ -125,7 +141,8 @@ class Subject:
         )
         if self.cache is not None:
             weights: Any = self.backbone.weights
-            which = [features_name(weights), f"{self.backbone.spec}{part}"]
+            role = weights.get("role", "teacher")
+            which = [role, features_name(weights), f"{self.backbone.spec}{part}"]
             if source.max_pixels != MAX_PIXELS:
                 which.append(f"images of {source.max_pixels} pixels")
             if network is not self.backbone:
@@ -134,7 +151,7 @@ class Subject:
                 weights["sha256"],
                 ", ".join(which),
                 self.transform,
-                data.fingerprint(source),
+                content_of(source),
                 self.precision,
             )
             found = (kept if part else cached)(self.cache, key, compute)
@@ -199,13 +216,6 @@ def open_any_splits(name: str, channels: int) -> tuple[data.Source, data.Source]
     return train, one("val") if not path.exists() or (path / "val").is_dir() else train
 
 
-def features_name(weights: dict[str, Any]) -> str:
-    """ "teacher, iteration 1234", or the file's name where it says nothing."""
-    if "iteration" in weights:
-        return f"{weights.get('role', 'teacher')}, iteration {weights['iteration']}"
-    return Path(weights["path"]).name
-
-
 def save_features(subject: Subject, path: Path) -> Path:
     """Features and labels of both splits in one safetensors file."""
     tensors = {}
@@ -215,7 +225,11 @@ def save_features(subject: Subject, path: Path) -> Path:
             if value is not None:
                 tensors[f"{split}_{name}"] = value.contiguous()
     weights: dict[str, Any] = subject.backbone.weights  # type: ignore[assignment]
-    facts = {"checkpoint": weights["sha256"], "transform": subject.transform.describe()}
+    facts = {
+        "checkpoint": weights["sha256"],
+        "features": features_name(weights).encode("utf-8", "backslashreplace").decode(),
+        "transform": subject.transform.describe(),
+    }
     with written_beside(path) as beside:
         safetensors.torch.save_file(tensors, beside, metadata=facts)
     return path

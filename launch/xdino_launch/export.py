@@ -96,7 +96,9 @@ def card(backbone: nn.Module, facts: dict[str, Any], source: Path) -> dict[str, 
         "exported_by_commit": commit(),
         "exported_from_sha256": facts["exported_from"],
     }
-    return {key: UNKNOWN if value is None else str(value) for key, value in said.items()}
+    told = {key: UNKNOWN if value is None else str(value) for key, value in said.items()}
+    # Paths of other encodings: what cannot be UTF-8 is spelled out.
+    return {key: text.encode("utf-8", "backslashreplace").decode() for key, text in told.items()}
 
 
 def patch_size(backbone: nn.Module) -> int | None:
@@ -116,7 +118,7 @@ def training_commit(source: Path, iteration: int | None) -> str | None:
             return str(found[-1]["commit"]) if found else None
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
     return None
 

@@ -2,7 +2,8 @@
 
 Three namings are in use. Published XCiT names (facebookresearch/xcit) are ours. timm's XCiT has the
 query, key and value of class attention apart and calls the positional encoding `pos_embed`. DINO's
-ViTs and timm's share theirs. Around them lie prefixes of wrappers (`module.`, `backbone.`) and heads.
+ViTs and timm's share theirs. Around them lie prefixes of trainers (`module.`, `teacher.backbone.`,
+`momentum_backbone.`), which tell several networks of one file apart, and beside them heads.
 
 What shapes cannot tell: `tokens_norm` of an XCiT (the published sizes fix it) and the number of a
 ViT's heads, and whether a ViT's positions are resampled as DINO's or as timm's (see `vit`).
@@ -11,39 +12,155 @@ ViT's heads, and whether a ViT's positions are resampled as DINO's or as timm's 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from xdino import vit, xcit
-from xdino.errors import RunFailed
+from xdino.errors import RunFailed, UsageError
 
-# MultiCropWrapper, DistributedDataParallel and torch.compile put these before every name.
-_WRAPPERS = ("module.", "backbone.", "_orig_mod.")
-# Projection heads, and the class heads of XCiT, ViT ("head") and ResNet ("fc").
-_HEADS = ("head.", "head_dist.", "fc.")
+# DistributedDataParallel and torch.compile put these before every name.
+_TRANSPARENT = ("module.", "_orig_mod.")
+# What trainers call the part of themselves that is a network: DINO and DINOv2 (teacher, backbone),
+# solo-learn (backbone, momentum_backbone), MoCo and its kin (encoder_q, momentum_encoder), lightly.
+# A teacher is the one that follows as a moving average, whatever it is called.
+_NETWORKS: dict[str, str | None] = {
+    "backbone": None,
+    "teacher": "teacher",
+    "student": "student",
+} | {
+    name: role
+    for role, names in {
+        "teacher": "momentum_backbone backbone_momentum teacher_backbone backbone_teacher "
+        "momentum_encoder target_encoder encoder_k teacher_encoder teacher_model ema_model "
+        "model_ema teacher_embedding_model",
+        "student": "student_backbone backbone_student base_encoder online_encoder encoder_q "
+        "student_encoder student_model student_embedding_model",
+    }.items()
+    for name in names.split()
+}
+# Modules that hold a network and nothing else; taken off where every name lies below one of them.
+_HOLDERS = (
+    *("model", "_model", "wrapped_model", "embedding_model"),
+    *("net", "network", "encoder", "trunk", "method"),
+)
+# What lies beside a network: projection heads, class heads, losses.
+_BESIDE = re.compile(
+    r"(\w*_)?(heads?|head_dist|fc|classifiers?|projectors?|projection|predictors?|prototypes?"
+    r"|loss|criterion|queue|centers?|centres?|metrics?)(_\w*)?"
+)
+# Class heads of published files: XCiT, ViT ("head", and "head_dist" of DeiT), ResNet ("fc"), ...
+_CLASS_HEADS = ("head.", "head_dist.", "heads.", "fc.", "classifier.")
+_UNUSED = ("mask_token",)  # of masked training: DINOv2, BEiT
 
 
-def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Wrappers' prefixes off (as prefixes only), heads out, timm's XCiT names made published ones.
+@dataclass(frozen=True)
+class Group:
+    """The tensors of one network in a file. prefix: of their names. role: as the prefix says it."""
+
+    prefix: str
+    role: str | None
+    tensors: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.tensors)} tensors {f'below {self.prefix}' if self.prefix else 'unprefixed'}"
+        )
+
+
+def plain_names(tensors: Mapping[str, Tensor], role: str = "teacher") -> dict[str, Tensor]:
+    """The names of one network: those of the `role` where there are several.
+
+    Prefixes are off (as prefixes only), and timm's XCiT names made published ones. Class heads stay,
+    for what is one depends on the network: see `without_heads`.
 
     Raises:
         RunFailed: two tensors of one name once the prefixes are off; timm's names, but incomplete.
+        UsageError: there is no network of this role, or more than one.
     """
+    return own_names(of_role(groups(tensors), role).tensors)
+
+
+def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's XCiT names made published ones; any other as they are."""
+    timms = "pos_embed.token_projection.weight" in tensors
+    return _from_timm(tensors) if timms else dict(tensors)
+
+
+def groups(tensors: Mapping[str, Tensor], prefix: str = "", role: str | None = None) -> list[Group]:
+    """The networks among tensors, by the prefixes of their names; heads and losses are left out."""
     names: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        while prefix := next((p for p in _WRAPPERS if name.startswith(p)), ""):
-            name = name.removeprefix(prefix)
-        if name.startswith(_HEADS):
-            continue
+        while wrapper := next((p for p in _TRANSPARENT if name.startswith(p)), ""):
+            name = name.removeprefix(wrapper)
         if name in names:
-            raise RunFailed(f"the file mixes several networks: it has {name} twice")
+            raise RunFailed(f"the file mixes several networks: it has {prefix}{name} twice")
         names[name] = value
-    return _from_timm(names) if "pos_embed.token_projection.weight" in names else names
+    first = {name: name.partition(".")[0] if "." in name else "" for name in names}
+
+    def below(word: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{word}."): v for n, v in names.items() if first[n] == word}
+
+    found = []
+    for word in dict.fromkeys(w for w in first.values() if w in _NETWORKS):
+        found += groups(below(word), f"{prefix}{word}.", role or _NETWORKS[word])
+    if found:
+        rest = {n: v for n, v in names.items() if first[n] not in _NETWORKS}
+        rest = {n: v for n, v in rest.items() if not _BESIDE.fullmatch(n.partition(".")[0])}
+        # A few more tensors are a trainer's own; as many as a network has, or the same, are one.
+        rival = any(len(rest) > len(g.tensors) / 10 or rest.keys() & g.tensors for g in found)
+        return [*found, Group(prefix, role, rest)] if rest and rival else found
+    holders = {w for n, w in first.items() if not _BESIDE.fullmatch(n.partition(".")[0])}
+    if len(holders) == 1 and (word := holders.pop()) in _HOLDERS:
+        return groups(below(word), f"{prefix}{word}.", role)
+    return [Group(prefix, role, names)]
 
 
-def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def of_role(found: list[Group], role: str) -> Group:
+    """The network of this role; the only one, for a teacher, where nothing says whose it is.
+
+    Raises:
+        UsageError: none, or more than one; the message names what there is.
+    """
+    roles = {group.role for group in found}
+    if None in roles and roles - {None} == {"teacher"}:  # solo-learn: backbone, momentum_backbone
+        found = [Group(g.prefix, g.role or "student", g.tensors) for g in found]
+    matching = [group for group in found if group.role == role]
+    if not matching and roles == {None}:
+        if len(found) == 1 and role != "teacher":
+            raise UsageError(
+                f"it holds one network and does not say whose: leave out --role {role}"
+            )
+        matching = found
+    listed = "; ".join(str(group) for group in found[:6])
+    if not matching:
+        other = "student" if role == "teacher" else "teacher"
+        raise UsageError(f"it holds no {role} but a {other} ({listed}): --role {other}")
+    if len(matching) > 1:
+        raise UsageError(
+            f"it holds several networks and does not say which is the {role} ({listed}): "
+            "save the one you mean alone"
+        )
+    return matching[0]
+
+
+def without_heads(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Without class heads, and what masked training adds, as far as the network has none of them."""
+    own = model.state_dict().keys()
+    said = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()  # timm's own word
+    heads = [f"{name}." for name in ((said,) if isinstance(said, str) else said)]
+    unused = (*_CLASS_HEADS, *heads)
+    return {
+        name: value
+        for name, value in tensors.items()
+        if name in own or not (name.startswith(unused) or name in _UNUSED)
+    }
+
+
+def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {
         name.replace("pos_embed.token_projection", "pos_embeder.token_projection"): value
         for name, value in tensors.items()
@@ -81,7 +198,7 @@ def xcit_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     stem = _count(tensors, r"patch_embed\.proj\.(\d+)\.0\.weight")
     try:
         embed_dim = tensors["cls_token"].shape[-1]
-        return {
+        shape = {
             "embed_dim": embed_dim,
             "depth": _count(tensors, r"blocks\.(\d+)\.attn\.temperature"),
             "num_heads": tensors["blocks.0.attn.temperature"].shape[0],
@@ -92,6 +209,7 @@ def xcit_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
         }
     except (KeyError, IndexError, ZeroDivisionError):
         return None
+    return shape if min(shape.values()) > 0 else None
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:
@@ -133,6 +251,8 @@ def vit_shape(tensors: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
     except (KeyError, IndexError, ValueError):
         return None
     side = math.isqrt(max(patches, 0))
+    if not (side and patch):
+        return None
     for size, (embed_dim, _) in vit.SIZES.items():
         if (embed_dim, 12, patches) == (width, depth, side * side):
             return size, patch, side * patch
@@ -150,8 +270,30 @@ def published_name(arch: str, tensors: Mapping[str, Tensor], patch_size: Any = N
     if match is None:
         return arch
     size = {"t": "tiny", "s": "small", "b": "base"}.get(match[1], match[1])
-    _, patch, side = vit_shape(tensors) or (size, int(patch_size or 16), 224)
+    told = patch_size if isinstance(patch_size, int) and 0 < patch_size < 1000 else 16
+    _, patch, side = vit_shape(tensors) or (size, told, 224)
     return vit.name(size, int(match[2] or patch), side)
+
+
+# Blocks of each stage of the published ResNets; timm's names, plain blocks and bottlenecks.
+_RESNETS: dict[tuple[bool, tuple[int, ...]], tuple[str, ...]] = {
+    (False, (2, 2, 2, 2)): ("resnet18",),
+    (False, (3, 4, 6, 3)): ("resnet34",),
+    (True, (2, 2, 2, 2)): ("resnet26",),
+    (True, (3, 4, 6, 3)): ("resnet50", "wide_resnet50_2", "resnext50_32x4d"),
+    (True, (3, 4, 23, 3)): (
+        "resnet101", "wide_resnet101_2", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    ),
+    (True, (3, 8, 36, 3)): ("resnet152",),
+}  # fmt: skip
+
+
+def resnets(tensors: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+    """timm's names of ResNets with these blocks, () where none has; None for other networks."""
+    if not {"conv1.weight", "layer1.0.conv1.weight"} <= tensors.keys():
+        return None
+    blocks = tuple(_count(tensors, rf"layer{n}\.(\d+)\.conv1\.weight") for n in (1, 2, 3, 4))
+    return _RESNETS.get(("layer1.0.conv3.weight" in tensors, blocks), ())
 
 
 def advice(tensors: Mapping[str, Tensor]) -> str:
@@ -173,8 +315,12 @@ def advice(tensors: Mapping[str, Tensor]) -> str:
             f"its shapes are those of {timms}: --arch {name} for a published DINO file, "
             f"--arch {timms} for timm's"
         )
-    if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
-        return "its names are those of a ResNet: --arch resnet50"
+    names = resnets(tensors)
+    if names is not None:
+        fits = fitting(tensors) or next(iter(names), None)
+        if fits is not None:
+            return f"its shapes are those of a ResNet: --arch {fits}"
+        return "its names are those of a ResNet without a published name: name it with --arch"
     return "name it with --arch, for example --arch xcit_small_12_p16"
 
 
@@ -187,14 +333,25 @@ def differences(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
     """How the tensors differ from a network's own, in half a sentence; empty where they do not."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own)
+    shared = [name for name in own if name in tensors]
     shapes = [
         f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        for name in shared
+        if tensors[name].shape != own[name].shape
+    ]
+    kinds = [
+        f"{name} {tensors[name].dtype}".replace("torch.", "")
+        for name in shared
+        if own[name].is_floating_point() and not tensors[name].is_floating_point()
     ]
     return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in ((missing, "missing"), (extra, "unknown"), (shapes, "of another shape"))
+        for names, what in (
+            (missing, "missing"),
+            (extra, "unknown"),
+            (shapes, "of another shape"),
+            (kinds, "of another type"),
+        )
         if names
     )
 
@@ -202,13 +359,18 @@ def differences(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
 def fitting(tensors: Mapping[str, Tensor]) -> str | None:
     """The named network that has exactly these tensors, None where none has."""
     shape, vit_like = xcit_shape(tensors), vit_shape(tensors)
-    name: str | None = None
+    models: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        if shape is not None and (name := xcit_name(shape)) is not None:
-            model: nn.Module = xcit.build(name, in_chans=shape["in_chans"])
+        if shape is not None:
+            name = xcit_name(shape)
+            if name is not None:
+                models[name] = xcit.build(name, in_chans=shape["in_chans"])
         elif vit_like is not None:
             name = vit.name(*vit_like)
-            model = vit.build(name, tensors["patch_embed.proj.weight"].shape[1])
-        else:
-            return None
-    return None if differences(tensors, model) else name
+            models[name] = vit.build(name, max(1, tensors["patch_embed.proj.weight"].shape[1]))
+        for name in resnets(tensors) or ():
+            stem = tensors["conv1.weight"]
+            channels = stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3
+            models[name] = timm.create_model(name, num_classes=0, in_chans=channels)
+    fits = (n for n, m in models.items() if not differences(without_heads(tensors, m), m))
+    return next(fits, None)

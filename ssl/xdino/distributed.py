@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xdino.errors import RunFailed, UsageError, reason
+from xdino.errors import RunFailed, Stopped, UsageError, reason
 
 T = TypeVar("T")
 
@@ -241,24 +241,53 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+# What processes tell each other; anything else that one raises is its own defect.
+_SENTENCES = {kind.__name__: kind for kind in (UsageError, RunFailed, Stopped)}
+
+
 def together(action: Callable[[], T]) -> T:
     """action() on every process; if it fails on one in a sentence, all of them raise that sentence.
 
     Without this the others would wait for ever for the one that left.
     """
-    failure: UsageError | RunFailed | None = None
+    failure: UsageError | RunFailed | Stopped | None = None
     try:
         result = action()
-    except (UsageError, RunFailed) as error:
+    except (UsageError, RunFailed, Stopped) as error:
         failure = error
     for kind, sentence in filter(None, gather(failure and (type(failure).__name__, str(failure)))):
-        raise failure or (UsageError if kind == "UsageError" else RunFailed)(sentence)
+        raise failure or _SENTENCES.get(kind, RunFailed)(sentence)
     return result
 
 
-def from_first(action: Callable[[], T]) -> T:
-    """action() of the first process alone: its plain value, or its sentence, on all of them."""
-    return gather(together(lambda: action() if rank() == 0 else None))[0]
+def from_first(action: Callable[[], T], patience: timedelta | None = None) -> T:
+    """action() of the first process alone: its plain value, or its sentence, on all of them.
+
+    `patience`: how long the others wait, where that may be longer than a run's own `PATIENCE`.
+    """
+    if world_size() == 1:
+        return action()
+    group = dist.new_group(backend="gloo", timeout=patience) if patience is not None else None
+    told: list[Any] = [None]
+    failure: UsageError | RunFailed | Stopped | None = None
+    if rank() == 0:
+        try:
+            told = ["", action()]
+        except (UsageError, RunFailed, Stopped) as error:
+            failure = error
+            told = [type(error).__name__, str(error)]
+        except BaseException as error:
+            told = ["RunFailed", f"the first process failed: {reason(error)}"]
+            raise
+        finally:
+            dist.broadcast_object_list(told + [None] * (2 - len(told)), src=0, group=group)
+    else:
+        told = [None, None]
+        dist.broadcast_object_list(told, src=0, group=group)
+    kind, value = told
+    if kind:
+        raise failure or _SENTENCES.get(kind, RunFailed)(value)
+    return value
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -2,13 +2,17 @@
 
 import argparse
 import collections
+import importlib.util
+import json
 import os
 import pathlib
 import pickle
 import random
+import zipfile
 
 import numpy as np
 import pytest
+import safetensors
 import timm
 import torch
 
@@ -294,6 +298,154 @@ def test_prefixes_come_off_as_prefixes_only():
         "fc.w": torch.zeros(1),
     }
     assert list(architectures.plain_names(names)) == ["a.module.b"]
+
+
+# --- damage, and what is none ---
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file of ours, of a few kilobytes."""
+    shape = {"embed_dim": 8, "depth": 1, "num_heads": 1}
+    spec = BackboneSpec("xcit_nano_12_p4", shape=shape, input_size=24, resize=27)
+    path = tmp_path / "small.safetensors"
+    save_backbone(path, spec.build(), spec, role="teacher", iteration=7)
+    return path
+
+
+def test_one_bit_anywhere_is_noticed(small):
+    """In the weights, their names, the image size or the checksum; or nothing that is read changed."""
+    whole = small.read_bytes()
+    before = load_backbone(small)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [*range(0, header, 17), *range(header, len(whole), len(whole) // 40)]
+    refused = 0
+    for number, place in enumerate(places):
+        content = bytearray(whole)
+        content[place] ^= 1 << number % 8
+        small.write_bytes(content)
+        try:
+            after = load_backbone(small)
+        except RunFailed:
+            refused += 1
+            continue
+        assert after.spec == before.spec, place
+        same = zip(after.state_dict().values(), before.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in same), place
+    assert refused > 0.98 * len(places)
+
+
+def test_the_checksum_is_for_us_alone(small, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(small)
+    assert tensors.keys() == load_backbone(small).state_dict().keys(), "others read the file"
+    tensors["norm.bias"] += 1
+    with safetensors.safe_open(small, framework="pt") as file:
+        header = file.metadata()
+    save_file(tensors, small, header)
+    with pytest.raises(RunFailed, match=r"damaged: its checksum is another"):
+        load_backbone(small)
+    told = json.loads(header["xdino"])
+    del told["sha256"]  # as files of before were written
+    save_file(tensors, small, {"xdino": json.dumps(told)})
+    assert load_backbone(small).input_size == 24
+
+
+def test_what_is_no_damage_is_not_called_so(small, tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open", denied, raising=False)
+        with pytest.raises(
+            UsageError, match=r"cannot read .*small\.safetensors: Permission denied"
+        ):
+            load_backbone(small)
+    for error, sentence in (
+        (OSError(5, "Input/output error"), r"cannot read .*p: Input/output error"),
+        (MemoryError(), "p needs more memory than there is"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "p needs more memory"),
+        (pickle.UnpicklingError("Unsupported global: GLOBAL os.mkdir was"), "p asks for os.mkdir"),
+        (pickle.UnpicklingError("Unsupported operand 149"), "p is damaged or not a checkpoint"),
+        (OSError("bad seek"), "p is damaged"),
+    ):
+        with pytest.raises(RunFailed, match=sentence), checkpoint.reading(pathlib.Path("p")):
+            raise error
+    with pytest.raises(UsageError, match=r"cannot read .*: File name too long"):
+        load_backbone(tmp_path / ("x" * 300))
+    pointer = tmp_path / "lfs.pth"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(RunFailed, match="a Git LFS pointer"):
+        load_backbone(pointer)
+
+
+def test_either_format_under_any_name(small, nano, tmp_path):
+    (tmp_path / "c.pth").write_bytes(small.read_bytes())
+    assert load_backbone(tmp_path / "c.pth").input_size == 24
+    torch.save(nano.state_dict(), tmp_path / "c.safetensors")
+    assert load_backbone(tmp_path / "c.safetensors").embed_dim == 128
+
+
+def _without(state, *keys):
+    return {name: value for name, value in state.items() if name not in keys}
+
+
+def test_a_state_that_lacks_something(small, tmp_path):
+    backbone = load_backbone(small)
+    network = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    whole = {
+        "learner": {"teacher": network, "student": network},
+        "iteration": 3,
+        "spec": backbone.spec.to_dict(),
+    }
+    path = tmp_path / "last.pt"
+    torch.save(whole, path)
+    assert load_backbone(path, role="student").weights["iteration"] == 3
+    for state in (
+        _without(whole, "spec"),
+        _without(whole, "iteration"),
+        whole | {"iteration": "3"},
+        whole | {"spec": {"arch": "xcit_nano_12_p4"}},
+        whole | {"spec": whole["spec"] | {"shape": {"depth": 10**9}}},
+        whole | {"spec": whole["spec"] | {"shape": {"nonsense": 3}}},
+        whole | {"spec": whole["spec"] | {"std": (0.0, 1.0, 1.0)}},
+        whole | {"learner": {"teacher": network}},
+        whole | {"learner": {"teacher": network, "student": {3: torch.zeros(1)}}},
+    ):
+        torch.save(state, path)
+        with pytest.raises(RunFailed, match=r"last\.pt.*damaged"):
+            load_backbone(path, role="student")
+
+
+def test_more_numbers_than_bytes(tmp_path):
+    tensors = {"a": torch.zeros(1).expand(2**31, 2**20)}
+    torch.save({"model": tensors}, tmp_path / "c.pth")
+    with pytest.raises(RunFailed, match="holds no weights"):
+        load_backbone(tmp_path / "c.pth")
+    torch.save({"model": {"a": torch.zeros(1 << 20)}}, tmp_path / "c.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "c.pth") as before,
+        zipfile.ZipFile(tmp_path / "d.pth", "w", zipfile.ZIP_DEFLATED) as after,
+    ):
+        for name in before.namelist():
+            after.writestr(name, before.read(name))
+    with pytest.raises(RunFailed, match="compressed archive"):
+        load_backbone(tmp_path / "d.pth")
+
+
+def test_damaged_and_harmful_files_in_any_number():
+    spec = importlib.util.spec_from_file_location(
+        "torture_weights", pathlib.Path(__file__).parents[1] / "torture" / "weights.py"
+    )
+    torture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(torture)
+    found = torture.run(seed=11, count=60)
+    defects = [found.pop(name) for name in ("tracebacks", "code ran", "slow")]
+    found.pop("too large")  # of a process that ran other tests before
+    assert defects == [0, 0, 0]
+    assert found["network"] > 0
+    assert sum(found.values()) == 60
 
 
 def test_grey_networks_are_recognised(tmp_path):

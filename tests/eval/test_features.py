@@ -148,6 +148,10 @@ def test_the_trainers_evaluator(frozen, make_source):
     assert torch.equal(statistics, frozen.stem[1].running_mean)
     with pytest.raises(UsageError, match="stand-in has none"):
         knn_callback(make_source(4), make_source(4, labelled=False))
+    other = make_source(4)
+    other.classes = ("b", "a")
+    with pytest.raises(UsageError, match="number their classes differently"):
+        knn_callback(make_source(4), other)
 
 
 def test_fixed_subset():

@@ -139,8 +139,9 @@ def test_folding_the_standardisation_changes_no_score(points, classes):
     model = LogisticRegression(C=0.5).fit(((x - mean) / std).numpy(), train.labels.numpy())
     probe = folded(model, mean, std, np.array(classes))
     theirs = torch.from_numpy(model.predict_proba(((x - mean) / std).numpy()))
-    # float32 scores of terms as large as 40: 1e-5 of them.
-    torch.testing.assert_close(probe.scores(x).softmax(1), theirs.float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        probe.scores(x).softmax(1), theirs, rtol=0, atol=1e-4, check_dtype=False
+    )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -235,3 +236,22 @@ def test_a_disk_that_refuses_the_state_does_not_cost_the_probe(points, tmp_path,
     with pytest.warns(UserWarning, match="the probe goes on, but"):
         done = sgd_probe_features(points(), points(30), HOW, keep_in=tmp_path / "file" / "below")
     assert done.row.top1 > 50
+
+
+def test_features_far_from_zero_and_close_together(points, tmp_path):
+    """Folded in single precision, a probe on features of 1 +- 1e-7 forgets what it learned."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 10
+    steps = torch.randint(-1, 2, (400, 192), generator=generator)
+    steps[:, :20] += torch.eye(10, dtype=torch.int64).repeat(1, 2)[labels]
+    near_one = (1 + steps.double() * 2.0**-23).float()  # exact in single precision
+    assert len(near_one.unique()) == 4
+    count = torch.arange(400)
+    far, plain = (Features(x, labels, count, data="far") for x in (near_one, steps.float()))
+    done = logistic_probe(far, far, cs=[0.01])
+    wanted = logistic_probe(plain, plain, cs=[0.01]).row.top1
+    assert done.row.top1 == pytest.approx(wanted, abs=0.5)
+    assert wanted > 90
+    done.probe.save(tmp_path / "p.safetensors")
+    again = Probe.load(tmp_path / "p.safetensors")
+    assert probes.apply(again, far).top1 == done.row.top1

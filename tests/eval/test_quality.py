@@ -229,10 +229,14 @@ def test_judge_writes_beside_the_weights_and_keeps_what_is_there(tmp_path):
     assert len(quality.load(tmp_path / quality.FILE)) == 2
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"rankme": 1}]'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "{}", "[1]", '[{"rankme": 1}]', "[" * 100_000, "\u00ff",
+     '[{"rankme": "a", "lidar": 1, "feature_std": 1}]'],
+)  # fmt: skip
 def test_a_damaged_file_is_named_and_left(tmp_path, content):
     path = tmp_path / quality.FILE
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(RunFailed, match=r"quality\.json"):
         quality.load(path)
-    assert path.read_text() == content
+    assert path.read_text(encoding="latin-1") == content

@@ -98,6 +98,14 @@ def test_timms_own_small_network_there_and_back(tmp_path, agree):
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+def test_a_data_path_that_is_no_unicode(tmp_path):
+    spec = BackboneSpec("xcit_nano_12_p8", shape=SHAPE, input_size=48, resize=55)
+    save_backbone(tmp_path / "a.safetensors", spec.build(), spec, data="caf\udce9")
+    path = export_backbone(str(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "published")
+    assert metadata(path)["training_data"] == r"caf\udce9"
+    assert load_backbone(path).weights["data"] == "caf\udce9"
+
+
 def test_what_timm_cannot_build(tmp_path):
     spec = BackboneSpec("xcit_nano_12_p4", shape=SHAPE)
     save_backbone(tmp_path / "p4.safetensors", spec.build(), spec)

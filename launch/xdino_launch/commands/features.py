@@ -11,12 +11,14 @@ import click
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
     evaluation_options,
+    on_one_process,
     subject_options,
 )
 
 
 @click.command()
 @evaluation_options
+@on_one_process
 def features(**options: Any) -> None:
     """Write the frozen features of train/ and val/ to a safetensors file (--out)."""
     if not options["out"]:
@@ -43,11 +45,15 @@ def features(**options: Any) -> None:
 @click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"]))
+@on_one_process
 def quality(weights: str, data: str, split: str, out: str | None, **how: Any) -> None:
     """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed."""
-    from xdino_eval.quality import judge
+    from xdino_eval.quality import Quality, judge
     from xdino_launch.console import counter, stderr_console
 
     progress = counter(stderr_console(), "features")
-    found = judge(weights, data, split, Path(out) if out else None, progress=progress, **how)
-    click.echo(json.dumps(asdict(found), indent=2))
+
+    def tell(found: Quality) -> None:
+        click.echo(json.dumps(asdict(found), indent=2))
+
+    judge(weights, data, split, Path(out) if out else None, progress=progress, tell=tell, **how)

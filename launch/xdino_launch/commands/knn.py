@@ -84,6 +84,7 @@ def knn(
                 **subject_options(options), splits=open_one_split if leave_one_out else None
             )
         )
+        distributed.together(subject.check_alike)
         with folder_for(subject.cache, bank_block is not None) as folder:
             subject = replace(subject, cache=folder)
             asked: dict[str, Any] = {
@@ -103,8 +104,12 @@ def knn(
                     asked["classes"] = subject.train.classes
                     judge = partial(rooms.few_shot, train, val, few, repeats, seed, **asked)
             rows = subject.sign(judge())  # what it refuses, it refuses on every process
-        if distributed.rank() == 0:
-            finish(rows, options["weights"], options["out"], options["as_json"])
+
+        def tell() -> None:
+            if distributed.rank() == 0:
+                finish(rows, options["weights"], options["out"], options["as_json"])
+
+        distributed.together(tell)
     finally:
         if joined:
             distributed.stop()

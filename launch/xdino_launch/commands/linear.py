@@ -10,6 +10,7 @@ from xdino_launch.commands.options import (
     evaluation_options,
     finish,
     numbers,
+    on_one_process,
     results_file,
     subject_options,
 )
@@ -44,6 +45,7 @@ from xdino_launch.commands.options import (
     help="--apply: write image, prediction, probability, label as CSV; DATA needs no labels then.",
 )
 @click.pass_context
+@on_one_process
 def linear(
     ctx: click.Context,
     protocol: str,

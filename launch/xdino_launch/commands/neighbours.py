@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
-from xdino_launch.commands.options import evaluation_options, subject_options
+from xdino_launch.commands.options import evaluation_options, on_one_process, subject_options
 
 
 @click.command()
@@ -16,6 +16,7 @@ from xdino_launch.commands.options import evaluation_options, subject_options
 @click.option("--queries", type=click.IntRange(1), help="Images of val/ to ask for; default: 16.")
 @click.option("--images", multiple=True, type=click.Path(), help="Ask for these files instead.")
 @click.option("--k", default=8, show_default=True, type=click.IntRange(1), help="Neighbours.")
+@on_one_process
 def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: Any) -> None:
     """Draw images beside their nearest neighbours in train/: blue frames are of their class.
 

@@ -1,7 +1,9 @@
 """Options that several commands take, and what they do with rows of results."""
 
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,12 +53,36 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--cache",
             type=click.Path(),
-            help="Keep features in this folder for the next command; files count by name.",
+            help="Keep features in this folder for the next command; files count by name, size and time.",
         ),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
+    """Under a launcher the first process alone does it; the others wait, and fail as it does."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+            command(*arguments, **options)
+            return
+        from datetime import timedelta
+
+        import torch
+
+        from xdino import distributed
+
+        joined = distributed.start(torch.device("cpu"))
+        try:
+            distributed.from_first(lambda: command(*arguments, **options), timedelta(days=365))
+        finally:
+            if joined:
+                distributed.stop()
+
+    return wrapped
 
 
 def numbers(
@@ -79,17 +105,21 @@ def results_file(weights: str, out: str | None) -> Path | None:
 
 
 def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) -> None:
-    """Where rows go: results.json of the run or --out, and standard output."""
+    """Where rows go: standard output, then results.json of the run or --out.
+
+    In this order, so that a disk that refuses them loses none.
+    """
     from xdino_eval import results
     from xdino_launch.console import stdout_console
 
-    target = results_file(weights, out)
-    if target is not None:
-        results.append(target, rows)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
         stdout_console().print(results.table(rows))
+    sys.stdout.flush()
+    target = results_file(weights, out)
+    if target is not None:
+        results.append(target, rows)
 
 
 def subject_options(options: dict[str, Any]) -> dict[str, Any]:

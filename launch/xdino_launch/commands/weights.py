@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from xdino_launch.commands.options import on_one_process
+
 
 @click.command()
 @click.argument("weights")
@@ -17,6 +19,7 @@ import click
 )
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
+@on_one_process
 def export(weights: str, out: str, format: str, arch: str | None, role: str) -> None:
     """Write a backbone for others to use.
 
