@@ -142,6 +142,15 @@ def any_true(flag: bool) -> bool:
     return bool(x.item())
 
 
+def any_of(flag: Tensor) -> Tensor:
+    """`any_true` of a flag on its device, without asking the device what it is."""
+    if world_size() == 1:
+        return flag
+    x = flag.float()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x > 0
+
+
 class _MeanOverProcesses(torch.autograd.Function):
     """`mean` with a gradient: every process's result depends on every process's input."""
 

@@ -8,6 +8,8 @@ schedule, where a run continues.
 """
 
 import contextlib
+import dataclasses
+import io
 import math
 import os
 import shutil
@@ -22,11 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, checkpoint, copies, data, distributed, files, metrics, schedules
+from xdino import (
+    augment,
+    checkpoint,
+    copies,
+    data,
+    distributed,
+    files,
+    metrics,
+    nonfinite,
+    schedules,
+)
 from xdino import config as configuration
 from xdino.config import Config
-from xdino.errors import RunFailed, Stopped, UsageError
-from xdino.learner import Learner
+from xdino.errors import NonFinite, RunFailed, Stopped, UsageError
+from xdino.learner import Learner, StepResult
 from xdino.photometric import photometric
 from xdino.plan import Plan, build_learner, make_plan
 from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
@@ -161,6 +173,11 @@ class _Trainer:
         self.evaluator, self.listener = evaluator, listener
         self.iteration = run.iteration
         self.saved_at = run.iteration if run.state else None
+        self.loaded_at = run.iteration
+        self.guard = nonfinite.Guard(nonfinite.Policy.parse(plan.config.train.nonfinite))
+        # A step can be skipped only if its trouble is known before the next one.
+        learner.asks_every_step = self.guard.policy.kind == "skip"
+        self.first: io.BytesIO | None = None  # the state to go back to before one is saved
         runtime = plan.config.runtime
         self.loader = data.CropLoader(
             plan.source,
@@ -180,38 +197,52 @@ class _Trainer:
         )
         if run.state is not None:
             self._restore(run.state)
+        elif self.guard.policy.kind == "rollback":
+            self.first = io.BytesIO()
+            rng = [_rng_state(plan.device)] * distributed.world_size()  # its own, on every process
+            torch.save(self._state(rng), self.first)
 
     # --- the loop ---
 
     def train(self, stop: StopSignal) -> None:
-        plan, config = self.plan, self.plan.config
-        total = plan.iterations
-        log = self._open_log()
+        """The loop; again from an earlier state where `train.nonfinite` says so."""
+        plan = self.plan
         self.listener.started(
             {
                 "images": len(plan.source),
                 "data": plan.source.name,
                 "steps_per_epoch": plan.steps_per_epoch,
                 "iteration": self.iteration,
-                "iterations": total,
+                "iterations": plan.iterations,
                 "total_batch": plan.total_batch,
                 "peak_lr": float(plan.schedules.lr.max()),
                 "device": str(plan.device),
                 "precision": plan.precision,
             }
         )
+        while True:
+            try:
+                return self._train(stop)
+            except NonFinite as error:
+                self._go_back(error)
+
+    def _train(self, stop: StopSignal) -> None:
+        plan, config = self.plan, self.plan.config
+        total = plan.iterations
+        log = self._open_log()
         clock = _Clock(self.loader)
         batches = self.loader.iterate(self.iteration, total)
         try:
             for _, micro_batches in groupby(batches, key=lambda batch: batch.iteration):
                 done = self.iteration + 1
                 logs = done % config.runtime.log_every == 0 or done in (1, total)
-                settings = plan.schedules.at(self.iteration)
-                result = self.learner.step(
-                    self._views(micro_batches), settings, config.train.accumulate, diagnose=logs
-                )
+                settings = self._settings(done)
+                result = self._step(micro_batches, settings, logs)
                 self.iteration = done
-                if logs:
+                if result is None:
+                    row = {"iteration": done, "epoch": self._epoch(done), "skipped": 1}
+                    self._tell(log, row)
+                elif logs:
                     row = self._row(result.loss, result.diagnostics, settings, clock)
                     self._tell(log, row)
                     warning = metrics.collapse_warning(
@@ -239,6 +270,108 @@ class _Trainer:
             if log is not None:
                 log.close()
 
+    def _settings(self, number: int) -> schedules.StepSettings:
+        """Of step `number`, counted from 1."""
+        settings = self.plan.schedules.at(number - 1)
+        return dataclasses.replace(settings, lr=settings.lr * self.guard.lr_factor)
+
+    def _epoch(self, number: int) -> int:
+        return math.ceil(number / self.plan.steps_per_epoch)
+
+    def _step(
+        self, batches: Iterator[data.CropBatch], settings: schedules.StepSettings, logs: bool
+    ) -> StepResult | None:
+        """One step; None where it was left out, as `train.nonfinite` says."""
+        number = self.iteration + 1
+        if number in self.guard.left_out:
+            return None
+        try:
+            result = self.learner.step(
+                self._views(batches), settings, self.plan.config.train.accumulate, diagnose=logs
+            )
+        except NonFinite as error:
+            broke = number - error.standing + 1
+            if self._not_finite(error, broke) != "skip":
+                raise
+            self.listener.notice(f"iteration {broke} was skipped: {error}")
+            return None
+        self.guard.went_well()
+        return result
+
+    def _not_finite(self, error: NonFinite, number: int) -> str:
+        """What becomes of step `number`, which broke; written down before it is done."""
+        error.number = number
+        before = self.guard.state()
+        error.action = self.guard.decide(error, number)
+        facts = distributed.gather(self._images_of(number))
+        settings = self.plan.schedules.at(number - 1)
+        event = {
+            "iteration": number,
+            "epoch": self._epoch(number),
+            "what": str(error),
+            "loss": error.loss,
+            "lr": settings.lr * before["lr_factor"],
+            "lr_factor": before["lr_factor"],
+            "left_out": before["left_out"],
+            "state_iteration": self.loaded_at,
+            "precision": self.plan.precision,
+            "policy": self.plan.config.train.nonfinite,
+            "action": error.action,
+            "ranks": facts,
+        }
+        if distributed.rank() == 0:
+            try:
+                nonfinite.add(self.run.path, event)
+            except RunFailed as failed:  # the step's own trouble is what matters
+                self.listener.notice(str(failed))
+        return error.action
+
+    def _images_of(self, number: int) -> dict[str, Any]:
+        """The images of step `number` on this process, and what their crops follow from."""
+        loader = self.loader
+        micro = [loader.indices_at(number - 1, i) for i in range(loader.accumulate)]
+        indices = [int(index) for _, found in micro for index in found]
+        sizes = [[size, count] for size, count in loader.crops_at(number - 1).groups]
+        return {
+            "rank": distributed.rank(),
+            "indices": indices,
+            "images": [self.plan.source.describe(index) for index in indices],
+            "seeds": [[loader.seed, micro[0][0], index] for index in indices],
+            "views": [{"size": size, "count": count} for size, count in sizes],
+        }
+
+    def _go_back(self, error: NonFinite) -> None:
+        """To the last good state, if `train.nonfinite` says so.
+
+        Raises:
+            NonFinite: it does not; with what can be done.
+        """
+        if error.action is None:  # noticed before saving
+            self._not_finite(error, self.iteration - error.standing + 1)
+        if error.action != "rollback":
+            advice = self.guard.advice(error, self.run.path)
+            raise NonFinite(
+                f"{error} (iteration {error.number}); {advice}", error.loss, error.standing
+            ) from error
+        guard = self.guard.state()
+        state = self._last_state()
+        self._restore(state)
+        self.guard.restore(guard)  # it knows more than the state
+        self.iteration = self.loaded_at = state["iteration"]
+        self.listener.notice(
+            f"{error} (iteration {error.number}): back to iteration {self.iteration}, with the "
+            f"learning rate times {self.guard.lr_factor:g} from there on"
+        )
+
+    def _last_state(self) -> dict[str, Any]:
+        """The last saved state; the first, from memory, where none was saved."""
+        if self.saved_at is not None:
+            path = self.run.path / checkpoint.STATE_FILE
+            return distributed.together(lambda: checkpoint.load_state(path))
+        assert self.first is not None
+        self.first.seek(0)
+        return torch.load(self.first, map_location="cpu", weights_only=True)
+
     def _views(self, micro_batches: Iterator[data.CropBatch]) -> Iterator[list[Tensor]]:
         for batch in micro_batches:
             fused = self.learner.kernels.views
@@ -258,7 +391,7 @@ class _Trainer:
         steps, seconds, waited = clock.lap(self.iteration)
         row: dict[str, Any] = {
             "iteration": self.iteration,
-            "epoch": math.ceil(self.iteration / self.plan.steps_per_epoch),
+            "epoch": self._epoch(self.iteration),
             "loss": loss,
             "lr": settings.lr,
             "weight_decay": settings.weight_decay,
@@ -344,27 +477,30 @@ class _Trainer:
             strict=True,
         )
         self._tell_bad([image for images in bad for image in images])
+        self.guard.saved(self.iteration)
         if distributed.rank() == 0:
             self.export(self.run.path / checkpoint.BACKBONE_FILE)
-            self.run.save(
-                {
-                    "iteration": self.iteration,
-                    "learner": self.learner.state_dict(),
-                    "rng": list(rng),
-                    "sampler": {
-                        "seed": self.plan.config.train.seed,
-                        "epoch": self.iteration // self.plan.steps_per_epoch,
-                        "step": self.iteration % self.plan.steps_per_epoch,
-                        "images": len(self.plan.source),
-                        "total_batch": self.plan.total_batch,
-                    },
-                    "spec": self.plan.spec.to_dict(),
-                    "config": configuration.to_tree(self.plan.config),
-                    "versions": {"torch": str(torch.__version__)},
-                }
-            )
+            self.run.save(self._state(list(rng)))
             self._keep()
-        self.saved_at = self.iteration
+        self.saved_at, self.first = self.iteration, None
+
+    def _state(self, rng: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "learner": self.learner.state_dict(),
+            "rng": rng,
+            "sampler": {
+                "seed": self.plan.config.train.seed,
+                "epoch": self.iteration // self.plan.steps_per_epoch,
+                "step": self.iteration % self.plan.steps_per_epoch,
+                "images": len(self.plan.source),
+                "total_batch": self.plan.total_batch,
+            },
+            "nonfinite": self.guard.state(),
+            "spec": self.plan.spec.to_dict(),
+            "config": configuration.to_tree(self.plan.config),
+            "versions": {"torch": str(torch.__version__)},
+        }
 
     def _keep(self) -> None:
         """A copy of the state that later epochs do not overwrite, every `runtime.keep_every`."""
@@ -396,6 +532,7 @@ class _Trainer:
                     f"is {now}: continue it with the same data and the same number of processes"
                 )
         self.learner.load_state_dict(state["learner"])
+        self.guard.restore(state.get("nonfinite", {}))
         if len(state["rng"]) == distributed.world_size():
             _set_rng_state(state["rng"][distributed.rank()], self.plan.device)
 
