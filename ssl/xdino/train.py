@@ -141,6 +141,7 @@ def pretrain(
         facts |= {"data": plan.source.name, "data_fingerprint": data.fingerprint(plan.source)}
         chosen = {"network": learner.kernels.network, "views": learner.kernels.views}
         facts |= {"precision": plan.precision, "fused_kernels": chosen}
+        facts["compiled"] = learner.kernels.compiled
         run.record_start({**facts, "command": command})
         if run.state is None:
             trainer.export(run.path / INITIAL_FILE)
