@@ -270,6 +270,7 @@ def test_a_damaged_record_is_a_sentence_to_read_and_begun_anew_to_write(left, tm
     assert [event["loss"] for event in nonfinite.read(tmp_path)] == ["inf"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_same_about_it(images, tmp_path):
     environment = os.environ | {
         "WORLD_SIZE": "2",
