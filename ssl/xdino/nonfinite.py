@@ -113,12 +113,12 @@ class Guard:
         if iteration > self.furthest:
             self.rollbacks = 0
 
-    def advice(self, error: NonFinite, run: Path) -> str:
+    def advice(self, error: NonFinite, run: Path, precision: str) -> str:
         """What can be done about a run that stops, in words that work on that run."""
         again = f"`xdino replay {run}` makes the step again"
-        gentler = (
-            "a new run with a lower optim.lr or optim.clip_grad, or with --train.precision fp32"
-        )
+        gentler = "a new run with a lower optim.lr or optim.clip_grad"
+        if precision != "fp32":
+            gentler += ", or with --train.precision fp32"
         if self.rollbacks >= MOST_ROLLBACKS:
             return f"going back {self.rollbacks} times did not help: start {gentler}; {again}"
         skip = (

@@ -350,7 +350,7 @@ class _Trainer:
         if error.action is None:  # noticed before saving
             self._not_finite(error, self.iteration - error.standing + 1)
         if error.action != "rollback":
-            advice = self.guard.advice(error, self.run.path)
+            advice = self.guard.advice(error, self.run.path, self.plan.precision)
             raise NonFinite(
                 f"{error} (iteration {error.number}); {advice}", error.loss, error.standing
             ) from error

@@ -131,7 +131,7 @@ def test_a_gradient_that_breaks_with_a_finite_loss_is_found(tiny, tmp_path, xdin
 
     for module in (train, room):
         monkeypatch.setattr(module, "build_learner", broken)
-    with pytest.raises(RunFailed, match="the gradient of head.mlp.2.weight became nan"):
+    with pytest.raises(RunFailed, match=r"the gradient of head.mlp.2.weight became nan"):
         train.pretrain(tiny(), run)
     found = room.replay(run)
     assert found.what.startswith("the gradient of head.mlp.2.weight became nan")

@@ -14,6 +14,7 @@ from xdino import checkpoint, data, nonfinite, train
 from xdino.errors import NonFinite, RunFailed, Stopped, UsageError
 from xdino.nonfinite import Guard, Policy
 from xdino.train import Listener, pretrain
+from xdino_launch.replay import replay
 
 WORKER = Path(__file__).with_name("nonfinite_worker.py")
 
@@ -301,3 +302,8 @@ def test_two_processes_do_the_same_about_it(images, tmp_path):
         assert [len(share) for share in shares] == [5, 5]
         assert shares[0] + shares[1] == data.epoch_order(20, 0, 1)[:10].tolist()
         assert state_of(run)["iteration"] == (2 if policy == "stop" else 4)
+    # One process makes the step of two again; here no pixel is broken.
+    found = replay(tmp_path / "stop")
+    assert (found.iteration, found.from_iteration, found.processes) == (3, 2, 2)
+    assert [image["index"] for image in found.images] == shares[0] + shares[1]
+    assert found.what is None
