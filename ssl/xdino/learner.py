@@ -283,8 +283,12 @@ class Learner:
         self._broken = self._broken | broken
         self._standing = self._standing + self._broken
         self._statistics.put_back(where=self._broken)
-        if self.scaler.is_enabled():  # which looks at gradients itself: show it one
-            grads = [p.grad for _, p in self._trained if p.grad is not None]
+        if self.scaler.is_enabled():  # which looks at gradients itself: show it one that stays
+            grads = [
+                p.grad
+                for name, p in self._trained
+                if p.grad is not None and not name.startswith("head.last_layer.")
+            ]
             min(grads, key=torch.numel).masked_fill_(self._broken, math.nan)
         else:
             self.optimiser.found_inf = self._broken.float()  # type: ignore[attr-defined]

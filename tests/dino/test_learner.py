@@ -322,13 +322,16 @@ def test_a_device_that_is_not_asked_moves_nothing_after_a_broken_step(
     assert_nothing_moved(frozen_copy(asked), unasked)
 
 
-def test_a_device_with_a_scaler_stands_still_too(monkeypatch):
-    learner = learner_with(Normed(), precision="fp16")
-    learner.step([crops()], SETTINGS)
+@pytest.mark.parametrize("clip", [0, 3])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_device_with_a_scaler_stands_still_too(monkeypatch, clip, freeze):
+    learner = learner_with(Normed(), precision="fp16", clip=clip)
+    settings = StepSettings(1e-3, 0.04, 0.9, 0.04, freeze_last_layer=freeze)
+    learner.step([crops()], settings)
     before = frozen_copy(learner)
     monkeypatch.setattr(Learner, "_asks", False)
-    learner.step([nan_pixel(learner)], SETTINGS)
-    learner.step([crops()], SETTINGS)
+    learner.step([nan_pixel(learner)], settings)
+    learner.step([crops()], settings)
     before["scaler"] = learner.scaler.state_dict()  # it counts what it saw; nothing is saved of it
     assert_nothing_moved(before, learner)
     with pytest.raises(NonFinite, match="the loss became nan"):
