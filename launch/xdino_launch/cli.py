@@ -27,6 +27,7 @@ from xdino_launch.commands import (
     packing,
     pictures,
     pretraining,
+    replaying,
     showing,
     suite,
     weights,
@@ -45,6 +46,7 @@ def xdino() -> None:
 for command in (
     pretraining.pretrain,
     pretraining.submit,
+    replaying.replay,
     knn.knn,
     neighbours.neighbours,
     linear.linear,

@@ -89,6 +89,8 @@ def _numbers(row: dict[str, Any]) -> list[str]:
                 f"{row['images_per_second']:.0f} images/s",
                 f"{100 * row['wait_share']:.0f} % waiting for data",
             ]
+    if "skipped" in row:
+        shown.append("left out")
     shown += [
         f"{key} {value:.1f}" for key, value in row.items() if key.startswith(("knn_", "linear_"))
     ]

@@ -9,7 +9,7 @@ says why. Nothing that is learned depends on the choice but through rounding.
 import copy
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ LEVEL_BOUND = 0.05  # mean difference of the views, in levels of 0..255
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernels run, and why not all do (None: they do, or nobody would expect them to)."""
+    """What really runs: which kernels, whether torch.compile's code; and why not all that was asked
+    for does (None: it does, or nobody would expect it to)."""
 
     network: bool = False
     views: bool = False
     why: str | None = None
+    compiled: bool = False
 
 
 def choose(
@@ -41,23 +43,47 @@ def choose(
     crops: augment.MultiCrop,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    compile: bool = False,
 ) -> Choice:
     """The kernels for training `model` (a backbone) on `device`.
 
     "plain" takes none. "auto" takes, on CUDA, those that pass the check; every process makes the
-    same choice. "fused" takes all, without asking further than whether they can run.
+    same choice. "fused" takes all, without asking further than whether they can run. A network that
+    computes its activations again takes the plain path. `compile`: whether torch.compile is asked
+    for; it has nothing to do where the kernels run the network.
 
     Raises:
-        UsageError: an unknown mode, or "fused" where no kernel can run or the model is no XCiT.
+        UsageError: an unknown mode, or "fused" where no kernel can run, the model is no XCiT or
+            computes its activations again.
     """
+    found = _kernels(mode, model, crops, device, autocast)
+    if not compile:
+        return found
+    if not found.network:
+        return replace(found, compiled=True)
+    left = "runtime.compile is left out: the fused kernels run what it would compile"
+    return replace(found, why=f"{found.why}; {left}" if found.why else left)
+
+
+def _kernels(
+    mode: str,
+    model: nn.Module,
+    crops: augment.MultiCrop,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Choice:
     if mode not in MODES:
         raise UsageError(f'runtime.kernels cannot be "{mode}": {nearest(mode, MODES)}')
     if mode == "plain":
         return Choice()
     reason = kernels.reason(device)
+    again = "runtime.activation_checkpointing computes the network again on the plain path"
+    thrifty = isinstance(model, XCiT) and model.grad_checkpointing
     if mode == "fused":
         if reason is None and not isinstance(model, XCiT):
             reason = f"they are for XCiT, and this network is {type(model).__name__}"
+        if reason is None and thrifty:
+            reason = again
         if reason is not None:
             raise UsageError(
                 f"runtime.kernels is fused, but the kernels cannot run: {reason}; use auto or plain"
@@ -67,7 +93,7 @@ def choose(
         return Choice()
     found = [reason or check_views(crops, device)]
     if isinstance(model, XCiT):
-        found.append(reason or check_network(model, device, autocast))
+        found.append(reason or (again if thrifty else check_network(model, device, autocast)))
     # Collectives differ between the paths: one process must not go another way than the rest.
     agreed = [not distributed.any_true(why is not None) for why in found]
     whys = dict.fromkeys(

@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from xdino.errors import UsageError, nearest
 from xdino.images import MAX_PIXELS
+from xdino.nonfinite import valid_policy
 
 STRICT = ConfigDict(extra="forbid")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -180,6 +188,9 @@ class Train:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init: str | None = None  # weights to start from; continuing a run needs none
+    # What to do about a step whose numbers are not finite: "stop", "skip N" (at most N in a row),
+    # "rollback FACTOR" (to the last saved state, the learning rate times the factor; see `nonfinite`).
+    nonfinite: Annotated[str, AfterValidator(valid_policy)] = "stop"
 
 
 @dataclass(frozen=True, config=STRICT)

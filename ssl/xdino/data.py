@@ -190,6 +190,16 @@ class CropLoader:
             return self.early_crops
         return self.crops
 
+    def indices_at(self, iteration: int, micro: int) -> tuple[int, np.ndarray]:
+        """The epoch of iteration `iteration`, counted from 0, and a micro-batch's images [B]."""
+        epoch, step = divmod(iteration, self.steps_per_epoch)
+        order = epoch_order(len(self.source), self.seed, epoch)
+        # Micro-batches of all ranks lie one after the other, so that the images of an iteration
+        # are the same however they are shared out.
+        start = step * self.global_batch
+        start += (micro * self.world_size + self.rank) * self.batch_size
+        return epoch, order[start : start + self.batch_size].copy()  # writable, as torch wants it
+
     def iterate(self, start_iteration: int, end_iteration: int) -> Generator[CropBatch, None, None]:
         """The micro-batches of iterations start to end (exclusive), `accumulate` for each.
 
@@ -241,13 +251,7 @@ class CropLoader:
 
     def _prepare(self, iteration: int, micro: int) -> tuple[CropBatch, list[Callable[[], None]]]:
         """An empty micro-batch, and the tasks that fill it."""
-        epoch, step = divmod(iteration, self.steps_per_epoch)
-        order = epoch_order(len(self.source), self.seed, epoch)
-        # Micro-batches of all ranks lie one after the other, so that the images of an iteration
-        # are the same however they are shared out.
-        start = step * self.global_batch
-        start += (micro * self.world_size + self.rank) * self.batch_size
-        indices = order[start : start + self.batch_size].copy()  # writable, as torch wants it
+        epoch, indices = self.indices_at(iteration, micro)
         crops = self.crops_at(iteration)
         table = draw_batch(crops, self.seed, epoch, indices)
         tensors = [

@@ -267,7 +267,9 @@ def from_first(action: Callable[[], T], patience: timedelta | None = None) -> T:
     """
     if world_size() == 1:
         return action()
-    group = dist.new_group(backend="gloo", timeout=patience) if patience is not None else None
+    group: Any = None
+    if patience is not None:
+        group = dist.new_group(backend="gloo", timeout=patience)
     told: list[Any] = [None]
     failure: UsageError | RunFailed | Stopped | None = None
     if rank() == 0:
@@ -384,6 +386,15 @@ def any_true(flag: bool) -> bool:
     x = torch.tensor(float(flag))
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return bool(x.item())
+
+
+def any_of(flag: Tensor) -> Tensor:
+    """`any_true` of a flag on its device, without asking the device what it is."""
+    if world_size() == 1:
+        return flag
+    x = flag.float()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x > 0
 
 
 class _MeanOverProcesses(torch.autograd.Function):

@@ -8,6 +8,7 @@ Whatever libraries raise over files is translated where it arises: `asked` over 
 
 import contextlib
 import difflib
+import math
 import os
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +19,26 @@ class UsageError(ValueError):
 
 class RunFailed(RuntimeError):
     """The world stopped a run that was asked for correctly. Exit code 1."""
+
+
+class NonFinite(RunFailed):
+    """A number of a step is none any more (infinite or NaN), and the step moved nothing.
+
+    Args:
+        sentence: which number it was.
+        loss: the loss of that step.
+        standing: how many steps, that one included, moved nothing until it was noticed.
+        spoilt: the weights themselves are no longer finite, so that no step from here can be.
+    """
+
+    def __init__(
+        self, sentence: str, loss: float = math.nan, standing: int = 1, spoilt: bool = False
+    ) -> None:
+        super().__init__(sentence)
+        self.loss, self.standing, self.spoilt = loss, standing, spoilt
+        # Filled in by the loop: the step's number as in metrics.jsonl, and what became of it.
+        self.number: int | None = None
+        self.action: str | None = None
 
 
 class Stopped(Exception):

@@ -1,6 +1,6 @@
 """Optimisers, parameter groups, and the two things done to gradients before a step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,15 +77,23 @@ def set_step(optimiser: Optimizer, lr: float, weight_decay: float) -> None:
 
 
 @torch.no_grad()
-def clip_each(parameters: Iterable[Tensor], max_norm: float) -> None:
+def gradient_norms(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of each tensor, `[P]`: not finite where one of its values, or their square, is not."""
+    return torch.stack(torch._foreach_norm(list(grads)))
+
+
+@torch.no_grad()
+def clip_each(parameters: Iterable[Tensor], max_norm: float, norms: Tensor | None = None) -> None:
     """Scale each tensor's gradient to norm `max_norm` at most, without asking the device anything.
 
-    Per tensor, as published (not the global norm that `clip_grad_norm_` clips).
+    Per tensor, as published (not the global norm that `clip_grad_norm_` clips). `norms`: of the
+    gradients, where they are known already.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return
-    scales = torch.stack(torch._foreach_norm(grads)).add_(1e-6).reciprocal_().mul_(max_norm)
+    norms = gradient_norms(grads) if norms is None else norms
+    scales = norms.add(1e-6).reciprocal_().mul_(max_norm)
     torch._foreach_mul_(grads, list(scales.clamp_(max=1.0).unbind()))
 
 

@@ -193,9 +193,6 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
     )
     student = MultiCropNetwork(backbone, head)
     teacher = make_teacher(student, plan.spec.build())
-    if config.runtime.compile:
-        for network in (student, teacher):
-            compile_backbone(network.backbone)
     loss = DINOLoss(h.prototypes, config.loss.student_temp, config.loss.centre_momentum)
     learner = Learner(
         student,
@@ -207,8 +204,16 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         plan.device,
     )
     learner.kernels = acceleration.choose(
-        config.runtime.kernels, backbone, plan.crops, plan.device, AUTOCAST[plan.precision]
+        config.runtime.kernels,
+        backbone,
+        plan.crops,
+        plan.device,
+        AUTOCAST[plan.precision],
+        config.runtime.compile,
     )
+    if learner.kernels.compiled:
+        for network in (student, teacher):
+            compile_backbone(network.backbone)
     acceleration.use_kernels((student, teacher), learner.kernels.network)
     # Processes drop different paths; the first is as it would be alone.
     torch.manual_seed(config.train.seed + distributed.rank())

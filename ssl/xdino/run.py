@@ -4,6 +4,7 @@ config.yaml               the resolved configuration
 environment.json          every start: iteration, commit, versions, device, processes, seed
 metrics.jsonl             see `metrics`
 unreadable.jsonl          images that could not be read, if any: index, image, reason, iteration
+nonfinite.json            steps whose numbers were not finite, if any (see `nonfinite`)
 views.png                 the first batch as the networks saw it
 checkpoints/last.pt       the whole state; previous.pt the one before it; epoch_0020.pt and so on are kept
 checkpoints/initial.safetensors   the teacher before the first step

@@ -46,6 +46,18 @@ def make_teacher(student: MultiCropNetwork, backbone: nn.Module) -> MultiCropNet
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, over parameters only."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+def update_teacher(
+    teacher: nn.Module, student: nn.Module, momentum: float, still: Tensor | None = None
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, over parameters only.
+
+    `still`: a flag on the device; where it is set, the teacher stays as it is.
+    """
+    ours: list[Tensor] = list(teacher.parameters())
+    theirs: list[Tensor] = list(student.parameters())
+    if still is None:
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        return
+    weight = (~still).double() * (1 - momentum)
+    weights = {p.dtype: weight.to(p.dtype) for p in ours}
+    torch._foreach_lerp_(ours, theirs, [weights[p.dtype] for p in ours])

@@ -8,6 +8,8 @@ schedule, where a run continues.
 """
 
 import contextlib
+import dataclasses
+import io
 import math
 import os
 import time
@@ -19,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, checkpoint, copies, data, distributed, metrics, schedules
+from xdino import augment, checkpoint, copies, data, distributed, metrics, nonfinite, schedules
 from xdino import config as configuration
 from xdino.config import Config
-from xdino.errors import RunFailed, Stopped, UsageError, reason
-from xdino.learner import Learner
+from xdino.errors import NonFinite, RunFailed, Stopped, UsageError, reason
+from xdino.learner import Learner, StepResult
 from xdino.lock import Lock
 from xdino.metrics import check_writable
 from xdino.photometric import photometric
@@ -117,7 +119,8 @@ def pretrain(
         facts = environment(plan.device, distributed.world_size(), config.train.seed)
         chosen = {"network": learner.kernels.network, "views": learner.kernels.views}
         facts |= {"data": plan.source.name, "data_fingerprint": fingerprint}
-        facts |= {"precision": plan.precision, "fused_kernels": chosen, "command": command}
+        facts |= {"precision": plan.precision, "fused_kernels": chosen}
+        facts |= {"compiled": learner.kernels.compiled, "command": command}
         trainer: _Trainer | None = None
         try:
             with distributed.heard():
@@ -205,6 +208,11 @@ class _Trainer:
         self.fingerprint = fingerprint
         self.iteration = 0
         self.saved_at: int | None = None
+        self.loaded_at = 0
+        self.guard = nonfinite.Guard(nonfinite.Policy.parse(plan.config.train.nonfinite))
+        # A step can be skipped only if its trouble is known before the next one.
+        learner.asks_every_step = self.guard.policy.kind == "skip"
+        self.first: io.BytesIO | None = None  # the state to go back to before one is saved
         runtime = plan.config.runtime
         self.loader = data.CropLoader(
             plan.source,
@@ -248,7 +256,14 @@ class _Trainer:
         try:
             if distributed.from_first(self._owes):
                 self._evaluate(log)
-            self._loop(log)
+            while True:
+                try:
+                    return self._loop(log)
+                except NonFinite as error:
+                    self._go_back(error)
+                    if log is not None:
+                        log.close()
+                    log = self._open_log()  # without the rows of what is made again
         finally:
             if distributed.rank() == 0:  # others may not come: a failure is one process's
                 self._tell_bad(self.loader.take_bad_report())
@@ -264,12 +279,13 @@ class _Trainer:
             for _, micro_batches in groupby(batches, key=lambda batch: batch.iteration):
                 done = self.iteration + 1
                 logs = done % config.runtime.log_every == 0 or done in (1, total)
-                settings = plan.schedules.at(self.iteration)
-                result = self.learner.step(
-                    self._views(micro_batches), settings, config.train.accumulate, diagnose=logs
-                )
+                settings = self._settings(done)
+                result = self._step(micro_batches, settings, logs)
                 self.iteration = done
-                if logs:
+                if result is None:
+                    row = {"iteration": done, "epoch": self._epoch(done), "skipped": 1}
+                    self._tell(log, row)
+                elif logs:
                     row = self._row(result.loss, result.diagnostics, settings, clock)
                     self._tell(log, row)
                     warning = alarm.look(done, result.loss, result.diagnostics)
@@ -295,6 +311,102 @@ class _Trainer:
                 f"stopped by {self.stop.name or 'a signal'} after iteration {self.iteration} of "
                 f"{self.plan.iterations}; the same command continues it"
             )
+
+    def _settings(self, number: int) -> schedules.StepSettings:
+        """Of step `number`, counted from 1."""
+        settings = self.plan.schedules.at(number - 1)
+        return dataclasses.replace(settings, lr=settings.lr * self.guard.lr_factor)
+
+    def _epoch(self, number: int) -> int:
+        return math.ceil(number / self.plan.steps_per_epoch)
+
+    def _step(
+        self, batches: Iterator[data.CropBatch], settings: schedules.StepSettings, logs: bool
+    ) -> StepResult | None:
+        """One step; None where it was left out, as `train.nonfinite` says."""
+        number = self.iteration + 1
+        if number in self.guard.left_out:
+            return None
+        try:
+            result = self.learner.step(
+                self._views(batches), settings, self.plan.config.train.accumulate, diagnose=logs
+            )
+        except NonFinite as error:
+            broke = number - error.standing + 1
+            if self._not_finite(error, broke) != "skip":
+                raise
+            self.listener.notice(f"iteration {broke} was skipped: {error}")
+            return None
+        self.guard.went_well()
+        return result
+
+    def _not_finite(self, error: NonFinite, number: int) -> str:
+        """What becomes of step `number`, which broke; written down before it is done."""
+        error.number = number
+        before = self.guard.state()
+        error.action = self.guard.decide(error, number)
+        facts = distributed.gather(self._images_of(number))
+        settings = self.plan.schedules.at(number - 1)
+        event = {
+            "iteration": number,
+            "epoch": self._epoch(number),
+            "what": str(error),
+            "loss": error.loss,
+            "lr": settings.lr * before["lr_factor"],
+            "lr_factor": before["lr_factor"],
+            "left_out": before["left_out"],
+            "state_iteration": self.loaded_at,
+            "precision": self.plan.precision,
+            "policy": self.plan.config.train.nonfinite,
+            "action": error.action,
+            "ranks": facts,
+        }
+        if distributed.rank() == 0:
+            try:
+                nonfinite.add(self.run.path, event)
+            except RunFailed as failed:  # the step's own trouble is what matters
+                self.listener.notice(str(failed))
+        return error.action
+
+    def _images_of(self, number: int) -> dict[str, Any]:
+        """The images of step `number` on this process, and what their crops follow from."""
+        loader = self.loader
+        micro = [loader.indices_at(number - 1, i) for i in range(loader.accumulate)]
+        indices = [int(index) for _, found in micro for index in found]
+        sizes = [[size, count] for size, count in loader.crops_at(number - 1).groups]
+        return {
+            "rank": distributed.rank(),
+            "indices": indices,
+            "images": [self.plan.source.describe(index) for index in indices],
+            "seeds": [[loader.seed, micro[0][0], index] for index in indices],
+            "views": [{"size": size, "count": count} for size, count in sizes],
+        }
+
+    def _go_back(self, error: NonFinite) -> None:
+        """To the last good state, if `train.nonfinite` says so.
+
+        Raises:
+            NonFinite: it does not; with what can be done.
+        """
+        if error.action is None:  # noticed before saving
+            self._not_finite(error, self.iteration - error.standing + 1)
+        if error.action != "rollback":
+            advice = self.guard.advice(error, self.run.path, self.plan.precision)
+            raise NonFinite(
+                f"{error} (iteration {error.number}); {advice}", error.loss, error.standing
+            ) from error
+        guard = self.guard.state()
+        if self.saved_at is not None:
+            self.restore()
+        else:
+            assert self.first is not None
+            self.first.seek(0)
+            self._restore(torch.load(self.first, map_location="cpu", weights_only=True))
+        self.guard.restore(guard)  # it knows more than the state
+        self.listener.notice(
+            f"{error} (iteration {error.number}): back to iteration {self.iteration}, with the "
+            f"learning rate times {self.guard.lr_factor:g} from there on"
+        )
 
     def _views(self, micro_batches: Iterator[data.CropBatch]) -> Iterator[list[Tensor]]:
         for batch in micro_batches:
@@ -429,28 +541,31 @@ class _Trainer:
             strict=True,
         )
         self._tell_bad([image for images in bad for image in images])
+        self.guard.saved(self.iteration)
         distributed.from_first(lambda: self._write(list(rng)))
-        self.saved_at = self.iteration
+        self.saved_at, self.first = self.iteration, None
+
+    def _state(self, rng: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "learner": self.learner.state_dict(),
+            "rng": rng,
+            "sampler": {
+                "seed": self.plan.config.train.seed,
+                "epoch": self.iteration // self.plan.steps_per_epoch,
+                "step": self.iteration % self.plan.steps_per_epoch,
+                "images": len(self.plan.source),
+                "fingerprint": self.fingerprint,
+                "total_batch": self.plan.total_batch,
+            },
+            "nonfinite": self.guard.state(),
+            "spec": self.plan.spec.to_dict(),
+            "config": configuration.to_tree(self.plan.config),
+            "versions": {"torch": str(torch.__version__)},
+        }
 
     def _write(self, rng: list[dict[str, Tensor]]) -> None:
-        self.run.save(
-            {
-                "iteration": self.iteration,
-                "learner": self.learner.state_dict(),
-                "rng": rng,
-                "sampler": {
-                    "seed": self.plan.config.train.seed,
-                    "epoch": self.iteration // self.plan.steps_per_epoch,
-                    "step": self.iteration % self.plan.steps_per_epoch,
-                    "images": len(self.plan.source),
-                    "fingerprint": self.fingerprint,
-                    "total_batch": self.plan.total_batch,
-                },
-                "spec": self.plan.spec.to_dict(),
-                "config": configuration.to_tree(self.plan.config),
-                "versions": {"torch": str(torch.__version__)},
-            }
-        )
+        self.run.save(self._state(rng))
         self.saved_at = self.iteration
         self.export(self.run.path / checkpoint.BACKBONE_FILE)
         epoch, step = divmod(self.iteration, self.plan.steps_per_epoch)
@@ -487,8 +602,15 @@ class _Trainer:
         if notice is not None:
             self.listener.notice(notice)
         state = distributed.broadcast_tree(loaded.pop() if loaded else None)
-        if state is None:
-            return
+        if state is not None:
+            self._restore(state)
+            self.saved_at = self.iteration
+        elif self.guard.policy.kind == "rollback":
+            self.first = io.BytesIO()
+            rng = [_rng_state(self.plan.device)] * distributed.world_size()  # its own, on each
+            torch.save(self._state(rng), self.first)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         sampler = state["sampler"]
         for key, now in (("images", len(self.plan.source)), ("total_batch", self.plan.total_batch)):
             if sampler[key] != now:
@@ -508,7 +630,8 @@ class _Trainer:
             raise RunFailed(
                 f"{self.run.state_file} is not a state of this configuration: {reason(error)}"
             ) from error
-        self.iteration = self.saved_at = state["iteration"]
+        self.iteration = self.loaded_at = state["iteration"]
+        self.guard.restore(state.get("nonfinite", {}))
         if len(state["rng"]) == distributed.world_size():
             _set_rng_state(state["rng"][distributed.rank()], self.plan.device)
 

@@ -1,5 +1,6 @@
 """Two processes over gloo take the step that one process takes on all the images."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 WORKER = Path(__file__).with_name("two_processes.py")
+BROKEN = Path(__file__).with_name("two_processes_broken.py")
 
 
 # Biases that a following BatchNorm takes out again, and class attention's key bias: their gradient is
@@ -21,11 +23,11 @@ NO_GRADIENT = (
 )
 
 
-def launch(out: Path, world_size: int) -> None:
+def launch(out: Path, world_size: int, worker: Path = WORKER) -> None:
     port = 20_000 + os.getpid() % 20_000
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(out)],
+            [sys.executable, str(worker), str(out)],
             env=os.environ
             | {
                 "RANK": str(rank),
@@ -55,3 +57,14 @@ def test_two_processes_equal_one(tmp_path, agree):
                 continue
             if value.is_floating_point():
                 agree(f"{role} {name}", together[role][name], value, 1e-8)
+
+
+def test_what_breaks_on_one_process_stops_all_with_one_sentence(tmp_path):
+    launch(tmp_path / "told", 2, BROKEN)
+    one, two = (json.loads((tmp_path / f"told.{rank}").read_text()) for rank in (0, 1))
+    assert one == two
+    pixel, gradient, statistics = one[0::2]
+    assert pixel == "the loss became nan"
+    assert gradient.startswith("the gradient of head.mlp.0.weight became nan, at a loss of")
+    assert statistics.startswith("alone.running_mean of the student became inf")
+    assert one[1::2] == ["nothing moved"] * 3

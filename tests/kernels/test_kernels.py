@@ -162,6 +162,26 @@ def test_what_fails_the_check_stays_plain(monkeypatch):
     )
 
 
+def test_what_really_runs_is_what_is_told(monkeypatch):
+    for name, found in (("check_views", None), ("check_network", None)):
+        monkeypatch.setattr(acceleration, name, lambda *a, found=found: found)
+    monkeypatch.setattr(kernels, "reason", lambda device: None)
+    # torch.compile has nothing to do where the kernels run the network.
+    found = acceleration.choose("auto", tiny(), CROPS, CUDA, compile=True)
+    assert (found.network, found.compiled) == (True, False)
+    assert "runtime.compile is left out" in found.why
+    assert acceleration.choose("plain", tiny(), CROPS, CUDA, compile=True) == Choice(compiled=True)
+    assert acceleration.choose("auto", tiny(), CROPS, CPU, compile=True) == Choice(compiled=True)
+    # A network that computes its activations again does it on the plain path.
+    thrifty = tiny()
+    thrifty.set_grad_checkpointing(True)
+    found = acceleration.choose("auto", thrifty, CROPS, CUDA, compile=True)
+    assert (found.network, found.views, found.compiled) == (False, True, True)
+    assert "activation_checkpointing" in found.why
+    with pytest.raises(UsageError, match="activation_checkpointing"):
+        acceleration.choose("fused", thrifty, CROPS, CUDA)
+
+
 def test_use_kernels_reaches_networks_inside():
     student = MultiCropNetwork(tiny(), DINOHead(32, 64, 32, 16))
     names = set(student.state_dict())

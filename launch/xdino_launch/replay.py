@@ -1,0 +1,274 @@
+"""One step of a run made again, to see where its numbers stopped being finite. The run is only read.
+
+The step follows from the run's configuration, a state from before it and its number: images and
+crops are functions of them. Steps between the state and the one asked for are made first. A run of
+several processes is replayed by one, on the images of all of them: the same step but for rounding
+and for the paths that each process dropped.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xdino import checkpoint, data, nonfinite
+from xdino import config as configuration
+from xdino.errors import NonFinite, RunFailed, UsageError
+from xdino.learner import Learner
+from xdino.plan import Plan, build_learner, make_plan
+from xdino.run import CONFIG_FILE, INITIAL_FILE
+from xdino.schedules import StepSettings
+from xdino.train import to_device
+
+
+@dataclass
+class Replay:
+    """What was seen of one step. Names of modules and parameters are those of the checkpoint."""
+
+    iteration: int
+    from_iteration: int  # of the state that the steps were made from
+    processes: int
+    what: str | None = None  # the sentence of the step; None: it was finite
+    loss: float = math.nan
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # teacher view, student view, loss
+    module: dict[str, str] | None = None  # the first whose output is not finite
+    gradient: str | None = None  # the first parameter, in order of the backward pass
+    images: list[dict[str, Any]] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
+        tree = dataclasses.asdict(self)
+        tree["loss"] = _number(self.loss)
+        return tree
+
+
+def replay(run: Path, iteration: int | None = None, device: str | None = None) -> Replay:
+    """Make a step of `run` again.
+
+    Args:
+        iteration: the step's number as in metrics.jsonl; None for the last of nonfinite.json.
+        device: where, if not where the run was.
+
+    Raises:
+        UsageError: no run there, no such step.
+        RunFailed: a file of it is damaged.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise UsageError(f"{run} is not a run (it has no {CONFIG_FILE})")
+    events = nonfinite.read(run)
+    if iteration is None:
+        if not events:
+            raise UsageError(
+                f"{run} holds no {nonfinite.RECORD_FILE}: no step of it had numbers that are not "
+                "finite; name a step with --iteration"
+            )
+        iteration = int(events[-1]["iteration"])
+    event = next((e for e in reversed(events) if e["iteration"] == iteration), None)
+    state = _state_before(run, iteration)
+    plan = make_plan(_configuration(run, device), _processes(event, state))
+    if not 1 <= iteration <= plan.iterations:
+        raise UsageError(f"--iteration goes from 1 to {plan.iterations:,}, got {iteration:,}")
+    learner = build_learner(plan)
+    learner.asks_every_step = True
+    guard = nonfinite.Guard(nonfinite.Policy("stop"))
+    done = 0
+    if state is not None:
+        done = _restore(learner, guard, state, plan)
+    found = Replay(iteration, done, _loader(plan, 0).world_size)
+    for number, batches in _steps(plan, done, iteration):
+        if event is not None and number > int(event.get("state_iteration", 0)):
+            guard.restore(event)  # its learning rate, and the steps that were left out by then
+        settings = plan.schedules.at(number - 1)
+        settings = dataclasses.replace(settings, lr=settings.lr * guard.lr_factor)
+        if number == iteration:
+            _look(learner, batches, settings, plan, found)
+        elif number not in guard.left_out:
+            _repeat(learner, batches, settings, plan)
+    return found
+
+
+def _configuration(run: Path, device: str | None) -> configuration.Config:
+    config = configuration.load(str(run / CONFIG_FILE))
+    runtime = dataclasses.replace(config.runtime, compile=False, workers=1, prefetch=1)
+    if device is not None:
+        runtime = dataclasses.replace(runtime, device=device)
+    train = config.train
+    if train.init is not None and (run / INITIAL_FILE).is_file():
+        train = dataclasses.replace(train, init=str(run / INITIAL_FILE))
+    return dataclasses.replace(config, runtime=runtime, train=train)
+
+
+def _state_before(run: Path, iteration: int) -> dict[str, Any] | None:
+    """The latest state in which the step is still to be made; None for the start of the run."""
+    last = run / checkpoint.STATE_FILE
+    kept = sorted(last.parent.glob("epoch_*.pt"), reverse=True)
+    for path in [*([last] if last.exists() else []), *kept]:
+        state = checkpoint.load_state(path)
+        if state["iteration"] < iteration:
+            return state
+    return None
+
+
+def _processes(event: dict[str, Any] | None, state: dict[str, Any] | None) -> int:
+    if event is not None:
+        return max(1, len(event["ranks"]))
+    return len(state["rng"]) if state is not None else 1
+
+
+def _restore(learner: Learner, guard: nonfinite.Guard, state: dict[str, Any], plan: Plan) -> int:
+    sampler = state["sampler"]
+    for key, now in (("images", len(plan.source)), ("total_batch", plan.total_batch)):
+        if sampler[key] != now:
+            raise UsageError(
+                f"the run was made with {key.replace('_', ' ')} {sampler[key]}, now it is {now}: "
+                "the step would be another"
+            )
+    learner.load_state_dict(state["learner"])
+    guard.restore(state.get("nonfinite", {}))
+    torch.set_rng_state(state["rng"][0]["torch"])
+    if plan.device.type == "cuda" and "cuda" in state["rng"][0]:
+        torch.cuda.set_rng_state(state["rng"][0]["cuda"], plan.device)
+    return int(state["iteration"])
+
+
+def _loader(plan: Plan, rank: int) -> data.CropLoader:
+    train = plan.config.train
+    return data.CropLoader(
+        plan.source,
+        plan.crops,
+        train.batch_size,
+        train.seed,
+        accumulate=train.accumulate,
+        rank=rank,
+        world_size=plan.total_batch // (train.batch_size * train.accumulate),
+        workers=0,
+        max_bad_share=plan.config.data.max_bad_share,
+        early_crops=plan.early_crops,
+        early_iterations=plan.early_iterations,
+    )
+
+
+#: The micro-batches of a step: for each, the batch of every process.
+Batches = list[list[data.CropBatch]]
+
+
+def _steps(plan: Plan, start: int, end: int) -> Iterator[tuple[int, Batches]]:
+    """Steps start + 1 to end, by their numbers."""
+    ranks = plan.total_batch // (plan.config.train.batch_size * plan.config.train.accumulate)
+    rows = [_loader(plan, rank).iterate(start, end) for rank in range(ranks)]
+    for number in range(start + 1, end + 1):
+        micro = range(plan.config.train.accumulate)
+        yield number, [[next(row) for row in rows] for _ in micro]
+
+
+def _views(batches: Batches, plan: Plan, learner: Learner) -> Iterator[list[Tensor]]:
+    for batch in batches:
+        groups = [to_device(b, plan.crops, plan.device, learner.kernels.views) for b in batch]
+        yield [torch.cat(same, dim=1) for same in zip(*groups, strict=True)]
+
+
+def _repeat(learner: Learner, batches: Batches, settings: StepSettings, plan: Plan) -> None:
+    """A step on the way; one that breaks moves nothing, as in the run."""
+    try:
+        learner.step(_views(batches, plan, learner), settings, len(batches))
+    except NonFinite as error:
+        if error.spoilt:
+            raise RunFailed(f"a step before the one asked for broke already: {error}") from error
+
+
+def _look(
+    learner: Learner, batches: Batches, settings: StepSettings, plan: Plan, found: Replay
+) -> None:
+    """The step itself, with hooks on everything."""
+    loader = _loader(plan, 0)
+    for batch in batches:
+        for rank, part in enumerate(batch):
+            found.images += [
+                {
+                    "rank": rank,
+                    "index": int(index),
+                    "image": plan.source.describe(int(index)),
+                    "seed": [loader.seed, part.epoch, int(index)],
+                }
+                for index in part.indices
+            ]
+    hooks = _hooks(learner, settings, found)
+    try:
+        found.loss = learner.step(_views(batches, plan, learner), settings, len(batches)).loss
+    except NonFinite as error:
+        found.what, found.loss = str(error), error.loss
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hooks(learner: Learner, settings: StepSettings, found: Replay) -> list[Any]:
+    """First module and first gradient that are not finite; the loss of every pair of views."""
+    hooks: list[Any] = []
+    teacher: list[Tensor] = []
+
+    def watch(role: str, name: str, kind: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if found.module is None and not all(x.isfinite().all() for x in _tensors(output)):
+                came_in = all(x.isfinite().all() for x in _tensors(inputs))
+                came = "finite" if came_in else "not finite"
+                found.module = {"network": role, "name": name, "kind": kind, "inputs": came}
+
+        return hook
+
+    def pairs(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(learner.device.type, enabled=False):
+            targets = learner.loss.targets(
+                learner.teacher.head.last_layer(teacher.pop().float()),  # type: ignore[operator]
+                settings.teacher_temp,
+            )
+            logits = module.head.last_layer(output.float())  # type: ignore[operator, union-attr]
+            found.pairs += _pairs(logits, targets, learner.loss.student_temp)
+
+    def gradient(name: str) -> Any:
+        def hook(p: Tensor) -> None:
+            if found.gradient is None and p.grad is not None and not p.grad.isfinite().all():
+                found.gradient = name
+
+        return hook
+
+    for role, network in (("teacher", learner.teacher), ("student", learner.student)):
+        for name, module in network.named_modules():
+            if name:
+                hooks.append(module.register_forward_hook(watch(role, name, type(module).__name__)))
+    hooks.append(learner.teacher.register_forward_hook(lambda m, i, out: teacher.append(out)))
+    hooks.append(learner.student.register_forward_hook(pairs))
+    for name, p in learner.student.named_parameters():
+        if p.requires_grad:
+            hooks.append(p.register_post_accumulate_grad_hook(gradient(name)))
+    return hooks
+
+
+def _pairs(logits: Tensor, targets: Tensor, temp: float) -> Iterator[dict[str, Any]]:
+    """The cross-entropy of each teacher view with each other student view, mean over images."""
+    log_p = F.log_softmax(logits / temp, dim=-1)  # [V, B, K]
+    for g, target in enumerate(targets):
+        for v, student in enumerate(log_p):
+            if v != g:
+                loss = -(target * student).sum(-1).mean().item()
+                finite = math.isfinite(loss)
+                yield {"teacher": g, "student": v, "loss": _number(loss), "finite": finite}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
