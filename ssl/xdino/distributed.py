@@ -5,7 +5,9 @@ and MASTER_PORT; nothing here patches, prints or guesses.
 """
 
 import os
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -213,3 +215,52 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
         else:
             synchronise_batch_norm(child, device)
     return module
+
+
+def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set, from what SLURM's srun has set for this task of several.
+
+    Empty for a process on its own, in the batch script itself, and where a launcher set WORLD_SIZE.
+    MASTER_ADDR and MASTER_PORT stay what they are where they are set. The port follows from job,
+    step and restart: a job that is queued again does not meet what its last start left behind.
+
+    Raises:
+        UsageError: SLURM says that there are several tasks, but not which of them this is, or where.
+    """
+    step = "SLURM_STEP_NUM_TASKS" in environ
+    count = environ.get("SLURM_STEP_NUM_TASKS" if step else "SLURM_NTASKS", "1")
+    # The batch script is told of its tasks as well, and is none of them.
+    script = not step and environ.get("ENVIRONMENT") == "BATCH"
+    if "WORLD_SIZE" in environ or "SLURM_PROCID" not in environ or count == "1" or script:
+        return {}
+    rank, local = environ["SLURM_PROCID"], environ.get("SLURM_LOCALID", "")
+    nodes = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    hosts = next((environ[name] for name in nodes if environ.get(name)), "")
+    if not (count.isdecimal() and rank.isdecimal() and local.isdecimal() and hosts):
+        raise UsageError(
+            f"SLURM started this as task {rank} of {count}, but SLURM_LOCALID or "
+            "SLURM_STEP_NODELIST does not say where: start it with srun, or set RANK, WORLD_SIZE, "
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
+    about = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    start = ".".join(environ.get(name, "0") for name in about)
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_RANK": local,
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(hosts),
+        # Below the ports that the kernel gives to outgoing connections.
+        "MASTER_PORT": environ.get("MASTER_PORT")
+        or str(10_000 + zlib.crc32(start.encode()) % 20_000),
+    }
+
+
+def first_host(hosts: str) -> str:
+    """The first of SLURM's list of hosts.
+
+    >>> first_host("node[03-05,9],login1")
+    'node03'
+    """
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", hosts.strip())
+    assert first is not None  # it matches the empty string
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
