@@ -232,6 +232,9 @@ def until(ready: Callable[[], bool], what: str, seconds: float = 60) -> None:
 if __name__ == "__main__":
     if missing():
         sys.exit(f"{missing()}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())
     with Cluster(Path(sys.argv[1]).resolve()) as cluster:
         print(f"export SLURM_CONF={cluster.folder}/slurm.conf", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        while True:
+            signal.pause()

@@ -181,10 +181,11 @@ def held(runs: Runs, run: Path, left_alone: str) -> None:
 
 def test_the_time_limit(runs, left_alone):
     run = runs.folder / "time-limit"
-    job = runs.submit(run, 4, hours=1 / 60)
+    job = runs.submit(run, 2.5, hours=1 / 60)
     assert runs.until_over(job, run, 400) == "COMPLETED", runs.log(run)
     held(runs, run, left_alone)
-    assert int(runs.fact(job, "Restarts")) == len(resumed_at(run)) - 1
+    # A warning that comes when the run is done makes one more start, which leaves it alone.
+    assert int(runs.fact(job, "Restarts")) >= len(resumed_at(run)) - 1
     if runs.cluster.accounted:
         assert set(runs.starts(job)[:-1]) == {"REQUEUED"}
 
