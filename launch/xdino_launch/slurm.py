@@ -28,7 +28,7 @@ SCRIPT = """\
 #!/bin/bash
 # Written by `xdino submit`, which handed it over as
 #   {command}
-export OMP_NUM_THREADS={threads} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:={threads}}}" PYTHONUNBUFFERED=1
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR  # of the shell that submitted; SLURM tells each task
 
 # Where the tasks meet: a port that nobody listens at, at every start another.
@@ -45,9 +45,9 @@ export MASTER_PORT
 # SIGUSR1: the time is nearly up, and srun tells every task. SIGTERM: SLURM ends the job and tells
 # the tasks itself; this script outlives them, to see how they ended.
 asked=no step=
-trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1
+trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
 trap : TERM
-srun --kill-on-bad-exit=1 --cpus-per-task={threads} {program} &
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {program} &
 step=$!
 [ $asked = no ] || kill -USR1 "$step"
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
@@ -163,6 +163,8 @@ def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
             "there is no SLURM here (no sbatch on the PATH): `xdino pretrain` trains on this machine, "
             "and `--cluster local` tries out what would be submitted, as one process"
         )
+    if not config.data.path:
+        raise UsageError("data.path is not set: name the images with --data.path FOLDER")
     text = configuration.to_yaml(RunDirectory(run).resolve(config))
     logs = run.with_name(f"{run.name}-slurm")
     # By its content: a job that waits in the queue keeps its own when the run is submitted anew.

@@ -123,6 +123,7 @@ def test_the_local_cluster_is_one_process_here(no_slurm, tmp_path, xdino):
         (["--hours", "0.5", "--warning", "1800"], "leaves nothing"),
         (["--gpus-per-node", "4", "--tasks-per-node", "2"], "one GPU"),
         (["--optim.lrr", "1"], "lr"),
+        (["--data.path", "null"], "data.path"),
     ],
 )
 def test_mistakes_are_found_before_the_queue(commands, tmp_path, xdino, options, sentence):
