@@ -1,13 +1,18 @@
 """torch.distributed where a launcher set it up, and the same calls with one process and none.
 
-A launcher (torchrun, SLURM through `xdino submit`) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
-and MASTER_PORT; nothing here patches, prints or guesses.
+A launcher (torchrun, SLURM's srun, `xdino pretrain --gpus`) sets RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT; nothing here patches or guesses.
 """
 
+import contextlib
 import os
 import re
+import socket
+import sys
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,13 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, reason
 
 T = TypeVar("T")
 
-# How long a process waits for another. NCCL's own ten minutes would end a run whose first process
-# evaluates for longer; a process that died is noticed by its launcher, not by this.
+# How long a process waits for another within a run. NCCL's own ten minutes would end a run whose
+# first process evaluates for longer; one that died is noticed at once, by its closed connection.
 PATIENCE = timedelta(hours=2)
+# How long processes wait for each other at the start, in seconds; nodes that wait are paid for.
+RENDEZVOUS_VARIABLE = "XDINO_RENDEZVOUS_SECONDS"
+RENDEZVOUS_SECONDS = 600.0
+_NOTICE_AFTER = 10.0  # seconds of waiting, after which it is said for whom
 
 
 def is_active() -> bool:
@@ -37,7 +46,47 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _whole_number(os.environ, "LOCAL_RANK", 0)
+
+
+def _whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch(r"\d{1,9}", text.strip()):
+        raise UsageError(
+            f"the environment variable {name} must be a whole number, got {text!r}: launch with "
+            "torchrun or `xdino pretrain --gpus N`, or unset WORLD_SIZE for a single process"
+        )
+    return int(text)
+
+
+def described(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """(rank, world size) that the environment describes, None for a process on its own.
+
+    Raises:
+        UsageError: half a description, which would otherwise be several lone runs on one folder.
+    """
+    if "WORLD_SIZE" not in environment:
+        return None
+    world = _whole_number(environment, "WORLD_SIZE")
+    if world == 1:
+        return None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing or world < 1:
+        what = f"{' and '.join(missing)} not" if missing else "a size of 0"
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but {what} set: launch with torchrun or "
+            "`xdino pretrain --gpus N`, or unset WORLD_SIZE for a single process"
+        )
+    here = _whole_number(environment, "RANK")
+    port = _whole_number(environment, "MASTER_PORT")
+    if here >= world or not 0 < port < 2**16:
+        raise UsageError(
+            f"RANK {here} of WORLD_SIZE {world} at port {port} cannot be: ranks count from 0, "
+            "ports end at 65535"
+        )
+    return here, world
 
 
 def start(device: torch.device) -> bool:
@@ -45,19 +94,112 @@ def start(device: torch.device) -> bool:
 
     Tensors on the CPU travel by gloo whatever the device: what processes tell each other about
     files, signals and neighbours does not wait for work that a GPU has queued.
+
+    Raises:
+        UsageError: the environment describes no group, or only half of one.
+        RunFailed: the others did not come in time (the message says who), or the port is taken.
     """
-    if is_active() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if is_active():
         return False
+    found = described(os.environ)
+    if found is None:
+        return False
+    here, world = found
     if device.type == "cuda":
+        if "LOCAL_RANK" not in os.environ:
+            raise UsageError("LOCAL_RANK is not set: it says which GPU of its machine is whose")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store = _meet(here, world)
+    with heard():
+        dist.init_process_group(backend, store=store, rank=here, world_size=world, timeout=PATIENCE)
     return True
+
+
+def _meet(here: int, world: int) -> dist.Store:
+    """The store that all processes share, once every one of them has come."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    text = os.environ.get(RENDEZVOUS_VARIABLE, str(RENDEZVOUS_SECONDS))
+    try:
+        limit = float(text)
+        patience = timedelta(seconds=limit)
+    except (ValueError, OverflowError):
+        limit, patience = -1.0, timedelta()
+    if not limit > 0:
+        raise UsageError(f"{RENDEZVOUS_VARIABLE} must be a number of seconds, got {text!r}")
+    deadline = time.monotonic() + limit
+    hosts = here == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store: dist.Store = dist.TCPStore(
+            host, port, is_master=hosts, timeout=patience, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise RunFailed(
+                f"port {port} of {host} is taken by something else: set MASTER_PORT to another"
+            ) from None
+        raise RunFailed(
+            f"process {here} of {world} found nobody at {host}:{port} within {limit:.0f} s "
+            f"({RENDEZVOUS_VARIABLE}): is process 0 running there?"
+        ) from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"xdino/{attempt}", store)
+    with heard():
+        store.set(f"here/{here}", socket.gethostname())
+        _await_all(store, here, world, deadline, limit)
+        store.set_timeout(PATIENCE)
+    return store
+
+
+def _await_all(store: dist.Store, here: int, world: int, deadline: float, limit: float) -> None:
+    missing = list(range(world))
+    told, pause = time.monotonic() + _NOTICE_AFTER, 0.01
+    while True:
+        missing = [other for other in missing if not store.check([f"here/{other}"])]
+        if not missing:
+            return
+        named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"process {here} of {world} waited {limit:.0f} s ({RENDEZVOUS_VARIABLE}) for "
+                f"process {named}, which did not come"
+            )
+        if here == min(set(range(world)) - set(missing)) and time.monotonic() > told:
+            print(f"waiting for process {named} of {world} ...", file=sys.stderr, flush=True)
+            told = float("inf")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.5)
 
 
 def stop() -> None:
     if is_active():
         dist.destroy_process_group()
+
+
+_LOST = re.compile(
+    r"gloo|connection (closed|reset|refused)|broken pipe|NCCL|timed out|recvVector|store",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Inside, a process that left becomes a sentence on those that it left behind.
+
+    Raises:
+        RunFailed: instead of what gloo or NCCL raise.
+    """
+    try:
+        yield
+    except (UsageError, RunFailed):
+        raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
+        raise RunFailed(
+            f"process {rank()} lost another process of the run, whose own message says why "
+            f"({reason(error)[:160]})"
+        ) from error
 
 
 def barrier() -> None:
@@ -113,6 +255,78 @@ def together(action: Callable[[], T]) -> T:
     for kind, sentence in filter(None, gather(failure and (type(failure).__name__, str(failure)))):
         raise failure or (UsageError if kind == "UsageError" else RunFailed)(sentence)
     return result
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """action() of the first process alone: its plain value, or its sentence, on all of them."""
+    return gather(together(lambda: action() if rank() == 0 else None))[0]
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raises UsageError on every process where they differ in a fact: they would train apart.
+
+    Args:
+        facts: plain values under the names that the sentence uses.
+    """
+    everyone = gather(dict(facts))
+    for name, mine in everyone[0].items():
+        for other, theirs in enumerate(everyone):
+            if theirs[name] != mine:
+                raise UsageError(
+                    f"the processes do not agree on {name}: process 0 has {_short(mine)}, "
+                    f"process {other} has {_short(theirs[name])}"
+                )
+
+
+def _short(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def broadcast_tree(tree: Any) -> Any:
+    """Nested dicts, lists and tuples of plain values and tensors of process 0, on all (on the CPU).
+
+    Tensors travel one by one, so that no process holds the whole twice.
+    """
+    if world_size() == 1:
+        return tree
+    tensors: list[Tensor] = []
+
+    def skeleton(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            tensors.append(node.detach().cpu())
+            return _Place(len(tensors) - 1, tuple(node.shape), node.dtype)
+        if isinstance(node, dict):
+            return {key: skeleton(value) for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(skeleton(value) for value in node)
+        return node
+
+    plain = [skeleton(tree) if rank() == 0 else None]
+    dist.broadcast_object_list(plain)
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, _Place):
+            here = (
+                tensors[node.number] if rank() == 0 else torch.empty(node.shape, dtype=node.dtype)
+            )
+            return broadcast(here, 0)
+        if isinstance(node, dict):
+            return {key: filled(value) for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(filled(value) for value in node)
+        return node
+
+    return filled(plain[0])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a broadcast tree belongs."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def gather_tensor(x: Tensor) -> list[Tensor]:
