@@ -10,7 +10,6 @@ import re
 import socket
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -456,16 +455,15 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
             "SLURM_STEP_NODELIST does not say where: start it with srun, or set RANK, WORLD_SIZE, "
             "LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
-    about = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    start = ".".join(environ.get(name, "0") for name in about)
+    starts = {"SLURM_JOB_ID": 101, "SLURM_RESTART_COUNT": 13, "SLURM_STEP_ID": 7}
+    apart = sum(factor * _whole_number(environ, name, 0) for name, factor in starts.items())
     return {
         "RANK": rank,
         "WORLD_SIZE": count,
         "LOCAL_RANK": local,
         "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(hosts),
         # Below the ports that the kernel gives to outgoing connections.
-        "MASTER_PORT": environ.get("MASTER_PORT")
-        or str(10_000 + zlib.crc32(start.encode()) % 20_000),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(10_000 + apart % 20_000),
     }
 
 
