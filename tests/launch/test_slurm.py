@@ -70,6 +70,7 @@ def test_the_job_gets_its_configuration_in_full(commands, tmp_path, xdino):
     script = Path(given[-1])
     assert script.parent == tmp_path / "a run 100%-slurm"
     (line,) = [x for x in script.read_text().splitlines() if x.startswith("srun")]
+    assert "--kill-on-bad-exit=1" in line
     *_, program, kept, option, folder, _ = shlex.split(line)
     assert (program, option, folder) == ("pretrain", "--run-dir", str(run))
     recipe.write_text("train: {epochs: 18}\n")  # edited while the job waits
@@ -101,7 +102,9 @@ def test_where_there_is_no_slurm_nothing_starts(no_slurm, tmp_path, xdino):
 
 def test_the_local_cluster_is_one_process_here(no_slurm, tmp_path, xdino):
     small = [part for key, value in SMALL.items() for part in (f"--{key}", value)]
-    code, out, err = xdino("submit", "debug", "--run", tmp_path / "run", "--cluster", "local", *small)
+    code, out, err = xdino(
+        "submit", "debug", "--run", tmp_path / "run", "--cluster", "local", *small
+    )
     assert code == 0, err
     assert out.strip().endswith("backbone.safetensors")
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
@@ -150,7 +153,11 @@ def test_a_folder_of_something_else_is_found_before_the_queue(commands, tmp_path
 @pytest.mark.parametrize(
     ("said", "kind", "sentence"),
     [
-        ("sbatch: error: invalid partition specified: gpuu", UsageError, "partition specified: gpuu"),
+        (
+            "sbatch: error: invalid partition specified: gpuu",
+            UsageError,
+            "partition specified: gpuu",
+        ),
         ("sbatch: error: Unable to contact slurm controller", RunFailed, "does not answer"),
         ("", UsageError, "ended with 1"),
     ],
@@ -266,7 +273,9 @@ def test_the_script_takes_another_port_at_every_start_and_where_one_is_taken(com
     def port(restarts: int) -> int:
         inherited = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "elsewhere"}
         script = start_script(tmp_path, SLURM_RESTART_COUNT=str(restarts), **inherited)
-        told = dict(line.split("=", 1) for line in script.communicate()[0].splitlines() if "=" in line)
+        told = dict(
+            line.split("=", 1) for line in script.communicate()[0].splitlines() if "=" in line
+        )
         assert not inherited.keys() & told.keys()
         return int(told["MASTER_PORT"])
 
@@ -337,7 +346,9 @@ def test_the_first_of_slurms_hosts(hosts, first):
 
 def documented(language: str) -> list[str]:
     page = (ROOT / "docs" / "clusters.md").read_text()
-    return [block.split("\n", 1)[1] for block in page.split("```")[1::2] if block.startswith(language)]
+    return [
+        block.split("\n", 1)[1] for block in page.split("```")[1::2] if block.startswith(language)
+    ]
 
 
 def test_the_documented_job_of_kubernetes_is_whole():

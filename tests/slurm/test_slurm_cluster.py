@@ -4,9 +4,11 @@ with one and with two tasks, a run ends in the bytes of one that was left alone.
 What SLURM itself says of every job is printed: pytest -s.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +266,30 @@ def test_srun_alone_joins_its_tasks(runs, left_alone):
     assert done.returncode == 0, done.stderr
     assert checkpoint.sha256(run / "backbone.safetensors") == left_alone
     assert resumed_at(run) == [0]
+
+
+def test_a_task_that_is_lost_ends_the_job(runs):
+    """The others do not hold the node, and the job is not queued again."""
+    if runs.tasks == 1:
+        pytest.skip("there is no other")
+    run = runs.folder / "lost"
+    job = runs.submit(run, 0.5)
+    runs.until_trained(job, run, 3)
+    os.kill(process_of(job, task=1), signal.SIGKILL)
+    assert runs.until_over(job, run, 60) == "FAILED", runs.log(run)
+    assert runs.fact(job, "Restarts") == "0"
+
+
+def process_of(job: str, task: int) -> int:
+    """The process of xdino that is this task of the job."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={task}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+            if wanted <= set(told) and b"xdino_launch" in command and b"srun" not in command:
+                return int(process.name)
+    raise AssertionError(f"job {job} has no task {task}")
 
 
 def test_a_failure_is_not_queued_again(runs, tmp_path):
