@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from xdino import rendezvous
 from xdino.errors import RunFailed, Stopped, UsageError, reason
 from xdino_launch.commands import (
     benchmarks,
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: one sentence for a person, never a traceback for a mistake."""
     given = list(arguments) if arguments is not None else sys.argv[1:]
     try:
-        xdino.main(args=given, standalone_mode=False)
+        os.environ.update(rendezvous.from_slurm(os.environ))
+        # Commands learn whether they are all that this process is for.
+        xdino.main(args=given, standalone_mode=False, obj=arguments is None)
     except click.ClickException as error:
         fail(error.format_message(), EXIT_USAGE)
     except UsageError as error:

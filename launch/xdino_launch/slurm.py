@@ -1,93 +1,206 @@
-"""`xdino submit`: a pretraining run on a SLURM cluster, through submitit.
+"""`xdino submit`: a pretraining run on a SLURM cluster, as a small script that sbatch takes.
 
-One task a GPU; each task finds the others from what SLURM says. When SLURM is about to end the job,
-submitit puts the same job into the queue again, which continues the run from its last checkpoint.
+One task a GPU; the tasks find each other by what SLURM tells each (`rendezvous.from_slurm`). Before
+its time is up, or when another job takes its place, they are asked to stop: they save the run and
+end with 75, and the script puts the same job into the queue again. So it goes on until it is done.
 """
 
+import hashlib
+import math
 import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from xdino.errors import UsageError
+from xdino import config as configuration
+from xdino.config import Config
+from xdino.errors import RunFailed, UsageError, world
+from xdino.files import write_text
+from xdino.run import RunDirectory
+
+# Scripts and configurations are read by the cluster's nodes: everything is written out in full.
+SCRIPT = """\
+#!/bin/bash
+# Written by `xdino submit`, which handed it over as
+#   {command}
+export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:={threads}}}" PYTHONUNBUFFERED=1
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR  # of the shell that submitted; SLURM tells each task
+
+# Where the tasks meet: a port that nobody listens at, at every start another.
+for try in {{0..99}}; do
+    MASTER_PORT=$((10000 + (SLURM_JOB_ID * 101 + ${{SLURM_RESTART_COUNT:-0}} * 13 + try) % 20000))
+    taken=no
+    for host in 127.0.0.1 "$(hostname)"; do
+        (exec 3<>"/dev/tcp/$host/$MASTER_PORT") 2>/dev/null && taken=yes
+    done
+    [ $taken = no ] && break
+done
+export MASTER_PORT
+
+# SIGUSR1: the time is nearly up, and srun tells every task. SIGTERM: SLURM ends the job and tells
+# the tasks itself; this script outlives them, to see how they ended.
+asked=no step=
+trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
+trap : TERM
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {program} &
+step=$!
+[ $asked = no ] || kill -USR1 "$step"
+while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
+
+# 75: stopped, and the run is saved. Killed by a signal: asked to stop before it could listen.
+facts=" $(scontrol --oneliner show job "$SLURM_JOB_ID") "
+[[ $facts =~ " PreemptTime="[0-9] || $facts == *" Reason=TimeLimit "* ]] && asked=yes
+[ $code -eq 75 ] || [[ $code -gt 128 && $asked = yes ]] || exit $code
+# What was cancelled stays so, and what was requeued by others is in the queue already.
+[[ $facts == *" JobState=RUNNING "* || $facts == *" Reason=TimeLimit "* ]] || exit $code
+{bound}scontrol requeue "$SLURM_JOB_ID" || echo "could not be queued again: submit the run again" >&2
+exit $code
+"""
+BOUND = """\
+if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {most} ]; then
+    echo "stopped, and started {most} times again already: submit the run again to continue it" >&2
+    exit $code
+fi
+"""
 
 
 @dataclass(frozen=True)
-class PretrainingJob:
-    """What each task runs. Pickled by submitit, so it holds plain values only."""
-
-    config: str
-    overrides: Mapping[str, str]
-    run_dir: str
-
-    def __call__(self) -> str:
-        import submitit
-
-        from xdino import config
-        from xdino_launch.local import run_pretraining
-
-        # RANK, WORLD_SIZE, MASTER_ADDR and the rest, as torchrun would set them.
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        resolved = config.load(self.config, self.overrides)
-        return str(run_pretraining(resolved, self.run_dir, command=["submit", self.config]))
-
-    def checkpoint(self) -> Any:
-        """What submitit puts into the queue when SLURM preempts the job or its time is up."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def submit(
-    job: PretrainingJob,
-    nodes: int = 1,
-    gpus_per_node: int = 8,
-    cpus_per_gpu: int = 10,
-    hours: float = 24.0,
-    partition: str | None = None,
-    cluster: str | None = None,
-    extra: Mapping[str, str] | None = None,
-) -> Any:
-    """Hand the job to the cluster; returns submitit's job, which has its number and awaits its end.
-
-    Logs go to `RUN-slurm/` beside the run.
+class Resources:
+    """What the job asks of the cluster.
 
     Args:
-        hours: of one submission; the run is submitted again until it is done.
-        cluster: None for SLURM where there is one; "local" runs it here (for trying out).
-        extra: more SLURM parameters, {"account": "..."}.
+        tasks_per_node: processes; None for one a GPU, or one without GPUs.
+        minutes: of one start; the job is queued again until the run is done.
+        warning: seconds before the end of its time at which the run is asked to save; None for two
+            minutes, or a sixth of a time that is short.
+        max_requeues: how often the script queues the job again at most; None for as often as it takes.
+        extra: more of sbatch's options, {"account": "..."}; they win.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    tasks_per_node: int | None = None
+    cpus_per_task: int = 10
+    minutes: int = 24 * 60
+    warning: int | None = None
+    max_requeues: int | None = None
+    partition: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise UsageError(
+                f"tasks per node is {self.tasks_per_node}, and GPUs per node {self.gpus_per_node}: "
+                "each task takes one GPU; --gpus-per-node 0 is for CPUs"
+            )
+        if self.seconds_to_save >= self.minutes * 60:
+            raise UsageError(
+                f"a warning {self.warning} s before the end leaves nothing of "
+                f"{self.minutes} minutes: shorten --warning or raise --hours"
+            )
+        for key, value in self.extra.items():
+            if not re.fullmatch(r"[a-z][a-z-]*", key):
+                raise UsageError(
+                    f'"{key}" is no option of sbatch: --slurm account=NAME and the like'
+                )
+            if key == "array":
+                raise UsageError("a run is one job: submit every run by itself instead of an array")
+            if not value.isprintable():
+                raise UsageError(f"--slurm {key} holds characters that do not print")
+
+    @property
+    def seconds_to_save(self) -> int:
+        return min(120, self.minutes * 10) if self.warning is None else self.warning
+
+    def options(self) -> list[str]:
+        """As sbatch takes them."""
+        asked = {
+            "nodes": self.nodes,
+            "ntasks-per-node": self.tasks_per_node or max(self.gpus_per_node, 1),
+            "cpus-per-task": self.cpus_per_task,
+            "time": self.minutes,
+            "signal": f"B:USR1@{self.seconds_to_save}",
+            "gres": f"gpu:{self.gpus_per_node}" if self.gpus_per_node else None,
+            "partition": self.partition,
+            **self.extra,
+        }
+        given = [f"--{key}={value}" for key, value in asked.items() if value is not None]
+        return ["--requeue", "--open-mode=append", *given]
+
+
+def whole_minutes(hours: float) -> int:
+    """SLURM's unit of time, rounded up.
 
     Raises:
-        UsageError: submitit is not installed, or there is no SLURM here.
+        UsageError: less than a minute, which SLURM takes for no limit at all.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise UsageError("submit needs submitit: pip install 'xdino[slurm]'") from None
-    # Found out now rather than in the queue: the recipe, its keys, and what the folder holds.
-    from xdino import config
-    from xdino.run import RunDirectory
+    minutes = hours * 60
+    if not 1 <= minutes <= 60 * 24 * 366:
+        raise UsageError(f"--hours {hours:g}: SLURM counts in minutes, from one (0.017) to a year")
+    return math.ceil(minutes - 1e-9)
 
-    RunDirectory(job.run_dir).resolve(config.load(job.config, job.overrides))
-    logs = Path(job.run_dir).resolve().parent / f"{Path(job.run_dir).name}-slurm"
+
+def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
+    """Queue the run; returns the job's number.
+
+    Script, configuration and logs go to `RUN-slurm/` beside the run. The job reads the
+    configuration as it is now, whatever becomes of the recipe.
+
+    Raises:
+        UsageError: there is no SLURM here, SLURM refuses the job, or the folder holds another run.
+        RunFailed: SLURM does not answer, or the files cannot be written.
+    """
+    run = Path(os.path.abspath(run_dir))
+    if not str(run).isprintable():
+        raise UsageError(f"--run {str(run)!r} holds characters that a script cannot")
+    if shutil.which("sbatch") is None:
+        raise UsageError(
+            "there is no SLURM here (no sbatch on the PATH): `xdino pretrain` trains on this machine, "
+            "and `--cluster local` tries out what would be submitted, as one process"
+        )
+    if not config.data.path:
+        raise UsageError("data.path is not set: name the images with --data.path FOLDER")
+    text = configuration.to_yaml(RunDirectory(run).resolve(config))
+    logs = run.with_name(f"{run.name}-slurm")
+    # By its content: a job that waits in the queue keeps its own when the run is submitted anew.
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    recipe, script = logs / f"{name}.yaml", logs / f"{name}.sh"
+    command = ["sbatch", "--parsable", *resources.options(), f"--job-name={run.name}"]
+    command += [f"--output={str(logs).replace('%', '%%')}/%j.log", f"--chdir={os.getcwd()}"]
+    with world(f"write {logs}"):
+        logs.mkdir(parents=True, exist_ok=True)
+    write_text(recipe, text)
+    write_text(script, job_script([*command, str(script)], recipe, run, resources))
+    return _handed_over([*command, str(script)])
+
+
+def job_script(command: list[str], recipe: Path, run: Path, resources: Resources) -> str:
+    """What the first node runs."""
+    program = [sys.executable, "-m", "xdino_launch", "pretrain", str(recipe), "--run-dir", str(run)]
+    most = resources.max_requeues
+    return SCRIPT.format(
+        command=shlex.join(command),
+        threads=resources.cpus_per_task,
+        program=shlex.join(program),
+        bound="" if most is None else BOUND.format(most=most),
+    )
+
+
+def _handed_over(command: list[str]) -> str:
+    # Of an allocation that this runs in, the new job must not inherit anything.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
-        executor = submitit.AutoExecutor(folder=logs, cluster=cluster, slurm_max_num_timeout=1000)
-    except RuntimeError as error:
-        raise UsageError(f"cannot submit here: {error}") from None
-    parameters: dict[str, Any] = {
-        "name": Path(job.run_dir).name,
-        "nodes": nodes,
-        "tasks_per_node": max(gpus_per_node, 1),
-        "gpus_per_node": gpus_per_node,
-        "cpus_per_task": cpus_per_gpu,
-        "timeout_min": round(hours * 60),
-        "slurm_signal_delay_s": 120,
-    }
-    if partition is not None:
-        parameters["slurm_partition"] = partition
-    if extra:
-        parameters["slurm_additional_parameters"] = dict(extra)
-    executor.update_parameters(**parameters)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_gpu))
-    return executor.submit(job)
+        done = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RunFailed(f"cannot run sbatch: {error}") from error
+    told = " ".join(done.stderr.replace("sbatch: error:", " ").split())
+    if done.returncode and re.search(r"contact|connect|timed out|munge", told, re.IGNORECASE):
+        raise RunFailed(f"SLURM does not answer: {told}")
+    if done.returncode:
+        raise UsageError(f"SLURM refuses the job: {told or f'sbatch ended with {done.returncode}'}")
+    return done.stdout.strip().partition(";")[0]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from xdino import rendezvous
 from xdino.errors import RunFailed, Stopped, UsageError, reason
 
 T = TypeVar("T")
@@ -26,9 +27,6 @@ T = TypeVar("T")
 # How long a process waits for another within a run. NCCL's own ten minutes would end a run whose
 # first process evaluates for longer; one that died is noticed at once, by its closed connection.
 PATIENCE = timedelta(hours=2)
-# How long processes wait for each other at the start, in seconds; nodes that wait are paid for.
-RENDEZVOUS_VARIABLE = "XDINO_RENDEZVOUS_SECONDS"
-RENDEZVOUS_SECONDS = 600.0
 _NOTICE_AFTER = 10.0  # seconds of waiting, after which it is said for whom
 
 
@@ -44,50 +42,6 @@ def world_size() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
-def local_rank() -> int:
-    return _whole_number(os.environ, "LOCAL_RANK", 0)
-
-
-def _whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not re.fullmatch(r"\d{1,9}", text.strip()):
-        raise UsageError(
-            f"the environment variable {name} must be a whole number, got {text!r}: launch with "
-            "torchrun or `xdino pretrain --gpus N`, or unset WORLD_SIZE for a single process"
-        )
-    return int(text)
-
-
-def described(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """(rank, world size) that the environment describes, None for a process on its own.
-
-    Raises:
-        UsageError: half a description, which would otherwise be several lone runs on one folder.
-    """
-    if "WORLD_SIZE" not in environment:
-        return None
-    world = _whole_number(environment, "WORLD_SIZE")
-    if world == 1:
-        return None
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if missing or world < 1:
-        what = f"{' and '.join(missing)} not" if missing else "a size of 0"
-        raise UsageError(
-            f"WORLD_SIZE is {world}, but {what} set: launch with torchrun or "
-            "`xdino pretrain --gpus N`, or unset WORLD_SIZE for a single process"
-        )
-    here = _whole_number(environment, "RANK")
-    port = _whole_number(environment, "MASTER_PORT")
-    if here >= world or not 0 < port < 2**16:
-        raise UsageError(
-            f"RANK {here} of WORLD_SIZE {world} at port {port} cannot be: ranks count from 0, "
-            "ports end at 65535"
-        )
-    return here, world
-
-
 def start(device: torch.device) -> bool:
     """Join the process group that the environment describes; False where there is none.
 
@@ -100,7 +54,7 @@ def start(device: torch.device) -> bool:
     """
     if is_active():
         return False
-    found = described(os.environ)
+    found = rendezvous.described(os.environ)
     if found is None:
         return False
     here, world = found
@@ -118,14 +72,14 @@ def start(device: torch.device) -> bool:
 def _meet(here: int, world: int) -> dist.Store:
     """The store that all processes share, once every one of them has come."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    text = os.environ.get(RENDEZVOUS_VARIABLE, str(RENDEZVOUS_SECONDS))
+    text = os.environ.get(rendezvous.LIMIT_VARIABLE, str(rendezvous.LIMIT_SECONDS))
     try:
         limit = float(text)
         patience = timedelta(seconds=limit)
     except (ValueError, OverflowError):
         limit, patience = -1.0, timedelta()
     if not limit > 0:
-        raise UsageError(f"{RENDEZVOUS_VARIABLE} must be a number of seconds, got {text!r}")
+        raise UsageError(f"{rendezvous.LIMIT_VARIABLE} must be a number of seconds, got {text!r}")
     deadline = time.monotonic() + limit
     hosts = here == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -139,7 +93,7 @@ def _meet(here: int, world: int) -> dist.Store:
             ) from None
         raise RunFailed(
             f"process {here} of {world} found nobody at {host}:{port} within {limit:.0f} s "
-            f"({RENDEZVOUS_VARIABLE}): is process 0 running there?"
+            f"({rendezvous.LIMIT_VARIABLE}): is process 0 running there?"
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"xdino/{attempt}", store)
@@ -160,7 +114,7 @@ def _await_all(store: dist.Store, here: int, world: int, deadline: float, limit:
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         if time.monotonic() > deadline:
             raise RunFailed(
-                f"process {here} of {world} waited {limit:.0f} s ({RENDEZVOUS_VARIABLE}) for "
+                f"process {here} of {world} waited {limit:.0f} s ({rendezvous.LIMIT_VARIABLE}) for "
                 f"process {named}, which did not come"
             )
         if here == min(set(range(world)) - set(missing)) and time.monotonic() > told:
@@ -270,7 +224,7 @@ def from_first(action: Callable[[], T], patience: timedelta | None = None) -> T:
     group: Any = None
     if patience is not None:
         group = dist.new_group(backend="gloo", timeout=patience)
-    told: list[Any] = [None]
+    told: list[Any] = [None, None]
     failure: UsageError | RunFailed | Stopped | None = None
     if rank() == 0:
         try:
@@ -282,9 +236,8 @@ def from_first(action: Callable[[], T], patience: timedelta | None = None) -> T:
             told = ["RunFailed", f"the first process failed: {reason(error)}"]
             raise
         finally:
-            dist.broadcast_object_list(told + [None] * (2 - len(told)), src=0, group=group)
+            dist.broadcast_object_list(told, src=0, group=group)
     else:
-        told = [None, None]
         dist.broadcast_object_list(told, src=0, group=group)
     kind, value = told
     if kind:

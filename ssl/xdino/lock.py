@@ -72,6 +72,8 @@ class Lock:
                     "pid": os.getpid(),
                     "start": start_time(os.getpid()),
                     "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "job": os.environ.get("SLURM_JOB_ID"),
+                    "job_start": _job_start(),
                 }
                 os.ftruncate(self._descriptor, 0)
                 os.pwrite(self._descriptor, json.dumps(mine).encode() + b"\n", 0)
@@ -123,6 +125,8 @@ class Lock:
             if started is not None and started == held.get("start") and held["pid"] != os.getpid():
                 raise UsageError(self._refusal(held))
             why = "which is not running any more"
+        elif self._same_job_before(held):  # SLURM starts a job again when its node is lost
+            why = "an earlier start of the same job"
         else:
             silent = self._silence()
             if silent < SILENCE:
@@ -132,6 +136,16 @@ class Lock:
                 )
             why = f"which has given no sign of life for {silent:.0f} s"
         self.notice = f"took over {self.path.parent} from {_holder(held)}, {why}"
+
+    @staticmethod
+    def _same_job_before(held: dict[str, Any]) -> bool:
+        job, start = held.get("job"), held.get("job_start")
+        return (
+            job is not None
+            and job == os.environ.get("SLURM_JOB_ID")
+            and isinstance(start, int)
+            and start < _job_start()
+        )
 
     def _silence(self) -> float:
         """Seconds since the last sign of life, by the clock of whoever keeps the files."""
@@ -161,6 +175,12 @@ def _read(descriptor: int) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # somebody is about to write it, or was killed before
     return held if isinstance(held, dict) else {}
+
+
+def _job_start() -> int:
+    """How often SLURM has started this job again."""
+    text = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def _holder(held: dict[str, Any]) -> str:

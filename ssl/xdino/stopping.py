@@ -21,9 +21,14 @@ class StopSignal:
     """Remembers the first stop signal. A worker of torchrun also stops when torchrun is gone.
 
     Only the main thread of a process can listen; elsewhere nothing is ever heard.
+
+    Args:
+        last: nothing follows in this process but its end, which signals do not disturb any more: what
+            it ends with is decided.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
+        self._last = last
         self._name: str | None = None
         self._abandons = False
         self._before: dict[int, Any] = {}
@@ -53,7 +58,7 @@ class StopSignal:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._last else handler)
         self._before.clear()
 
     @contextlib.contextmanager

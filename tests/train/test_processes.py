@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xdino import checkpoint, distributed
+from xdino import checkpoint, distributed, rendezvous
 from xdino.errors import RunFailed, UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -271,12 +271,12 @@ def test_a_process_that_never_comes_is_named(images, tmp_path):
 )
 def test_half_a_description_of_a_group_is_refused(environment, message):
     with pytest.raises(UsageError, match=message):
-        distributed.described(environment)
+        rendezvous.described(environment)
 
 
 def test_a_process_on_its_own_needs_no_description():
-    assert distributed.described({}) is None
-    assert distributed.described({"WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert rendezvous.described({}) is None
+    assert rendezvous.described({"WORLD_SIZE": "1", "RANK": "0"}) is None
 
 
 def test_only_lost_processes_become_that_sentence():

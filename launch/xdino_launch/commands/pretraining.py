@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -67,7 +66,7 @@ def pretrain(
     """
     from xdino.stopping import StopSignal
 
-    with StopSignal() as stop:  # before the imports, which take seconds
+    with StopSignal(last=ctx.obj is True) as stop:  # before the imports, which take seconds
         from xdino import config as configuration
 
         overrides = parse_overrides(ctx.args)
@@ -98,21 +97,67 @@ def pretrain(
 @click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(0))
-@click.option("--cpus-per-gpu", default=10, show_default=True, type=click.IntRange(1))
-@click.option("--hours", default=24.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option(
+    "--tasks-per-node", type=click.IntRange(1), help="Processes, where there are no GPUs. [1]"
+)
+@click.option(
+    "--cpus-per-gpu",
+    "--cpus-per-task",
+    "cpus_per_task",
+    default=10,
+    show_default=True,
+    type=click.IntRange(1),
+)
+@click.option(
+    "--hours",
+    default=24.0,
+    show_default=True,
+    type=float,
+    help="Of one start; the job is queued again until the run is done.",
+)
+@click.option(
+    "--warning",
+    type=click.IntRange(1),
+    help="Seconds before the end at which the run saves. [120, less for short times]",
+)
+@click.option(
+    "--max-requeues", type=click.IntRange(0), help="Queue it again so often at most. [no bound]"
+)
 @click.option("--partition", help="SLURM partition.")
 @click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="More SLURM parameters.")
-@click.option("--cluster", type=click.Choice(["slurm", "local"]), help="local: here, to try it.")
+@click.option(
+    "--cluster",
+    type=click.Choice(["slurm", "local"]),
+    default="slurm",
+    show_default=True,
+    help="local: here and now, as one process, to try it.",
+)
 @click.pass_context
 def submit(
-    ctx: click.Context, config: str, run_dir: str, slurm: tuple[str, ...], **how: Any
+    ctx: click.Context,
+    config: str,
+    run_dir: str,
+    hours: float,
+    slurm: tuple[str, ...],
+    cluster: str,
+    **asked: Any,
 ) -> None:
-    """Pretrain on a SLURM cluster; goes on by itself when its time is up."""
-    overrides = parse_overrides(ctx.args)
-    extra = dict(pair.partition("=")[::2] for pair in slurm)
+    """Pretrain on a SLURM cluster; goes on by itself when its time is up. Prints the job's number.
+
+    Script, configuration and logs are in RUN-slurm/.
+    """
+    from xdino import config as configuration
+
+    resolved = configuration.load(config, parse_overrides(ctx.args))
+    extra = {key.replace("_", "-"): v for key, _, v in (pair.partition("=") for pair in slurm)}
     if not all(extra.values()):
         raise UsageError(f"--slurm takes KEY=VALUE, got {' '.join(slurm)}")
-    from xdino_launch import slurm as cluster
+    from xdino_launch import slurm as queue
 
-    job = cluster.PretrainingJob(config, overrides, str(Path(run_dir).resolve()))
-    click.echo(cluster.submit(job, **how, extra=extra).job_id)
+    resources = queue.Resources(minutes=queue.whole_minutes(hours), extra=extra, **asked)
+    if cluster == "local":
+        from xdino_launch.local import run_pretraining
+
+        click.echo(str(run_pretraining(resolved, run_dir, command=sys.argv[1:])))
+        return
+    click.echo(queue.submit(resolved, run_dir, resources))
