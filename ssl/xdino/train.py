@@ -28,7 +28,7 @@ from xdino.config import Config
 from xdino.errors import RunFailed, Stopped, UsageError
 from xdino.learner import Learner
 from xdino.photometric import photometric
-from xdino.plan import Plan, build_learner, make_plan
+from xdino.plan import Plan, build_learner, check_disk, make_plan
 from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
@@ -119,6 +119,7 @@ def pretrain(
             f"{run.path} holds a finished run of {plan.iterations} iterations: left alone"
         )
         return backbone_path
+    check_disk(plan, run.path)
     learner = build_learner(plan)
     if learner.kernels.why is not None:
         listener.notice(learner.kernels.why)
