@@ -1,6 +1,7 @@
 """Options that several commands take, and what they do with rows of results."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -9,7 +10,70 @@ from typing import Any
 
 import click
 
+from xdino import values
 from xdino.errors import UsageError, nearest
+
+
+class Whole(click.IntRange):
+    """A plain decimal integer within bounds; the upper one keeps out what nobody means."""
+
+    def __init__(self, least: int = 1, most: int = 2**31) -> None:
+        super().__init__(least, most)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return super().convert(_plain(self, values.whole, value, param, ctx), param, ctx)
+
+
+class Number(click.FloatRange):
+    """A plain decimal number, finite and within bounds."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        return super().convert(_plain(self, values.number, value, param, ctx), param, ctx)
+
+
+def _plain(
+    kind: click.ParamType,
+    read: Callable[[str], Any],
+    value: Any,
+    param: click.Parameter | None,
+    ctx: click.Context | None,
+) -> Any:
+    try:
+        return read(value) if isinstance(value, str) else value
+    except ValueError as error:
+        kind.fail(str(error), param, ctx)
+
+
+ABOVE_0 = Number(0, 1e30, min_open=True)
+BATCH = Whole(1, 2**20)
+PIXELS = Whole(1, 2**13)
+SEED = Whole(0, 2**32 - 1)  # what scikit-learn and faiss take, too
+WORKERS = Whole(1, 1024)
+
+
+def _known_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refused before anything is read; auto and cpu are there without asking torch."""
+    if value not in ("auto", "cpu"):
+        from xdino.plan import resolve_device
+
+        resolve_device(value)
+    return value
+
+
+def device_option(default: str = "auto") -> Callable[..., Any]:
+    return click.option(
+        "--device",
+        default=default,
+        show_default=True,
+        callback=_known_device,
+        help="auto, cpu, cuda or cuda:N.",
+    )
+
+
+def workers_option() -> Callable[..., Any]:
+    return click.option("--workers", default=min(8, os.cpu_count() or 1), type=WORKERS)
 
 
 class Commands(click.Group):
@@ -35,18 +99,18 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
         click.option("--out", type=click.Path(), help="Append to this results.json."),
         click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
-        click.option("--size", type=click.IntRange(1), help="Centre crop in pixels."),
-        click.option("--resize", type=click.IntRange(1), help="Shorter side before it, in pixels."),
+        click.option("--size", type=PIXELS, help="Centre crop in pixels."),
+        click.option("--resize", type=PIXELS, help="Shorter side before it, in pixels."),
         click.option("--mean", help="Per channel, comma-separated, 0..1."),
         click.option("--std", help="Per channel, comma-separated, 0..1."),
-        click.option("--batch-size", default=128, type=click.IntRange(1), show_default=True),
+        click.option("--batch-size", default=128, type=BATCH, show_default=True),
         click.option(
             "--max-pixels",
-            type=click.IntRange(1),
+            type=Whole(1, 2**40),
             help="Of an image; a larger one is skipped and named. Default: as in pretraining.",
         ),
-        click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1)),
-        click.option("--device", default="auto", show_default=True),
+        workers_option(),
+        device_option(),
         click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
         click.option(
             "--cache",
@@ -60,15 +124,27 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def numbers(
-    text: str | None, name: str, kind: Callable[[str], Any] = float
+    text: str | None,
+    name: str,
+    kind: Callable[[str], Any] = values.number,
+    least: float = -math.inf,
+    above: float = -math.inf,
 ) -> tuple[Any, ...] | None:
-    """ "10,20" -> (10, 20)."""
+    """ "10,20" -> (10, 20), each finite and within the bounds."""
     if text is None:
         return None
     try:
-        return tuple(kind(part) for part in text.split(","))
+        found = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f'--{name} takes numbers with commas between them, got "{text}"') from None
+        raise UsageError(
+            f"--{name} takes numbers with commas between them, got {values.shown(text)}"
+        ) from None
+    for value in found if kind is not str else ():
+        if value < least:
+            raise UsageError(f"--{name} takes numbers from {least:g} up, got {value:g}")
+        if value <= above:
+            raise UsageError(f"--{name} must be above {above:g}, got {value:g}")
+    return found
 
 
 def results_file(weights: str, out: str | None) -> Path | None:
@@ -99,4 +175,7 @@ def subject_options(options: dict[str, Any]) -> dict[str, Any]:
         *("batch_size", "workers", "device", "precision", "cache"),
     )
     subject = {name: options[name] for name in names}
-    return subject | {name: numbers(options[name], name) for name in ("mean", "std")}
+    return subject | {
+        "mean": numbers(options["mean"], "mean"),
+        "std": numbers(options["std"], "std", above=0),
+    }

@@ -8,11 +8,15 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
+from xdino_launch.commands.options import Number, Whole
+
+HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no limit
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     """["--optim.lr", "1e-3", "--train.epochs=10"] -> {"optim.lr": "1e-3", "train.epochs": "10"}."""
     from xdino import config
+    from xdino.values import shown
 
     overrides: dict[str, str] = {}
     rest = list(arguments)
@@ -28,6 +32,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             if not rest or rest[0].startswith("--"):
                 raise UsageError(f"--{key} needs a value: --{key} VALUE")
             value = rest.pop(0)
+        key = config.spelt(key)
+        if key in overrides:
+            raise UsageError(
+                f"--{key} is given twice, with {shown(overrides[key])} and {shown(value)}"
+            )
         overrides[key] = value
     return overrides
 
@@ -67,10 +76,10 @@ def pretrain(
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.argument("config")
 @click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(0))
-@click.option("--cpus-per-gpu", default=10, show_default=True, type=click.IntRange(1))
-@click.option("--hours", default=24.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--nodes", default=1, show_default=True, type=Whole(1, 10_000))
+@click.option("--gpus-per-node", default=8, show_default=True, type=Whole(0, 1024))
+@click.option("--cpus-per-gpu", default=10, show_default=True, type=Whole(1, 10_000))
+@click.option("--hours", default=24.0, show_default=True, type=HOURS)
 @click.option("--partition", help="SLURM partition.")
 @click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="More SLURM parameters.")
 @click.option("--cluster", type=click.Choice(["slurm", "local"]), help="local: here, to try it.")

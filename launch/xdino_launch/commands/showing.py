@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from xdino_launch.commands.options import SEED
+
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
@@ -20,7 +22,7 @@ def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
 
 @click.command()
 @click.option("--run", "run_dir", default="runs/demo", show_default=True, type=click.Path())
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def demo(run_dir: str, seed: int, as_json: bool) -> None:
     """Pretrain a small XCiT on shipped images, score it, draw its attention (minutes, no GPU)."""
