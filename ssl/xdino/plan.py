@@ -318,7 +318,8 @@ def build_learner(plan: Plan) -> Learner:
     torch.manual_seed(config.train.seed)
     backbone = plan.spec.build(drop_path=config.model.drop_path)
     if config.train.init:
-        weights = checkpoint.read_weights(config.train.init)
+        with asked(f"train.init {shown(config.train.init)}"):
+            weights = checkpoint.read_weights(config.train.init)
         checkpoint.load_into(backbone, weights, plan.spec.arch)
     if config.runtime.activation_checkpointing:
         checkpoint_activations(backbone, plan.spec.arch)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from xdino import augment, checkpoint, copies, data, distributed, files, metrics, schedules
 from xdino import config as configuration
 from xdino.config import Config
-from xdino.errors import RunFailed, Stopped, UsageError
+from xdino.errors import RunFailed, Stopped, UsageError, asked
 from xdino.learner import Learner
 from xdino.photometric import photometric
 from xdino.plan import Plan, build_learner, check_disk, make_plan
@@ -112,7 +112,8 @@ def pretrain(
     """
     listener = listener if listener is not None and distributed.rank() == 0 else Listener()
     plan = make_plan(config, distributed.world_size())
-    run = RunDirectory(run_dir, config)
+    with asked(f"cannot use {run_dir}"):
+        run = RunDirectory(run_dir, config)
     backbone_path = run.path / checkpoint.BACKBONE_FILE
     if run.iteration >= plan.iterations:
         listener.notice(

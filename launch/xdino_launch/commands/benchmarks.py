@@ -9,7 +9,7 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError, nearest
-from xdino_launch.commands.options import Commands, Number, Whole, device_option, numbers
+from xdino_launch.commands.options import Commands, Number, Place, Whole, device_option, numbers
 
 
 @click.group(cls=Commands)
@@ -25,7 +25,7 @@ def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[...,
             "--threads", default=threads, show_default=True, type=Whole(0, 1024), help="0: all."
         ),
         click.option("--seconds", type=Number(0, 1e9), help="Begin no round after these."),
-        click.option("--out", type=click.Path(dir_okay=False), help="Write a JSON file."),
+        click.option("--out", type=Place(), help="Write a JSON file."),
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,7 +38,10 @@ def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[...,
 
 def reference_option(name: str = "reference", of: str = "dino") -> Callable[..., Any]:
     return click.option(
-        f"--{name}", metavar=f"{of.upper()}_DIR", help=f"A checkout of facebookresearch/{of}."
+        f"--{name}",
+        type=Place(),
+        metavar=f"{of.upper()}_DIR",
+        help=f"A checkout of facebookresearch/{of}.",
     )
 
 
@@ -67,7 +70,9 @@ def finish_bench(report: Any, out: str | None) -> None:
 
 
 @bench.command("pipeline")
-@click.option("--data", help="Folder of images; without it, tiles of two photographs.")
+@click.option(
+    "--data", type=Place(), help="Folder of images; without it, tiles of two photographs."
+)
 @reference_option()
 @click.option("--batch", default=16, show_default=True, type=Whole(1, 10**7))
 @click.option("--images", default=64, show_default=True, type=Whole(1, 10**7), help="A round.")
@@ -156,7 +161,7 @@ def bench_knn(
 
 
 @bench.command("linear")
-@click.option("--data", help="Labelled images; without it, noise.")
+@click.option("--data", type=Place(), help="Labelled images; without it, noise.")
 @click.option("--arch", default="xcit_nano_12_p16", show_default=True)
 @click.option("--images", default=256, show_default=True, type=Whole(0, 10**7), help="0: none.")
 @click.option("--size", default=224, show_default=True, type=Whole(16, 2**13), help="Pixels.")

@@ -11,6 +11,7 @@ from xdino.errors import UsageError
 from xdino_launch.commands.options import (
     BATCH,
     SEED,
+    Place,
     Whole,
     device_option,
     evaluation_options,
@@ -33,8 +34,13 @@ def features(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("weights")
-@click.option("--data", required=True, help="Images, labelled or not: folder, list, named source.")
+@click.argument("weights", type=Place())
+@click.option(
+    "--data",
+    required=True,
+    type=Place(),
+    help="Images, labelled or not: folder, list, named source.",
+)
 @click.option("--split", default="train", show_default=True, type=click.Choice(["train", "val"]))
 @click.option("--limit", default=25_600, show_default=True, type=Whole(2), help="Images.")
 @click.option("--lidar-images", default=1_000, show_default=True, type=Whole(2, 10**6))
@@ -42,7 +48,7 @@ def features(**options: Any) -> None:
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
-@click.option("--out", type=click.Path(), help="Append to this file, else to the run's.")
+@click.option("--out", type=Place(), help="Append to this file, else to the run's.")
 @click.option("--batch-size", default=128, type=BATCH, show_default=True)
 @workers_option()
 @device_option()

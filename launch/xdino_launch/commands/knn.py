@@ -39,7 +39,7 @@ from xdino_launch.commands.options import (
 )
 @click.option(
     "--bank-block",
-    type=Whole(),
+    type=Whole(-(2**31)),
     help="Keep the features on disk (--cache, else a temporary folder) and so many rows in memory.",
 )
 def knn(
@@ -58,9 +58,9 @@ def knn(
     A row for every k and temperature. Under torchrun every process extracts and searches its
     share, and the numbers are those of one process.
     """
-    parsed = numbers(ks, "k", values.whole, least=1)
+    parsed = numbers(ks, "k", values.whole, least=1, what="numbers of neighbours")
     temperatures = numbers(temperature, "temperature", above=0)
-    few = numbers(shots, "shots", values.whole, least=1)
+    few = numbers(shots, "shots", values.whole, least=1, what="numbers of images")
     if few and leave_one_out:
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"

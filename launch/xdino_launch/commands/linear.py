@@ -9,6 +9,7 @@ from xdino.errors import UsageError
 from xdino_launch.commands.options import (
     ABOVE_0,
     SEED,
+    Place,
     Whole,
     evaluation_options,
     finish,
@@ -36,14 +37,20 @@ from xdino_launch.commands.options import (
 @click.option("--features", help="Grid: any of class,patches,both; class by default.")
 @click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
-@click.option("--save-head", type=click.Path(dir_okay=False), help="Keep the probe in this file.")
-@click.option("--apply", "probe", metavar="HEAD", help="Score with a saved probe, train nothing.")
+@click.option("--save-head", type=Place(), help="Keep the probe in this file.")
+@click.option(
+    "--apply",
+    "probe",
+    type=Place(),
+    metavar="HEAD",
+    help="Score with a saved probe, train nothing.",
+)
 @click.option(
     "--split", type=click.Choice(["train", "val"]), help="--apply: of DATA; val by default."
 )
 @click.option(
     "--predictions",
-    type=click.Path(dir_okay=False),
+    type=Place(),
     help="--apply: write image, prediction, probability, label as CSV; DATA needs no labels then.",
 )
 @click.pass_context
@@ -86,7 +93,7 @@ def linear(
 
     given: dict[str, Any] = {
         "lrs": numbers(lrs, "lrs", above=0),
-        "weight_decays": numbers(wds, "wds", least=0),
+        "weight_decays": numbers(wds, "wds"),
         "features": numbers(features, "features", str),
     }
     many = Grid(**{name: values for name, values in given.items() if values is not None})

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
-from xdino_launch.commands.options import Whole, evaluation_options, subject_options
+from xdino_launch.commands.options import Place, Whole, evaluation_options, subject_options
 
 
 @click.command()
 @evaluation_options
 @click.option("--queries", type=Whole(1, 100_000), help="Images of val/ to ask for; default: 16.")
-@click.option("--images", multiple=True, type=click.Path(), help="Ask for these files instead.")
+@click.option("--images", multiple=True, type=Place(), help="Ask for these files instead.")
 @click.option("--k", default=8, show_default=True, type=Whole(1, 1000), help="Neighbours.")
 def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: Any) -> None:
     """Draw images beside their nearest neighbours in train/: blue frames are of their class.

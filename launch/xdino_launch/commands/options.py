@@ -1,5 +1,6 @@
 """Options that several commands take, and what they do with rows of results."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from xdino import values
-from xdino.errors import UsageError, nearest
+from xdino.errors import UsageError, asked, nearest
 
 
 class Whole(click.IntRange):
@@ -44,6 +45,25 @@ def _plain(
         return read(value) if isinstance(value, str) else value
     except ValueError as error:
         kind.fail(str(error), param, ctx)
+
+
+class Place(click.ParamType):
+    """A path, there or not, that the system can look at: no self-link, no name that is too long."""
+
+    name = "path"
+
+    def __init__(self, kind: type[str] | type[Path] = str) -> None:
+        self.kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        text = str(value)
+        if not text:
+            self.fail("is empty", param, ctx)
+        with asked(values.shown(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            Path(text).expanduser().stat()
+        return self.kind(value)
 
 
 ABOVE_0 = Number(0, 1e30, min_open=True)
@@ -91,13 +111,16 @@ class Commands(click.Group):
 def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
     """What every evaluation of a backbone on labelled data takes."""
     options = [
-        click.argument("weights"),
+        click.argument("weights", type=Place()),
         click.option(
-            "--data", required=True, help="Folder or tars with train/ and val/, or a named source."
+            "--data",
+            required=True,
+            type=Place(),
+            help="Folder or tars with train/ and val/, or a named source.",
         ),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
-        click.option("--out", type=click.Path(), help="Append to this results.json."),
+        click.option("--out", type=Place(), help="Append to this results.json."),
         click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
         click.option("--size", type=PIXELS, help="Centre crop in pixels."),
         click.option("--resize", type=PIXELS, help="Shorter side before it, in pixels."),
@@ -114,7 +137,7 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
         click.option(
             "--cache",
-            type=click.Path(),
+            type=Place(),
             help="Keep features in this folder for the next command; files count by name.",
         ),
     ]
@@ -129,6 +152,7 @@ def numbers(
     kind: Callable[[str], Any] = values.number,
     least: float = -math.inf,
     above: float = -math.inf,
+    what: str = "numbers",
 ) -> tuple[Any, ...] | None:
     """ "10,20" -> (10, 20), each finite and within the bounds."""
     if text is None:
@@ -141,7 +165,7 @@ def numbers(
         ) from None
     for value in found if kind is not str else ():
         if value < least:
-            raise UsageError(f"--{name} takes numbers from {least:g} up, got {value:g}")
+            raise UsageError(f"--{name} takes {what} from {least:g} up, got {value:g}")
         if value <= above:
             raise UsageError(f"--{name} must be above {above:g}, got {value:g}")
     return found

@@ -2,12 +2,12 @@
 
 import click
 
-from xdino_launch.commands.options import PIXELS, Whole, workers_option
+from xdino_launch.commands.options import PIXELS, Place, Whole, workers_option
 
 
 @click.command()
-@click.argument("data")
-@click.option("--out", required=True, type=click.Path(), help="FILE.tar, or a folder for --shards.")
+@click.argument("data", type=Place())
+@click.option("--out", required=True, type=Place(), help="FILE.tar, or a folder for --shards.")
 @click.option("--shorter-side", type=PIXELS, help="Shrink larger images to this, in pixels.")
 @click.option("--quality", default=95, show_default=True, type=Whole(1, 100), help="JPEG.")
 @click.option("--shards", type=Whole(1, 100_000), help="Tars a split, into the folder --out.")

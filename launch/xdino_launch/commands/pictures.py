@@ -6,16 +6,22 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError
-from xdino_launch.commands.options import PIXELS, Number, Whole, device_option, finish
+from xdino_launch.commands.options import PIXELS, Number, Place, Whole, device_option, finish
 
-MASS = Number(0, 1, min_open=True)
-FPS = Number(0.001, 1000)
+MASS = Number()
+FPS = Number()
+
+
+def _mass(value: float) -> float:
+    if not 0 < value <= 1:
+        raise UsageError(f"--mass must be above 0 and at most 1, got {value:g}")
+    return value
 
 
 @click.command()
-@click.argument("weights")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="Folder for the pictures.")
+@click.argument("weights", type=Place())
+@click.argument("images", nargs=-1, required=True, type=Place())
+@click.option("--out", required=True, type=Place(), help="Folder for the pictures.")
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--size", type=PIXELS, help="Shorter side in pixels.")
 @click.option("--mass", default=0.6, show_default=True, type=MASS, help="Share held by the mask.")
@@ -49,6 +55,9 @@ def attention(
 
     IMAGES are image files, folders of images (with a sheet of all of them) and videos.
     """
+    _mass(mass)
+    if fps is not None and not 0.001 <= fps <= 1000:
+        raise UsageError(f"--fps must be above 0 and at most 1000, got {fps:g}")
     if pca and xca:
         raise UsageError("--pca and --xca are two kinds of pictures: give one of them")
     if foreground and not pca:
@@ -80,16 +89,16 @@ def _void(ignore: str | None) -> int | str | None:
 
 
 @click.command("segment-score")
-@click.argument("weights")
-@click.option("--data", required=True, type=click.Path(), help="Folder with images/ and masks/.")
+@click.argument("weights", type=Place())
+@click.option("--data", required=True, type=Place(), help="Folder with images/ and masks/.")
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--size", type=PIXELS, help="Shorter side in pixels.")
 @click.option("--mass", default=0.6, show_default=True, type=MASS, help="Share held by the mask.")
 @click.option("--layer", type=Whole(1, 1000), help="Layer of an XCiT, block of a ViT.")
 @click.option("--ignore", help='Value of masks that is void, or "none"; default: 255 in palettes.')
 @device_option()
-@click.option("--details", type=click.Path(), help="Each image's Jaccard indices, as JSON.")
-@click.option("--out", type=click.Path(), help="Append to this results.json.")
+@click.option("--details", type=Place(), help="Each image's Jaccard indices, as JSON.")
+@click.option("--out", type=Place(), help="Append to this results.json.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def segment_score(
     weights: str,
@@ -109,6 +118,7 @@ def segment_score(
     DATA holds images/NAME.* and masks/NAME.* of the same sizes; what is not 0 in a mask is object,
     255 in a palette PNG (PASCAL VOC) is left out.
     """
+    _mass(mass)
     void = _void(ignore)
     from pathlib import Path
 

@@ -12,6 +12,7 @@ from xdino_launch.commands.options import (
     BATCH,
     PIXELS,
     Number,
+    Place,
     Whole,
     device_option,
     finish,
@@ -62,7 +63,7 @@ def judging(command: Callable[..., None]) -> Callable[..., None]:
         command(Judgement(**own), **options)
 
     listed = [
-        click.argument("weights"),
+        click.argument("weights", type=Place()),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
         click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
@@ -74,7 +75,7 @@ def judging(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-OUT = click.option("--out", type=click.Path(), help="Append to this results.json.")
+OUT = click.option("--out", type=Place(), help="Append to this results.json.")
 
 
 def progress(verb: str) -> Any:
@@ -85,7 +86,7 @@ def progress(verb: str) -> Any:
 
 @click.command()
 @judging
-@click.option("--data", required=True, type=click.Path(), help="Folder that holds the sets.")
+@click.option("--data", required=True, type=Place(), help="Folder that holds the sets.")
 @click.option("--dataset", default="roxford5k", show_default=True, help="roxford5k or rparis6k.")
 @click.option("--size", default=224, show_default=True, type=PIXELS, help="Longer side.")
 @click.option("--multiscale", is_flag=True, help="Average scales 1, 1/sqrt2 and 1/2.")
@@ -125,9 +126,9 @@ def retrieval(
 
 @click.command()
 @judging
-@click.option("--data", required=True, type=click.Path(), help="Copydays folder.")
-@click.option("--distractors", type=click.Path(path_type=Path), help="Images among the originals.")
-@click.option("--whitening", type=click.Path(path_type=Path), help="Images to learn whitening on.")
+@click.option("--data", required=True, type=Place(), help="Copydays folder.")
+@click.option("--distractors", type=Place(Path), help="Images among the originals.")
+@click.option("--whitening", type=Place(Path), help="Images to learn whitening on.")
 @click.option("--size", default=320, show_default=True, type=PIXELS, help="Both sides.")
 @click.option("--batch-size", default=16, type=BATCH, show_default=True)
 @workers_option()
@@ -166,8 +167,8 @@ def copydetection(
 
 @click.command()
 @judging
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="DAVIS-2017 folder.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for masks.")
+@click.option("--data", required=True, type=Place(Path), help="DAVIS-2017 folder.")
+@click.option("--out", required=True, type=Place(Path), help="Folder for masks.")
 @click.option("--split", default="val", show_default=True, help="ImageSets/2017/SPLIT.txt")
 @click.option("--size", default=480, show_default=True, type=Whole(64, 2**13), help="Shorter side.")
 @click.option("--context", default=7, show_default=True, type=Whole(1, 10_000), help="Frames.")
@@ -178,7 +179,7 @@ def copydetection(
     "--topk", default=5, show_default=True, type=Whole(1, 100_000), help="Patches voting."
 )
 @click.option("--temperature", default=0.1, show_default=True, type=Number(0.02, 1e6))
-@click.option("--results", type=click.Path(), help="Append to this results.json.")
+@click.option("--results", type=Place(), help="Append to this results.json.")
 def davis(
     judgement: Judgement,
     data: Path,
