@@ -25,7 +25,7 @@ def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[...,
             "--threads", default=threads, show_default=True, type=Whole(0, 1024), help="0: all."
         ),
         click.option("--seconds", type=Number(0, 1e9), help="Begin no round after these."),
-        click.option("--out", type=Place(), help="Write a JSON file."),
+        click.option("--out", type=Place(file=True), help="Write a JSON file."),
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

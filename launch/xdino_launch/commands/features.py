@@ -48,7 +48,7 @@ def features(**options: Any) -> None:
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
-@click.option("--out", type=Place(), help="Append to this file, else to the run's.")
+@click.option("--out", type=Place(file=True), help="Append to this file, else to the run's.")
 @click.option("--batch-size", default=128, type=BATCH, show_default=True)
 @workers_option()
 @device_option()

@@ -37,7 +37,7 @@ from xdino_launch.commands.options import (
 @click.option("--features", help="Grid: any of class,patches,both; class by default.")
 @click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
-@click.option("--save-head", type=Place(), help="Keep the probe in this file.")
+@click.option("--save-head", type=Place(file=True), help="Keep the probe in this file.")
 @click.option(
     "--apply",
     "probe",
@@ -50,7 +50,7 @@ from xdino_launch.commands.options import (
 )
 @click.option(
     "--predictions",
-    type=Place(),
+    type=Place(file=True),
     help="--apply: write image, prediction, probability, label as CSV; DATA needs no labels then.",
 )
 @click.pass_context

@@ -70,4 +70,5 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
 neighbours.params = [option for option in neighbours.params if option.name != "as_json"]
 for option in neighbours.params:
     if option.name == "out" and isinstance(option, click.Option):
+        option.type = Place()
         option.help = "Folder for the sheets; of a run, its neighbours/ by default."

@@ -48,12 +48,15 @@ def _plain(
 
 
 class Place(click.ParamType):
-    """A path, there or not, that the system can look at: no self-link, no name that is too long."""
+    """A path, there or not, that the system can look at: no self-link, no name that is too long.
+
+    `file`: no folder either.
+    """
 
     name = "path"
 
-    def __init__(self, kind: type[str] | type[Path] = str) -> None:
-        self.kind = kind
+    def __init__(self, kind: type[str] | type[Path] = str, file: bool = False) -> None:
+        self.kind, self.file = kind, file
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -63,6 +66,10 @@ class Place(click.ParamType):
             self.fail("is empty", param, ctx)
         with asked(values.shown(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             Path(text).expanduser().stat()
+            if self.file and Path(text).is_dir():
+                self.fail(
+                    f"{values.shown(text)} is a folder, and a file is to be written", param, ctx
+                )
         return self.kind(value)
 
 
@@ -120,7 +127,7 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
-        click.option("--out", type=Place(), help="Append to this results.json."),
+        click.option("--out", type=Place(file=True), help="Append to this results.json."),
         click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
         click.option("--size", type=PIXELS, help="Centre crop in pixels."),
         click.option("--resize", type=PIXELS, help="Shorter side before it, in pixels."),

@@ -97,8 +97,8 @@ def _void(ignore: str | None) -> int | str | None:
 @click.option("--layer", type=Whole(1, 1000), help="Layer of an XCiT, block of a ViT.")
 @click.option("--ignore", help='Value of masks that is void, or "none"; default: 255 in palettes.')
 @device_option()
-@click.option("--details", type=Place(), help="Each image's Jaccard indices, as JSON.")
-@click.option("--out", type=Place(), help="Append to this results.json.")
+@click.option("--details", type=Place(file=True), help="Each image's Jaccard indices, as JSON.")
+@click.option("--out", type=Place(file=True), help="Append to this results.json.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def segment_score(
     weights: str,

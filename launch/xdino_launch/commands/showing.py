@@ -12,7 +12,7 @@ from xdino_launch.commands.options import SEED, Place
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=Place(Path))
 @click.argument("other", metavar="[RUN2]", required=False, type=Place(Path))
-@click.option("--out", type=Place(Path), help="File; default: report.html in RUN.")
+@click.option("--out", type=Place(Path, file=True), help="File; default: report.html in RUN.")
 def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
     """Write a run, or two side by side, as one HTML file that needs nothing else."""
     from xdino_launch.report import write_report

@@ -75,7 +75,7 @@ def judging(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-OUT = click.option("--out", type=Place(), help="Append to this results.json.")
+OUT = click.option("--out", type=Place(file=True), help="Append to this results.json.")
 
 
 def progress(verb: str) -> Any:
@@ -179,7 +179,7 @@ def copydetection(
     "--topk", default=5, show_default=True, type=Whole(1, 100_000), help="Patches voting."
 )
 @click.option("--temperature", default=0.1, show_default=True, type=Number(0.02, 1e6))
-@click.option("--results", type=Place(), help="Append to this results.json.")
+@click.option("--results", type=Place(file=True), help="Append to this results.json.")
 def davis(
     judgement: Judgement,
     data: Path,

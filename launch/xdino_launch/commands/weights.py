@@ -9,7 +9,7 @@ from xdino_launch.commands.options import Place
 
 @click.command()
 @click.argument("weights", type=Place())
-@click.option("--out", required=True, type=Place(), help="FILE.safetensors, or FILE.onnx")
+@click.option("--out", required=True, type=Place(file=True), help="FILE.safetensors, or FILE.onnx")
 @click.option(
     "--format",
     "format",
