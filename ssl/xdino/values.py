@@ -160,10 +160,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
             holds anchors or tags, for which a recipe has no use. The message names the line.
     """
     tree = _Reader(path).document()
-    if not isinstance(tree, dict) or not all(
-        value is None or isinstance(value, dict) for value in tree.values()
-    ):
+    if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold sections with keys below them")
+    bare = [key for key, below in tree.items() if below is not None and not isinstance(below, dict)]
+    if bare:
+        section, dot, leaf = bare[0].partition(".")
+        hint = f": write {leaf} below {section}:" if dot else ""
+        raise UsageError(f"{path} must hold sections with keys below them{hint}")
     return tree
 
 

@@ -252,6 +252,8 @@ def outcome(line: list[str]) -> tuple[str, str]:
     except BaseException:  # noqa: BLE001, whatever leaves `main` counts as a defect
         return "tracebacks", traceback.format_exc()
     told = err.getvalue()
+    if "TooLong" in told:  # it was raised where Python cannot raise
+        return "left", ""
     if code not in CODES or "Traceback" in told or "error.log" in told:
         return "tracebacks", f"exit code {code}: {told[-3000:]}"
     if code and told.count("xdino: ") != 1:

@@ -54,6 +54,16 @@ def _fits(what: str, needed: int, lower: str) -> None:
     check_memory(what, needed, torch.device("cpu"), f"lower {lower}")
 
 
+def _takes(arch: str, option: str, sizes: tuple[int, ...], batch: int, training: bool) -> None:
+    """Raises UsageError where there is no such network, or it does not take images of a size."""
+    from xdino import feasibility
+    from xdino.backbones import BackboneSpec
+
+    network = feasibility.on_meta(BackboneSpec(arch, input_size=max(sizes)).build)
+    trials = [feasibility.Trial(option, size, min(batch, 2), training) for size in sizes]
+    feasibility.check_sizes(network, arch, 3, trials)
+
+
 def finish_bench(report: Any, out: str | None) -> None:
     """A benchmark's tables on standard output, and everything in `out`."""
     from xdino_launch.bench_timing import CLAIM_ROUNDS, write
@@ -119,6 +129,10 @@ def bench_step(
     views = 2 * shape["global_size"] ** 2 + shape["local_count"] * shape["local_size"] ** 2
     _fits("the crops", 12 * shape["batch"] * views, "--batch, --global-size or --local-count")
     _fits("the prototypes", 5 * 4 * 256 * shape["prototypes"], "--prototypes")
+    arch, batch, locals_ = shape["arch"], shape["batch"], shape["local_count"]
+    _takes(arch, "--global-size", (shape["global_size"],), 2 * batch, True)
+    if locals_:
+        _takes(arch, "--local-size", (shape["local_size"],), locals_ * batch, True)
     from xdino.acceleration import MODES
     from xdino_launch import bench as rooms
 
@@ -188,6 +202,8 @@ def bench_linear(
     _fits("features and heads", 4 * (features * dim + heads), "--features, --dim or --classes")
     pixels = shape["batch"] * shape["size"] ** 2
     _fits("the images of a batch", 12 * pixels, "--batch or --size")
+    if shape["images"]:
+        _takes(shape["arch"], "--size", (shape["size"],), shape["batch"], False)
     from xdino_launch import bench_linear as rooms
     from xdino_launch.bench import Protocol
 
@@ -217,6 +233,8 @@ def bench_scaling(
     pixels = numbers(sizes, "sizes", values.whole, least=16)
     assert pixels is not None
     _fits("the images of a batch", 12 * batch * max(pixels) ** 2, "--batch or --sizes")
+    for name in (arch, against):
+        _takes(name, "--sizes", pixels, batch, False)
     from xdino_launch import bench as rooms
 
     report = rooms.scaling(arch, against, pixels, batch, precision, device, rooms.Protocol(**how))
