@@ -26,7 +26,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         if not option.startswith("--") or "." not in key:
             leaves = {known.split(".")[1]: known for known in config.dotted_keys()}
             name = leaves.get(key.replace("-", "_"))
-            hint = f'did you mean "--{name}"?' if name else "overrides are --section.key value"
+            hint = "name the recipe first; overrides are --section.key value"
+            if name:
+                hint = f'did you mean "--{name}"?'
             raise UsageError(f'"{option}" is not an option of pretrain: {hint}')
         if not equals:
             if not rest or rest[0].startswith("--"):
