@@ -49,22 +49,24 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
             return build()
 
 
-def why_not(network: nn.Module, channels: int, trial: Trial) -> str | None:
+def why_not(
+    network: nn.Module, channels: int, trial: Trial, real: Callable[[], nn.Module] | None = None
+) -> str | None:
     """Why the network does not take such images, in half a sentence; None where it does.
 
-    The network itself is left as it is.
+    The network itself is left as it is. `real` builds one that computes, where this is on meta.
     """
     shape = trial.batch, channels, trial.size, trial.size
     found = _try(copy.deepcopy(network).to("meta"), shape, trial.training)
     if found is None:
         return None
-    is_meta = next(network.parameters()).is_meta
-    if is_meta and _bytes(network) + 4 * channels * trial.size**2 > _LARGEST_TRIED:
-        return found
+    if next(network.parameters()).is_meta:
+        if real is None or _bytes(network) + 4 * channels * trial.size**2 > _LARGEST_TRIED:
+            return found
+    else:
+        real = copy.deepcopy(network).cpu
     with torch.random.fork_rng(devices=[]):
-        other = copy.deepcopy(network)
-        other = other.to_empty(device="cpu") if is_meta else other.cpu()
-        return _try(other, shape, trial.training)
+        return _try(real(), shape, trial.training)
 
 
 def _try(network: nn.Module, shape: tuple[int, ...], training: bool) -> str | None:
@@ -89,15 +91,16 @@ def check_sizes(
     trials: Iterable[Trial],
     rebuilt: Callable[[int], nn.Module] | None = None,
     own: Iterable[int] = (),
+    real: Callable[[], nn.Module] | None = None,
 ) -> None:
     """Raises UsageError, with the nearest sizes that work, where one of the trials does not.
 
     Args:
         rebuilt: the network made for another size, for the trial whose size it is made for.
-        own: sizes that the network may have been meant for.
+        own: sizes that the network may have been meant for. real: see `why_not`.
     """
     for trial in trials:
-        why = why_not(network, channels, trial)
+        why = why_not(network, channels, trial, real)
         if why is None:
             continue
         sizes = _nearest_sizes(network, channels, trial, rebuilt, own)

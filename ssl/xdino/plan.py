@@ -253,7 +253,7 @@ def _prove(plan: Plan, world_size: int) -> int:
 
     own = (spec.input_size, of_timm(spec.arch).input_size)
     trials = _trials(plan, world_size)
-    feasibility.check_sizes(backbone, spec.arch, spec.in_chans, trials, rebuilt, own)
+    feasibility.check_sizes(backbone, spec.arch, spec.in_chans, trials, rebuilt, own, spec.build)
     return state
 
 

@@ -59,9 +59,10 @@ def _takes(arch: str, option: str, sizes: tuple[int, ...], batch: int, training:
     from xdino import feasibility
     from xdino.backbones import BackboneSpec
 
-    network = feasibility.on_meta(BackboneSpec(arch, input_size=max(sizes)).build)
+    spec = BackboneSpec(arch, input_size=max(sizes))
+    network = feasibility.on_meta(spec.build)
     trials = [feasibility.Trial(option, size, min(batch, 2), training) for size in sizes]
-    feasibility.check_sizes(network, arch, 3, trials)
+    feasibility.check_sizes(network, arch, 3, trials, real=spec.build)
 
 
 def finish_bench(report: Any, out: str | None) -> None:

@@ -67,9 +67,7 @@ class Place(click.ParamType):
         with asked(values.shown(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             Path(text).expanduser().stat()
             if self.file and Path(text).is_dir():
-                self.fail(
-                    f"{values.shown(text)} is a folder, and a file is to be written", param, ctx
-                )
+                self.fail(f"{values.shown(text)} is a folder, and this needs a file", param, ctx)
         return self.kind(value)
 
 
