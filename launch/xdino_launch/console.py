@@ -23,7 +23,7 @@ class ConsoleListener(Listener):
     """Draws a run on standard error, so that standard output stays for results."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or stderr_console()
         self.progress: Progress | None = None
         self._last_line = 0.0
         self._iterations = 0
@@ -109,10 +109,14 @@ def counter(console: Console, verb: str) -> Any:
     return tell
 
 
+# Neither markup nor emoji: a folder may be called "[/]" or ":x:".
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+
+
 def stderr_console() -> Console:
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, **PLAIN)
 
 
 def stdout_console() -> Console:
     """For results: as wide as the terminal, and wide enough for a table where there is none."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 140, **PLAIN)

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 
-from xdino import checkpoint, data, distributed
+from xdino import checkpoint, data, distributed, feasibility
 from xdino.errors import RunFailed, UsageError
 from xdino.files import written_beside
 from xdino.images import MAX_PIXELS
@@ -84,6 +84,7 @@ class Subject:
         except ValueError as error:
             raise UsageError(str(error)) from None
         where = resolve_device(device)
+        check_views(backbone, transform, where, batch_size, size is not None)
         kept = Path(cache) if cache else None
         return cls(backbone, train, val, transform, where, batch_size, workers, precision, kept)
 
@@ -192,6 +193,28 @@ class Subject:
         """The rows with the weights they speak of."""
         weights: dict[str, Any] = self.backbone.weights  # type: ignore[assignment]
         return results.signed(rows, weights["sha256"], features_name(weights))
+
+
+def check_views(
+    backbone: nn.Module, transform: EvalTransform, device: torch.device, batch: int, resized: bool
+) -> None:
+    """Raises UsageError where the backbone does not take what `transform` shows it.
+
+    Args:
+        resized: at a size that is not its own; its own was tried when it was trained.
+    """
+    channels, size = cast(int, backbone.in_chans), transform.size
+    for name, given in (("--mean", transform.mean), ("--std", transform.std)):
+        if len(given) != channels:
+            raise UsageError(f"{name} takes one value a channel: {channels}, got {len(given)}")
+    needed = 4 * batch * channels * max(size, transform.resize) ** 2
+    mend = "lower --batch-size, --size or --resize"
+    feasibility.check_memory("the images of a batch", needed, device, mend)
+    if resized:
+        trial = feasibility.Trial("--size", size, 1, training=False)
+        arch = cast(Any, backbone).spec.arch
+        own = cast(int, backbone.input_size)
+        feasibility.check_sizes(backbone, arch, channels, [trial], own=(own,))
 
 
 open_splits = data.open_splits

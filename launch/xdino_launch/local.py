@@ -8,11 +8,12 @@ from xdino import checkpoint, data, distributed
 from xdino import config as configuration
 from xdino.config import Config
 from xdino.data import Source
-from xdino.errors import UsageError
+from xdino.errors import UsageError, asked
 from xdino.metrics import MetricsLog
 from xdino.plan import resolve_device
 from xdino.stopping import StopSignal
 from xdino.train import Evaluator, Listener, pretrain
+from xdino.values import shown
 from xdino_eval import results
 from xdino_eval.evaluate import AT_END, knn_callback, linear_at_end
 from xdino_launch.console import ConsoleListener
@@ -54,7 +55,8 @@ def labelled_splits(config: Config) -> tuple[Source, Source] | None:
         return None
     path = config.evaluate.data or config.data.path
     try:
-        return data.open_splits(path, config.model.in_chans, config.data.max_pixels)
+        with asked(f"cannot open {shown(path)}"):
+            return data.open_splits(path, config.model.in_chans, config.data.max_pixels)
     except UsageError as error:
         asks, off = (
             ("evaluate.every asks for k-NN during training", "--evaluate.every 0")

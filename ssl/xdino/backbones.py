@@ -12,7 +12,7 @@ import timm
 from torch import nn
 
 from xdino import vit, xcit
-from xdino.errors import UsageError, nearest
+from xdino.errors import UsageError, nearest, reason
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # One channel: the luma-weighted sum of ImageNet's means, the average of its standard deviations.
@@ -136,6 +136,12 @@ def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> 
             model = timm.create_model(arch, **common, **extra)
         except TypeError:
             continue
-        model.embed_dim = model.num_features
+        except (RuntimeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:
+            raise UsageError(
+                f"timm cannot build {arch} with {in_chans} channels for {input_size} pixels: "
+                f"{reason(error)}"
+            ) from error
+        # Some networks widen their features on the way to the head that is left out here.
+        model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
         return model
     raise UsageError(f"timm cannot build {arch} with {in_chans} channels")

@@ -55,7 +55,10 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     if close:
         return f'did you mean "{close[0]}"?'
-    return "choose one of " + ", ".join(choices) if choices else "there is none to choose from"
+    if not choices:
+        return "there is none to choose from"
+    more = f" and {len(choices) - 30:,} others" if len(choices) > 30 else ""
+    return "choose one of " + ", ".join(choices[:30]) + more
 
 
 def reason(error: BaseException) -> str:

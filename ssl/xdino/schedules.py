@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from xdino.errors import UsageError
+
 Array = NDArray[np.float64]
 
 
@@ -21,12 +23,12 @@ def cosine(
         float64 `[epochs * steps_per_epoch]`.
 
     Raises:
-        ValueError: a warm-up that is longer than the run.
+        UsageError: a warm-up that is longer than the run.
     """
     total = epochs * steps_per_epoch
     warmup = round(warmup_epochs * steps_per_epoch)
     if not 0 <= warmup <= total:
-        raise ValueError(
+        raise UsageError(
             f"a warm-up of {warmup_epochs:g} epochs does not fit into a run of {epochs} epochs"
         )
     i = np.arange(total - warmup)
@@ -43,10 +45,10 @@ def teacher_temperature(
         float64 `[epochs * steps_per_epoch]`, constant within an epoch.
 
     Raises:
-        ValueError: a warm-up that is longer than the run.
+        UsageError: a warm-up that is longer than the run.
     """
     if not 0 <= warmup_epochs <= epochs:
-        raise ValueError(
+        raise UsageError(
             f"a teacher temperature warm-up of {warmup_epochs} epochs does not fit into a run of "
             f"{epochs} epochs"
         )

@@ -29,7 +29,7 @@ from xdino.learner import Learner, StepResult
 from xdino.lock import Lock
 from xdino.metrics import check_writable
 from xdino.photometric import photometric
-from xdino.plan import Plan, build_learner, make_plan
+from xdino.plan import Plan, build_learner, check_disk, make_plan
 from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
 from xdino.stopping import StopSignal
 
@@ -110,6 +110,7 @@ def pretrain(
                     f"{run.path} holds a finished run of {plan.iterations} iterations: left alone"
                 )
                 return run.path / checkpoint.BACKBONE_FILE
+            distributed.from_first(lambda: check_disk(plan, run.path))
             begun = distributed.from_first(run.has_state)
             learner = distributed.together(lambda: build_learner(plan, from_init=not begun))
         for sentence in plan.source.notices():

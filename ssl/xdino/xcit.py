@@ -187,7 +187,7 @@ class XCA(nn.Module):
 
     def folds(self, x: Tensor) -> bool:
         """Whether `folded` is the shorter way for tokens `[B, N, D]`: many of them, no gradient."""
-        half = torch.is_autocast_enabled(x.device.type) or x.dtype in HALF
+        half = x.dtype in HALF or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         return x.shape[1] >= FOLD_FROM * x.shape[2] and not (half or torch.is_grad_enabled())
 
     def folded(self, x: Tensor, gain: Tensor) -> Tensor:

@@ -115,3 +115,167 @@ def test_runtime_does_not_count_as_a_difference():
     c = dataclasses.replace(a, optim=config.Optim(lr=1.0))
     assert config.differing_keys(a, b) == []
     assert config.differing_keys(a, c) == ["optim.lr (0.0005 against 1.0)"]
+
+
+def leaf(key, text, tmp_path=None):
+    """The value of `key` given as text on the command line and, in the same words, by a recipe."""
+    section, name = key.split(".")
+    found = getattr(getattr(config.load("debug", {key: text}), section), name)
+    if tmp_path is not None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"{section}:\n  {name}: {text}\n")
+        assert getattr(getattr(config.load(str(path)), section), name) == found
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["photos #1", "@x", "*x", "%x", "[2024] x", "2024", "no", "~", "null", "a: b", "'x", "&a"],
+)
+def test_a_string_key_takes_the_text_as_it_is(text, tmp_path):
+    assert leaf("data.path", text) == text
+    path = tmp_path / "recipe.yaml"  # and it comes back from what a run writes down
+    path.write_text(config.to_yaml(config.load("debug", {"data.path": text, "train.init": text})))
+    again = config.load(str(path))
+    assert again.data.path == text
+    assert again.train.init == (None if text in ("~", "null") else text)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.epochs", "010", 10), ("optim.lr", "1e-3", 1e-3), ("optim.lr", "5", 5.0),
+        ("optim.lr", ".5", 0.5), ("runtime.wandb", "off", "off"), ("model.patch_size", "8", 8),
+        ("head.norm_last_layer", "no", False), ("head.norm_last_layer", "1", True),
+        ("runtime.compile", "Off", False), ("model.eta", "~", None), ("model.eta", "null", None),
+        ("evaluate.linear", "none", None), ("optim.warmup_epochs", "05%", "05%"),
+        ("optim.warmup_epochs", "0.5", 0.5), ("crops.global_scale", "[0.3, 1.0]", (0.3, 1.0)),
+        ("train.init", "null", None), ("train.init", "none", "none"), ("evaluate.data", "2024", "2024"),
+    ],
+)  # fmt: skip
+def test_texts_mean_the_same_in_recipes_and_on_the_command_line(key, text, value, tmp_path):
+    assert leaf(key, text, tmp_path) == value
+    assert type(leaf(key, text)) is type(value)
+
+
+def test_tuples_need_no_brackets():
+    assert leaf("crops.global_scale", "0.3,1.0") == (0.3, 1.0)
+    assert leaf("crops.mean", "0.5") == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *((key, text) for key in ("optim.lr", "train.epochs", "model.depth")
+          for text in ("1:30", "on", "true", "0x10", "1_000", "nan", "inf", ".inf", "٣", "1e999", "")),
+        ("train.seed", "12345678901234567890"), ("train.seed", "9" * 5000), ("train.epochs", "1e2"),
+        ("optim.warmup_epochs", "-1"), ("optim.warmup_epochs", "nan"), ("optim.warmup_epochs", "-5%"),
+        ("loss.student_temp", "0"), ("crops.std", "nan"), ("crops.mean", "inf"), ("model.in_chans", "2"),
+        ("model.in_chans", "4"), ("head.prototypes", "99999999999999"), ("head.use_bn", "maybe"),
+        ("crops.global_scale", "0.5"), ("train.init", ""), ("data.path", "a\0b"), ("data.path", "\ud800"),
+        ("runtime.wandb", "no"), ("optim.lr", "1" * 400),
+    ],
+)  # fmt: skip
+def test_texts_that_no_key_of_its_kind_takes(key, text):
+    with pytest.raises(UsageError, match=key.replace(".", r"\.")) as error:
+        config.load("debug", {key: text})
+    assert len(str(error.value)) < 300
+
+
+def test_python_values_are_as_strict():
+    for tree in (
+        {"optim": {"lr": True}}, {"train": {"epochs": float("nan")}}, {"optim": {"lr": float("inf")}},
+        {"data": {"path": 2024}}, {"crops": {"global_scale": [True, 1]}}, {"optim": {"lr": None}},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            config.parse(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model:\n  arch: a\n  arch: b", r"line 3: arch is there already, in line 2"),
+        ("model: {}\noptim: {}\nmodel: {}", r"line 3: model is there already, in line 1"),
+        ("optim: {}\noptimizer: {lr: 1}", "optim is given twice"),
+        ("loss: {center_momentum: 0.5, centre_momentum: 0.6}", "centre_momentum is given twice"),
+        ("a: &a [x]\nb: *a", "line 1: anchors and aliases"),
+        ("model: !!python/object/apply:os.system [ls]", "line 1: tags"),
+        ("model: {arch: [[[[x]]]]}", "too deep"),
+        ("[" * 50_000, "must hold sections|too deep|is not YAML"),
+        ("model: {arch: x}\n---\nmodel: {arch: y}", "line 2: a second document"),
+        ("? [a]\n: b", "a key must be a word"),
+        ("model:\n\tarch: x", "is not YAML"),
+        ("optim.lr: 1", "write lr below optim:"),
+        ("# " + "x" * 200_000, "larger than"),
+    ],
+)  # fmt: skip
+def test_recipes_that_say_something_twice_or_are_no_recipes(tmp_path, text, sentence):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=sentence):
+        config.load(str(path))
+
+
+def test_an_alias_bomb_fails_fast(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]"
+        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="anchors") as error:
+        config.load(str(path))
+    assert len(str(error.value)) < 300
+
+
+def test_files_that_are_no_text(tmp_path):
+    for name, content in (("latin", b"data: {path: \xe9}"), ("wide", "data:".encode("utf-16"))):
+        path = tmp_path / f"{name}.yaml"
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="no text in UTF-8"):
+            config.load(str(path))
+    (tmp_path / "zero.yaml").write_bytes(b"data: {path: \0}")
+    with pytest.raises(UsageError, match="is not YAML"):
+        config.load(str(tmp_path / "zero.yaml"))
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("loop.yaml", "folder.yaml", "x" * 300, "a\0b", "/dev/null", "--optim.lr"):
+        with pytest.raises(UsageError):
+            config.load(str(tmp_path / name) if "yaml" in name else name)
+    (tmp_path / "bom.yaml").write_bytes("\ufefftrain: {epochs: 30}".encode())
+    assert config.load(str(tmp_path / "bom.yaml")).train.epochs == 30
+
+
+def test_others_spellings_are_understood():
+    c = config.load("debug", {"optimizer.lr": "0.5", "loss.center_momentum": "0.8"})
+    assert (c.optim.lr, c.loss.centre_momentum) == (0.5, 0.8)
+    assert config.parse({"optimiser": {"lr": 0.25}}).optim.lr == 0.25
+
+
+def test_options_that_cancel_each_other():
+    for key in ("compile", "activation_checkpointing"):
+        with pytest.raises(UsageError, match=rf"runtime\.{key} cancel each other"):
+            config.parse({"runtime": {"kernels": "fused", key: True}})
+        assert config.unfused(config.parse({"runtime": {key: True}})) == [f"runtime.{key}"]
+    with pytest.raises(
+        UsageError, match=r"crops\.local_size is 64, larger than crops\.global_size"
+    ):
+        config.parse({"crops": {"global_size": 32, "local_size": 64}})
+    assert config.parse({"crops": {"global_size": 32, "local_size": 64, "local_count": 0}})
+
+
+def test_what_may_change_when_a_run_is_continued():
+    def differing(**sections):
+        return [
+            key.split(" ")[0]
+            for key in config.differing_keys(config.Config(), config.parse(sections))
+        ]
+
+    assert differing(evaluate={"every": 5, "data": "x", "linear": "grid", "limit": 5}) == []
+    assert differing(train={"init": "x"}, data={"path": "x", "max_bad_share": 0.5}) == []
+    assert differing(evaluate={"input_size": 64, "resize": 70}) == [
+        "evaluate.input_size",
+        "evaluate.resize",
+    ]
+    assert differing(data={"max_pixels": 5}, train={"seed": 1}) == ["data.max_pixels", "train.seed"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,44 @@ def test_unknown_keys_name_themselves_and_the_nearest(xdino, tmp_path):
         (["attention", "w", "--out", "o"], "Missing argument 'IMAGES...'"),
         (["attention", "w", "i.png", "--out", "o", "--mass", "2"], "--mass"),
         (["features", "w", "--data", "d"], "--out"),
+        (["pretrain", "debug", "--run", "r", "--optim.lr", "1", "--optim.lr=2"],
+         "given twice, with '1' and '2'"),
+        (["pretrain", "debug", "--run", "r", "--optim.lr", "1", "--optimizer.lr", "2"], "given twice"),
+        (["pretrain", "debug", "--run", "r", "--optim.lr", "on"], "takes a finite number"),
+        (["pretrain", "debug", "--run", "r", "--crops.local_size", "64"], "larger than crops.gl"),
+        (["pretrain", "--optim.lr", "1", "debug", "--run", "r"], "name the recipe first"),
+        (["pretrain", "debug", "--run", "r", "--data.path", "~nosuchuser/x"], "home directory"),
+        (["pretrain", "debug", "--run", "r", "--runtime.device", "mps"], "choose auto, cpu or cuda"),
+        (["submit", "debug", "--run", "r", "--hours", "0.008"], "--hours"),
+        (["submit", "debug", "--run", "r", "--hours", "nan"], "--hours"),
+        (["knn", "w", "--data", "d", "--temperature", "nan"], "--temperature takes numbers"),
+        (["knn", "w", "--data", "d", "--k", "1_000"], "--k takes numbers"),
+        (["knn", "w", "--data", "d", "--seed", "99999999999999999999"], "--seed"),
+        (["knn", "w", "--data", "d", "--workers", "1000000000"], "--workers"),
+        (["knn", "w", "--data", "d", "--size", "1000000"], "--size"),
+        (["knn", "w", "--data", "d", "--device", "cuda:x"], "choose auto, cpu or cuda"),
+        (["knn", "w", "--data", "d", "--device", ""], "choose auto, cpu or cuda"),
+        (["knn", "w", "--data", "~nosuchuser/x"], "home directory"),
+        (["knn", "w", "--data", ""], "is empty"),
+        (["knn", "x" * 300, "--data", "d"], "File name too long"),
+        (["knn", "w", "--data", "d", "--out", "/tmp"], "is a folder"),
+        (["quality", "w", "--data", "d", "--device", "meta"], "choose auto, cpu or cuda"),
+        (["linear", "w", "--data", "d", "--lr", "nan"], "--lr"),
+        (["linear", "w", "--data", "d", "--lr", "inf"], "--lr"),
+        (["linear", "w", "--data", "d", "--c", "inf"], "--c takes numbers"),
+        (["linear", "w", "--data", "d", "--c", "nan"], "--c takes numbers"),
+        (["linear", "w", "--data", "d", "--c", "0"], "--c must be above 0"),
+        (["linear", "w", "--data", "d", "--c", "-1"], "--c must be above 0"),
+        (["davis", "w", "--data", "d", "--out", "o", "--temperature", "nan"], "--temperature"),
+        (["attention", "w", "i.png", "--out", "o", "--device", "xpu"], "choose auto, cpu or cuda"),
+        (["attention", "w", "i.png", "--out", "o", "--fps", "inf"], "--fps"),
+        (["report", "x" * 300], "File name too long"),
+        (["bench", "step", "--device", "gpu"], "choose auto, cpu or cuda"),
+        (["bench", "step", "--kernels", "fast"], "--kernels cannot be 'fast'"),
+        (["bench", "step", "--batch", "1000000", "--global-size", "8000"], "take about"),
+        (["bench", "knn", "--bank", "10000000", "--dim", "10000000"], "take about"),
+        (["bench", "scaling", "--against", "vit_tiny_patch16_224", "--sizes", "33,64"], "--sizes 33"),
+        (["bench", "scaling", "--seconds", "nan"], "--seconds"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_sentence_and_exit_code_2(
@@ -174,6 +213,66 @@ def test_attention_features_and_export(xdino, run, folder, tmp_path):
     one = json.loads(xdino("knn", run, "--data", folder, "--k", "5", "--json")[1])
     two = json.loads(xdino("knn", exported, "--data", folder, "--k", "5", "--json")[1])
     assert one[0]["top1"] == two[0]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mean", "0.5,0.5"], "--mean and positive|one value a channel|must match"),
+        (["--mean", "0.5,0.5", "--std", "1,1"], "--mean takes one value a channel: 3, got 2"),
+        (["--mean", "nan,0,0"], "--mean takes numbers"),
+        (["--std", "0,1,1"], "--std must be above 0"),
+        (["--size", "8192", "--batch-size", "100000"], "the images of a batch take about"),
+    ],
+)
+def test_views_that_the_network_does_not_take(xdino, run, folder, tmp_path, options, message):
+    code, out, err = xdino("knn", run, "--data", folder, "--out", tmp_path / "r.json", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(message, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_that_the_network_does_not_take_names_the_nearest(xdino, folder, tmp_path):
+    from safetensors.torch import save_file
+
+    from xdino.backbones import BackboneSpec
+
+    network = BackboneSpec("test_vit", input_size=160).build()
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    command = (
+        "knn",
+        tmp_path / "w.safetensors",
+        "--arch",
+        "test_vit",
+        "--data",
+        folder,
+        "--k",
+        "1",
+    )
+    code, _, err = xdino(*command, "--size", "70")
+    assert code == 2
+    assert "--size 70" in err
+
+
+def test_brackets_in_names_are_names(xdino, run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "[" / "]")
+    code, out, err = xdino("knn", run, "--data", "[/]", "--k", "1", "--out", "[red].json")
+    assert code == 0, err
+    assert "[/]" in out
+    shutil.copytree(run, tmp_path / "[x" / "]")
+    code, out, err = xdino("knn", "[x/]", "--data", folder, "--k", "1")
+    assert code == 0, err
+
+
+def test_a_run_folder_that_cannot_be_is_a_sentence(xdino, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    for name in ("loop", "file", "file/below", "x" * 300):
+        code, out, err = xdino("pretrain", "debug", "--run", name)
+        assert (code in (1, 2), out, err.count("\n")) == (True, "", 1), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
 def test_failures_of_the_world_are_exit_code_1(xdino, folder, tmp_path):

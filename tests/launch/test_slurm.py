@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from xdino import config
-from xdino.distributed import first_host, from_slurm
 from xdino.errors import RunFailed, UsageError
+from xdino.rendezvous import first_host, from_slurm
 from xdino_launch.slurm import Resources, job_script, submit, whole_minutes
 
 SMALL = {"train.batch_size": "2500", "crops.global_size": "12", "crops.local_count": "0",

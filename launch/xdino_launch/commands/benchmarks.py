@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from xdino.errors import UsageError
-from xdino_launch.commands.options import Commands, numbers
+from xdino import values
+from xdino.errors import UsageError, nearest
+from xdino_launch.commands.options import Commands, Number, Place, Whole, device_option, numbers
 
 
 @click.group(cls=Commands)
@@ -19,12 +20,12 @@ def bench() -> None:
 def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """What every benchmark takes; `threads` is the default (0: all cores)."""
     options = [
-        click.option("--rounds", default=9, show_default=True, type=click.IntRange(1)),
+        click.option("--rounds", default=9, show_default=True, type=Whole(1, 10_000)),
         click.option(
-            "--threads", default=threads, show_default=True, type=click.IntRange(0), help="0: all."
+            "--threads", default=threads, show_default=True, type=Whole(0, 1024), help="0: all."
         ),
-        click.option("--seconds", type=click.FloatRange(0), help="Begin no round after these."),
-        click.option("--out", type=click.Path(dir_okay=False), help="Write a JSON file."),
+        click.option("--seconds", type=Number(0, 1e9), help="Begin no round after these."),
+        click.option("--out", type=Place(file=True), help="Write a JSON file."),
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,8 +38,31 @@ def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[...,
 
 def reference_option(name: str = "reference", of: str = "dino") -> Callable[..., Any]:
     return click.option(
-        f"--{name}", metavar=f"{of.upper()}_DIR", help=f"A checkout of facebookresearch/{of}."
+        f"--{name}",
+        type=Place(),
+        metavar=f"{of.upper()}_DIR",
+        help=f"A checkout of facebookresearch/{of}.",
     )
+
+
+def _fits(what: str, needed: int, lower: str) -> None:
+    """Raises UsageError where so many bytes are more than this machine's memory."""
+    import torch
+
+    from xdino.feasibility import check_memory
+
+    check_memory(what, needed, torch.device("cpu"), f"lower {lower}")
+
+
+def _takes(arch: str, option: str, sizes: tuple[int, ...], batch: int, training: bool) -> None:
+    """Raises UsageError where there is no such network, or it does not take images of a size."""
+    from xdino import feasibility
+    from xdino.backbones import BackboneSpec
+
+    spec = BackboneSpec(arch, input_size=max(sizes))
+    network = feasibility.on_meta(spec.build)
+    trials = [feasibility.Trial(option, size, min(batch, 2), training) for size in sizes]
+    feasibility.check_sizes(network, arch, 3, trials, real=spec.build)
 
 
 def finish_bench(report: Any, out: str | None) -> None:
@@ -57,10 +81,12 @@ def finish_bench(report: Any, out: str | None) -> None:
 
 
 @bench.command("pipeline")
-@click.option("--data", help="Folder of images; without it, tiles of two photographs.")
+@click.option(
+    "--data", type=Place(), help="Folder of images; without it, tiles of two photographs."
+)
 @reference_option()
-@click.option("--batch", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--images", default=64, show_default=True, type=click.IntRange(1), help="A round.")
+@click.option("--batch", default=16, show_default=True, type=Whole(1, 10**7))
+@click.option("--images", default=64, show_default=True, type=Whole(1, 10**7), help="A round.")
 @bench_options(threads=1)
 def bench_pipeline(
     data: str | None, reference: str | None, batch: int, images: int, out: str | None, **how: Any
@@ -74,13 +100,13 @@ def bench_pipeline(
 
 @bench.command("step")
 @click.option("--arch", default="xcit_nano_12_p16", show_default=True)
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images.")
-@click.option("--prototypes", default=65536, show_default=True, type=click.IntRange(2))
-@click.option("--global-size", default=224, show_default=True, type=click.IntRange(16))
-@click.option("--local-size", default=96, show_default=True, type=click.IntRange(16))
-@click.option("--local-count", default=8, show_default=True, type=click.IntRange(0))
+@click.option("--batch", default=8, show_default=True, type=Whole(1, 10**7), help="Images.")
+@click.option("--prototypes", default=65536, show_default=True, type=Whole(2, 10**7))
+@click.option("--global-size", default=224, show_default=True, type=Whole(16, 2**13))
+@click.option("--local-size", default=96, show_default=True, type=Whole(16, 2**13))
+@click.option("--local-count", default=8, show_default=True, type=Whole(0, 10**7))
 @click.option("--precision", default="fp32", show_default=True, help="fp32,bf16,fp16")
-@click.option("--device", default="cpu", show_default=True)
+@device_option("cpu")
 @click.option("--kernels", default="auto", show_default=True, help="plain,fused: an arm each.")
 @click.option("--memory", is_flag=True, help="Peak memory instead of time, in child processes.")
 @reference_option()
@@ -101,8 +127,19 @@ def bench_step(
     """Seconds of an optimisation step on fixed crops, or the memory that it takes."""
     if (reference is None) != (xcit is None):
         raise UsageError("the published step needs both --reference DINO_DIR and --xcit XCIT_DIR")
+    views = 2 * shape["global_size"] ** 2 + shape["local_count"] * shape["local_size"] ** 2
+    _fits("the crops", 12 * shape["batch"] * views, "--batch, --global-size or --local-count")
+    _fits("the prototypes", 5 * 4 * 256 * shape["prototypes"], "--prototypes")
+    arch, batch, locals_ = shape["arch"], shape["batch"], shape["local_count"]
+    _takes(arch, "--global-size", (shape["global_size"],), 2 * batch, True)
+    if locals_:
+        _takes(arch, "--local-size", (shape["local_size"],), locals_ * batch, True)
+    from xdino.acceleration import MODES
     from xdino_launch import bench as rooms
 
+    for mode in kernels.split(","):
+        if mode not in MODES:
+            raise UsageError(f"--kernels cannot be {values.shown(mode)}: {nearest(mode, MODES)}")
     report = rooms.step(
         rooms.StepShape(**shape),
         tuple(precision.split(",")),
@@ -115,10 +152,10 @@ def bench_step(
 
 
 @bench.command("knn")
-@click.option("--bank", default=100_000, show_default=True, type=click.IntRange(1))
-@click.option("--queries", default=5_000, show_default=True, type=click.IntRange(1))
-@click.option("--dim", default=384, show_default=True, type=click.IntRange(1))
-@click.option("--classes", default=1_000, show_default=True, type=click.IntRange(1))
+@click.option("--bank", default=100_000, show_default=True, type=Whole(1, 10**7))
+@click.option("--queries", default=5_000, show_default=True, type=Whole(1, 10**7))
+@click.option("--dim", default=384, show_default=True, type=Whole(1, 10**7))
+@click.option("--classes", default=1_000, show_default=True, type=Whole(1, 10**7))
 @reference_option()
 @bench_options(threads=0)
 def bench_knn(
@@ -131,6 +168,7 @@ def bench_knn(
     **how: Any,
 ) -> None:
     """Seconds of the k-NN evaluation at k = 10, 20, 100 and 200, and whether both agree."""
+    _fits("the bank and the queries", 8 * (bank + queries + classes) * dim, "--bank or --dim")
     from xdino_launch import bench as rooms
 
     report = rooms.knn(bank, queries, dim, classes, reference, rooms.Protocol(**how))
@@ -138,18 +176,18 @@ def bench_knn(
 
 
 @bench.command("linear")
-@click.option("--data", help="Labelled images; without it, noise.")
+@click.option("--data", type=Place(), help="Labelled images; without it, noise.")
 @click.option("--arch", default="xcit_nano_12_p16", show_default=True)
-@click.option("--images", default=256, show_default=True, type=click.IntRange(0), help="0: none.")
-@click.option("--size", default=224, show_default=True, type=click.IntRange(16), help="Pixels.")
+@click.option("--images", default=256, show_default=True, type=Whole(0, 10**7), help="0: none.")
+@click.option("--size", default=224, show_default=True, type=Whole(16, 2**13), help="Pixels.")
 @click.option(
-    "--features", default=10_000, show_default=True, type=click.IntRange(0), help="Cached; 0: none."
+    "--features", default=10_000, show_default=True, type=Whole(0, 10**7), help="Cached; 0: none."
 )
-@click.option("--dim", default=384, show_default=True, type=click.IntRange(1), help="Of cached.")
-@click.option("--classes", default=1_000, show_default=True, type=click.IntRange(2))
-@click.option("--batch", default=128, show_default=True, type=click.IntRange(1), help="Images.")
-@click.option("--lrs", default=13, show_default=True, type=click.IntRange(2), help="Of the grid.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--dim", default=384, show_default=True, type=Whole(1, 10**7), help="Of cached.")
+@click.option("--classes", default=1_000, show_default=True, type=Whole(2, 10**7))
+@click.option("--batch", default=128, show_default=True, type=Whole(1, 10**7), help="Images.")
+@click.option("--lrs", default=13, show_default=True, type=Whole(2, 10**7), help="Of the grid.")
+@device_option("cpu")
 @bench_options(threads=1)
 def bench_linear(
     data: str | None,
@@ -160,6 +198,13 @@ def bench_linear(
     **shape: Any,
 ) -> None:
     """Seconds an epoch of one linear probe and of a grid, over images and over cached features."""
+    features, dim, classes = shape["features"], shape["dim"], shape["classes"]
+    heads = 3 * shape["lrs"] * dim * classes
+    _fits("features and heads", 4 * (features * dim + heads), "--features, --dim or --classes")
+    pixels = shape["batch"] * shape["size"] ** 2
+    _fits("the images of a batch", 12 * pixels, "--batch or --size")
+    if shape["images"]:
+        _takes(shape["arch"], "--size", (shape["size"],), shape["batch"], False)
     from xdino_launch import bench_linear as rooms
     from xdino_launch.bench import Protocol
 
@@ -171,9 +216,9 @@ def bench_linear(
 @click.option("--arch", default="xcit_small_12_p16", show_default=True)
 @click.option("--against", default="vit_small_patch16_224", show_default=True, help="Of timm.")
 @click.option("--sizes", default="224,384,512,768,1024", show_default=True, help="Pixels.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=1, show_default=True, type=Whole(1, 10**7))
 @click.option("--precision", default="fp32", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@device_option("cpu")
 @bench_options(threads=1)
 def bench_scaling(
     arch: str,
@@ -186,8 +231,11 @@ def bench_scaling(
     **how: Any,
 ) -> None:
     """Forward time against image size: the exponent in tokens, and a transformer beside it."""
-    pixels = numbers(sizes, "sizes", int)
+    pixels = numbers(sizes, "sizes", values.whole, least=16)
     assert pixels is not None
+    _fits("the images of a batch", 12 * batch * max(pixels) ** 2, "--batch or --sizes")
+    for name in (arch, against):
+        _takes(name, "--sizes", pixels, batch, False)
     from xdino_launch import bench as rooms
 
     report = rooms.scaling(arch, against, pixels, batch, precision, device, rooms.Protocol(**how))

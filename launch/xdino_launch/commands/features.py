@@ -1,7 +1,6 @@
 """`xdino features` and `xdino quality`."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,15 @@ import click
 
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
+    BATCH,
+    SEED,
+    Place,
+    Whole,
+    device_option,
     evaluation_options,
     on_one_process,
     subject_options,
+    workers_option,
 )
 
 
@@ -31,19 +36,24 @@ def features(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("weights")
-@click.option("--data", required=True, help="Images, labelled or not: folder, list, named source.")
+@click.argument("weights", type=Place())
+@click.option(
+    "--data",
+    required=True,
+    type=Place(),
+    help="Images, labelled or not: folder, list, named source.",
+)
 @click.option("--split", default="train", show_default=True, type=click.Choice(["train", "val"]))
-@click.option("--limit", default=25_600, show_default=True, type=click.IntRange(2), help="Images.")
-@click.option("--lidar-images", default=1_000, show_default=True, type=click.IntRange(2))
-@click.option("--views", default=50, show_default=True, type=click.IntRange(2), help="For LiDAR.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--limit", default=25_600, show_default=True, type=Whole(2), help="Images.")
+@click.option("--lidar-images", default=1_000, show_default=True, type=Whole(2, 10**6))
+@click.option("--views", default=50, show_default=True, type=Whole(2, 1000), help="For LiDAR.")
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
-@click.option("--out", type=click.Path(), help="Append to this file, else to the run's.")
-@click.option("--batch-size", default=128, type=click.IntRange(1), show_default=True)
-@click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
-@click.option("--device", default="auto", show_default=True)
+@click.option("--out", type=Place(file=True), help="Append to this file, else to the run's.")
+@click.option("--batch-size", default=128, type=BATCH, show_default=True)
+@workers_option()
+@device_option()
 @click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"]))
 @on_one_process
 def quality(weights: str, data: str, split: str, out: str | None, **how: Any) -> None:

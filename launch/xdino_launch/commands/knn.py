@@ -6,8 +6,11 @@ from typing import Any
 
 import click
 
+from xdino import values
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
+    SEED,
+    Whole,
     evaluation_options,
     finish,
     numbers,
@@ -25,8 +28,8 @@ from xdino_launch.commands.options import (
     help="Judge every image of train/, or of one folder of class folders, by the others.",
 )
 @click.option("--shots", help="Banks of so many images a class, e.g. 1,5,10: means over draws.")
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Of --shots.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of --shots.")
+@click.option("--repeats", default=5, show_default=True, type=Whole(1, 10_000), help="Of --shots.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of --shots.")
 @click.option(
     "--search",
     default="auto",
@@ -36,7 +39,7 @@ from xdino_launch.commands.options import (
 )
 @click.option(
     "--bank-block",
-    type=int,
+    type=Whole(-(2**31)),
     help="Keep the features on disk (--cache, else a temporary folder) and so many rows in memory.",
 )
 def knn(
@@ -55,15 +58,9 @@ def knn(
     A row for every k and temperature. Under torchrun every process extracts and searches its
     share, and the numbers are those of one process.
     """
-    parsed = numbers(ks, "k", int)
-    if not parsed or min(parsed) < 1:
-        raise UsageError(f"--k takes numbers of neighbours from 1 up, got {ks}")
-    temperatures = numbers(temperature, "temperature") or ()
-    if not all(0 < value < float("inf") for value in temperatures):
-        raise UsageError(f"--temperature must be above 0, got {temperature}")
-    few = numbers(shots, "shots", int)
-    if few and min(few) < 1:
-        raise UsageError(f"--shots takes numbers of images from 1 up, got {shots}")
+    parsed = numbers(ks, "k", values.whole, least=1, what="numbers of neighbours")
+    temperatures = numbers(temperature, "temperature", above=0)
+    few = numbers(shots, "shots", values.whole, least=1, what="numbers of images")
     if few and leave_one_out:
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"

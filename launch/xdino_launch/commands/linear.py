@@ -7,6 +7,10 @@ from click.core import ParameterSource
 
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
+    ABOVE_0,
+    SEED,
+    Place,
+    Whole,
     evaluation_options,
     finish,
     numbers,
@@ -27,21 +31,27 @@ from xdino_launch.commands.options import (
     "images every epoch; sgd-features: its optimiser on features extracted once; grid, "
     "grid-features: the same for many settings in one pass, a held-out tenth of train/ chooses.",
 )
-@click.option("--epochs", default=100, show_default=True, type=click.IntRange(1), help="Of SGD.")
-@click.option("--lr", default=0.001, show_default=True, type=float, help="Of SGD, for batch 256.")
+@click.option("--epochs", default=100, show_default=True, type=Whole(1, 100_000), help="Of SGD.")
+@click.option("--lr", default=0.001, show_default=True, type=ABOVE_0, help="Of SGD, for batch 256.")
 @click.option("--lrs", help="Grid: learning rates, for batch 256; 13 from 1e-5 to 0.1 by default.")
 @click.option("--wds", help="Grid: weight decays; 0 by default.")
 @click.option("--features", help="Grid: any of class,patches,both; class by default.")
 @click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--save-head", type=click.Path(dir_okay=False), help="Keep the probe in this file.")
-@click.option("--apply", "probe", metavar="HEAD", help="Score with a saved probe, train nothing.")
+@click.option("--seed", default=0, show_default=True, type=SEED)
+@click.option("--save-head", type=Place(file=True), help="Keep the probe in this file.")
+@click.option(
+    "--apply",
+    "probe",
+    type=Place(),
+    metavar="HEAD",
+    help="Score with a saved probe, train nothing.",
+)
 @click.option(
     "--split", type=click.Choice(["train", "val"]), help="--apply: of DATA; val by default."
 )
 @click.option(
     "--predictions",
-    type=click.Path(dir_okay=False),
+    type=Place(file=True),
     help="--apply: write image, prediction, probability, label as CSV; DATA needs no labels then.",
 )
 @click.pass_context
@@ -73,8 +83,6 @@ def linear(
     for name, value in {"--split": split, "--predictions": predictions}.items():
         if value is not None:
             raise UsageError(f"{name} belongs to --apply HEAD, a probe that --save-head kept")
-    if lr <= 0:
-        raise UsageError(f"--lr must be above 0, got {lr}")
     chosen = {"--lrs": lrs, "--wds": wds, "--features": features}
     for name, value in chosen.items():
         if value is not None and not protocol.startswith("grid"):
@@ -86,12 +94,12 @@ def linear(
     from xdino_launch.probing import train
 
     given: dict[str, Any] = {
-        "lrs": numbers(lrs, "lrs"),
+        "lrs": numbers(lrs, "lrs", above=0),
         "weight_decays": numbers(wds, "wds"),
         "features": numbers(features, "features", str),
     }
     many = Grid(**{name: values for name, values in given.items() if values is not None})
-    strengths = cs if cs in GRIDS else numbers(cs, "c")
+    strengths = cs if cs in GRIDS else numbers(cs, "c", above=0)
     how = Sgd(epochs=epochs, batch_size=options["batch_size"], lr=lr, seed=seed)
     subject = Subject.open(**subject_options(options))
     kept = results_file(options["weights"], options["out"])

@@ -8,14 +8,20 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
-from xdino_launch.commands.options import evaluation_options, on_one_process, subject_options
+from xdino_launch.commands.options import (
+    Place,
+    Whole,
+    evaluation_options,
+    on_one_process,
+    subject_options,
+)
 
 
 @click.command()
 @evaluation_options
-@click.option("--queries", type=click.IntRange(1), help="Images of val/ to ask for; default: 16.")
-@click.option("--images", multiple=True, type=click.Path(), help="Ask for these files instead.")
-@click.option("--k", default=8, show_default=True, type=click.IntRange(1), help="Neighbours.")
+@click.option("--queries", type=Whole(1, 100_000), help="Images of val/ to ask for; default: 16.")
+@click.option("--images", multiple=True, type=Place(), help="Ask for these files instead.")
+@click.option("--k", default=8, show_default=True, type=Whole(1, 1000), help="Neighbours.")
 @on_one_process
 def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: Any) -> None:
     """Draw images beside their nearest neighbours in train/: blue frames are of their class.
@@ -81,4 +87,5 @@ def _refuse_within(out: Path, data: Path) -> None:
 neighbours.params = [option for option in neighbours.params if option.name != "as_json"]
 for option in neighbours.params:
     if option.name == "out" and isinstance(option, click.Option):
+        option.type = Place()
         option.help = "Folder for the sheets; of a run, its neighbours/ by default."

@@ -1,19 +1,17 @@
 """`xdino pack`."""
 
-import os
-
 import click
+
+from xdino_launch.commands.options import PIXELS, Place, Whole, workers_option
 
 
 @click.command()
-@click.argument("data")
-@click.option("--out", required=True, type=click.Path(), help="FILE.tar, or a folder for --shards.")
-@click.option(
-    "--shorter-side", type=click.IntRange(1), help="Shrink larger images to this, in pixels."
-)
-@click.option("--quality", default=95, show_default=True, type=click.IntRange(1, 100), help="JPEG.")
-@click.option("--shards", type=click.IntRange(1), help="Tars a split, into the folder --out.")
-@click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
+@click.argument("data", type=Place())
+@click.option("--out", required=True, type=Place(), help="FILE.tar, or a folder for --shards.")
+@click.option("--shorter-side", type=PIXELS, help="Shrink larger images to this, in pixels.")
+@click.option("--quality", default=95, show_default=True, type=Whole(1, 100), help="JPEG.")
+@click.option("--shards", type=Whole(1, 100_000), help="Tars a split, into the folder --out.")
+@workers_option()
 def pack(
     data: str, out: str, shorter_side: int | None, quality: int, shards: int | None, workers: int
 ) -> None:

@@ -1,37 +1,41 @@
 """`xdino attention` and `xdino segment-score`."""
 
-import math
+import contextlib
 
 import click
 
+from xdino import values
 from xdino.errors import UsageError
-from xdino_launch.commands.options import finish
+from xdino_launch.commands.options import PIXELS, Number, Place, Whole, device_option, finish
+
+MASS = Number()
+FPS = Number()
 
 
 def _mass(value: float) -> float:
     if not 0 < value <= 1:
-        raise UsageError(f"--mass must be above 0 and at most 1, got {value}")
+        raise UsageError(f"--mass must be above 0 and at most 1, got {value:g}")
     return value
 
 
 @click.command()
-@click.argument("weights")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="Folder for the pictures.")
+@click.argument("weights", type=Place())
+@click.argument("images", nargs=-1, required=True, type=Place())
+@click.option("--out", required=True, type=Place(), help="Folder for the pictures.")
 @click.option("--arch", help="Architecture, where the file does not say.")
-@click.option("--size", type=click.IntRange(1), help="Shorter side in pixels.")
-@click.option("--mass", default=0.6, show_default=True, type=float, help="Share held by the mask.")
+@click.option("--size", type=PIXELS, help="Shorter side in pixels.")
+@click.option("--mass", default=0.6, show_default=True, type=MASS, help="Share held by the mask.")
 @click.option(
     "--layer",
-    type=click.IntRange(1),
+    type=Whole(1, 1000),
     help="Class-attention layer of an XCiT (default: all), block of a ViT (default: the last).",
 )
-@click.option("--head", type=click.IntRange(1), help="This head; default: each, and their mean.")
-@click.option("--fps", type=float, help="A folder is a video of so many frames a second.")
+@click.option("--head", type=Whole(1, 100_000), help="This head; default: each, and their mean.")
+@click.option("--fps", type=FPS, help="A folder is a video of so many frames a second.")
 @click.option("--pca", is_flag=True, help="Patch tokens as colours, by principal components.")
 @click.option("--foreground", is_flag=True, help="With --pca: of objects alone, found by it.")
 @click.option("--xca", is_flag=True, help="XCA's channel-by-channel matrices.")
-@click.option("--device", default="auto", show_default=True)
+@device_option()
 def attention(
     weights: str,
     images: tuple[str, ...],
@@ -52,8 +56,8 @@ def attention(
     IMAGES are image files, folders of images (with a sheet of all of them) and videos.
     """
     _mass(mass)
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise UsageError(f"--fps must be above 0, got {fps}")
+    if fps is not None and not 0.001 <= fps <= 1000:
+        raise UsageError(f"--fps must be above 0 and at most 1000, got {fps:g}")
     if pca and xca:
         raise UsageError("--pca and --xca are two kinds of pictures: give one of them")
     if foreground and not pca:
@@ -75,17 +79,26 @@ def attention(
         click.echo(str(path))
 
 
+def _void(ignore: str | None) -> int | str | None:
+    if ignore in (None, "none"):
+        return ignore
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := values.whole(str(ignore))) <= 255:
+            return value
+    raise UsageError(f'--ignore takes a value from 0 to 255 or "none", got {values.shown(ignore)}')
+
+
 @click.command("segment-score")
-@click.argument("weights")
-@click.option("--data", required=True, type=click.Path(), help="Folder with images/ and masks/.")
+@click.argument("weights", type=Place())
+@click.option("--data", required=True, type=Place(), help="Folder with images/ and masks/.")
 @click.option("--arch", help="Architecture, where the file does not say.")
-@click.option("--size", type=click.IntRange(1), help="Shorter side in pixels.")
-@click.option("--mass", default=0.6, show_default=True, type=float, help="Share held by the mask.")
-@click.option("--layer", type=click.IntRange(1), help="Layer of an XCiT, block of a ViT.")
+@click.option("--size", type=PIXELS, help="Shorter side in pixels.")
+@click.option("--mass", default=0.6, show_default=True, type=MASS, help="Share held by the mask.")
+@click.option("--layer", type=Whole(1, 1000), help="Layer of an XCiT, block of a ViT.")
 @click.option("--ignore", help='Value of masks that is void, or "none"; default: 255 in palettes.')
-@click.option("--device", default="auto", show_default=True)
-@click.option("--details", type=click.Path(), help="Each image's Jaccard indices, as JSON.")
-@click.option("--out", type=click.Path(), help="Append to this results.json.")
+@device_option()
+@click.option("--details", type=Place(file=True), help="Each image's Jaccard indices, as JSON.")
+@click.option("--out", type=Place(file=True), help="Append to this results.json.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def segment_score(
     weights: str,
@@ -106,8 +119,7 @@ def segment_score(
     255 in a palette PNG (PASCAL VOC) is left out.
     """
     _mass(mass)
-    if ignore not in (None, "none") and not (str(ignore).isdigit() and int(str(ignore)) < 256):
-        raise UsageError(f'--ignore takes a value from 0 to 255 or "none", got {ignore}')
+    void = _void(ignore)
     from pathlib import Path
 
     from xdino_eval import results, segmentation
@@ -117,7 +129,6 @@ def segment_score(
 
     segmentation.find_pairs(data)  # before the network is read
     backbone = drawing.open_backbone(weights, arch, device)
-    void = int(ignore) if ignore not in (None, "none") else ignore
     layers = None if layer is None else [layer]
     tell = counter(stderr_console(), "images")
     rows, scores = segmentation.evaluate(backbone, data, mass, size, layers, void, tell)

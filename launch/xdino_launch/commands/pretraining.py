@@ -8,11 +8,15 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
+from xdino_launch.commands.options import Number, Whole
+
+HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no limit
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     """["--optim.lr", "1e-3", "--train.epochs=10"] -> {"optim.lr": "1e-3", "train.epochs": "10"}."""
     from xdino import config
+    from xdino.values import shown
 
     overrides: dict[str, str] = {}
     rest = list(arguments)
@@ -22,12 +26,19 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         if not option.startswith("--") or "." not in key:
             leaves = {known.split(".")[1]: known for known in config.dotted_keys()}
             name = leaves.get(key.replace("-", "_"))
-            hint = f'did you mean "--{name}"?' if name else "overrides are --section.key value"
+            hint = "name the recipe first; overrides are --section.key value"
+            if name:
+                hint = f'did you mean "--{name}"?'
             raise UsageError(f'"{option}" is not an option of pretrain: {hint}')
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UsageError(f"--{key} needs a value: --{key} VALUE")
             value = rest.pop(0)
+        key = config.spelt(key)
+        if key in overrides:
+            raise UsageError(
+                f"--{key} is given twice, with {shown(overrides[key])} and {shown(value)}"
+            )
         overrides[key] = value
     return overrides
 
@@ -95,10 +106,10 @@ def pretrain(
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.argument("config")
 @click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(0))
+@click.option("--nodes", default=1, show_default=True, type=Whole(1, 10_000))
+@click.option("--gpus-per-node", default=8, show_default=True, type=Whole(0, 1024))
 @click.option(
-    "--tasks-per-node", type=click.IntRange(1), help="Processes, where there are no GPUs. [1]"
+    "--tasks-per-node", type=Whole(1, 10_000), help="Processes, where there are no GPUs. [1]"
 )
 @click.option(
     "--cpus-per-gpu",
@@ -106,22 +117,24 @@ def pretrain(
     "cpus_per_task",
     default=10,
     show_default=True,
-    type=click.IntRange(1),
+    type=Whole(1, 10_000),
 )
 @click.option(
     "--hours",
     default=24.0,
     show_default=True,
-    type=float,
+    type=HOURS,
     help="Of one start; the job is queued again until the run is done.",
 )
 @click.option(
     "--warning",
-    type=click.IntRange(1),
+    type=Whole(1, 1_000_000),
     help="Seconds before the end at which the run saves. [120, less for short times]",
 )
 @click.option(
-    "--max-requeues", type=click.IntRange(0), help="Queue it again so often at most. [no bound]"
+    "--max-requeues",
+    type=Whole(0, 1_000_000),
+    help="Queue it again so often at most. [no bound]",
 )
 @click.option("--partition", help="SLURM partition.")
 @click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="More SLURM parameters.")

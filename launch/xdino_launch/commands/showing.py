@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from xdino_launch.commands.options import SEED, Place
+
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("other", metavar="[RUN2]", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="File; default: report.html in RUN.")
+@click.argument("run_dir", metavar="RUN", type=Place(Path))
+@click.argument("other", metavar="[RUN2]", required=False, type=Place(Path))
+@click.option("--out", type=Place(Path, file=True), help="File; default: report.html in RUN.")
 def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
     """Write a run, or two side by side, as one HTML file that needs nothing else."""
     from xdino_launch.report import write_report
@@ -19,8 +21,8 @@ def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
 
 
 @click.command()
-@click.option("--run", "run_dir", default="runs/demo", show_default=True, type=click.Path())
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--run", "run_dir", default="runs/demo", show_default=True, type=Place())
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def demo(run_dir: str, seed: int, as_json: bool) -> None:
     """Pretrain a small XCiT on shipped images, score it, draw its attention (minutes, no GPU)."""

@@ -1,8 +1,6 @@
 """`xdino retrieval`, `xdino copydetection` and `xdino davis`: the rest of DINO's evaluations."""
 
 import functools
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xdino.errors import UsageError
-from xdino_launch.commands.options import finish
+from xdino_launch.commands.options import (
+    BATCH,
+    PIXELS,
+    Number,
+    Place,
+    Whole,
+    device_option,
+    finish,
+    workers_option,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,11 +63,11 @@ def judging(command: Callable[..., None]) -> Callable[..., None]:
         command(Judgement(**own), **options)
 
     listed = [
-        click.argument("weights"),
+        click.argument("weights", type=Place()),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
         click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
-        click.option("--device", default="auto", show_default=True),
+        device_option(),
         click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
     ]
     for option in reversed(listed):
@@ -69,8 +75,7 @@ def judging(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-WORKERS = click.option("--workers", default=min(8, os.cpu_count() or 1), type=click.IntRange(1))
-OUT = click.option("--out", type=click.Path(), help="Append to this results.json.")
+OUT = click.option("--out", type=Place(file=True), help="Append to this results.json.")
 
 
 def progress(verb: str) -> Any:
@@ -81,12 +86,12 @@ def progress(verb: str) -> Any:
 
 @click.command()
 @judging
-@click.option("--data", required=True, type=click.Path(), help="Folder that holds the sets.")
+@click.option("--data", required=True, type=Place(), help="Folder that holds the sets.")
 @click.option("--dataset", default="roxford5k", show_default=True, help="roxford5k or rparis6k.")
-@click.option("--size", default=224, show_default=True, type=click.IntRange(1), help="Longer side.")
+@click.option("--size", default=224, show_default=True, type=PIXELS, help="Longer side.")
 @click.option("--multiscale", is_flag=True, help="Average scales 1, 1/sqrt2 and 1/2.")
 @click.option("--crop-queries", is_flag=True, help="Query boxes alone, as the benchmark has it.")
-@WORKERS
+@workers_option()
 @OUT
 def retrieval(
     judgement: Judgement,
@@ -121,12 +126,12 @@ def retrieval(
 
 @click.command()
 @judging
-@click.option("--data", required=True, type=click.Path(), help="Copydays folder.")
-@click.option("--distractors", type=click.Path(path_type=Path), help="Images among the originals.")
-@click.option("--whitening", type=click.Path(path_type=Path), help="Images to learn whitening on.")
-@click.option("--size", default=320, show_default=True, type=click.IntRange(1), help="Both sides.")
-@click.option("--batch-size", default=16, type=click.IntRange(1), show_default=True)
-@WORKERS
+@click.option("--data", required=True, type=Place(), help="Copydays folder.")
+@click.option("--distractors", type=Place(Path), help="Images among the originals.")
+@click.option("--whitening", type=Place(Path), help="Images to learn whitening on.")
+@click.option("--size", default=320, show_default=True, type=PIXELS, help="Both sides.")
+@click.option("--batch-size", default=16, type=BATCH, show_default=True)
+@workers_option()
 @OUT
 def copydetection(
     judgement: Judgement,
@@ -162,21 +167,19 @@ def copydetection(
 
 @click.command()
 @judging
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="DAVIS-2017 folder.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for masks.")
+@click.option("--data", required=True, type=Place(Path), help="DAVIS-2017 folder.")
+@click.option("--out", required=True, type=Place(Path), help="Folder for masks.")
 @click.option("--split", default="val", show_default=True, help="ImageSets/2017/SPLIT.txt")
+@click.option("--size", default=480, show_default=True, type=Whole(64, 2**13), help="Shorter side.")
+@click.option("--context", default=7, show_default=True, type=Whole(1, 10_000), help="Frames.")
 @click.option(
-    "--size", default=480, show_default=True, type=click.IntRange(64), help="Shorter side."
-)
-@click.option("--context", default=7, show_default=True, type=click.IntRange(1), help="Frames.")
-@click.option(
-    "--radius", default=12, show_default=True, type=click.IntRange(0), help="0: no limit."
+    "--radius", default=12, show_default=True, type=Whole(0, 100_000), help="0: no limit."
 )
 @click.option(
-    "--topk", default=5, show_default=True, type=click.IntRange(1), help="Patches voting."
+    "--topk", default=5, show_default=True, type=Whole(1, 100_000), help="Patches voting."
 )
-@click.option("--temperature", default=0.1, show_default=True, type=click.FloatRange(0.02))
-@click.option("--results", type=click.Path(), help="Append to this results.json.")
+@click.option("--temperature", default=0.1, show_default=True, type=Number(0.02, 1e6))
+@click.option("--results", type=Place(file=True), help="Append to this results.json.")
 def davis(
     judgement: Judgement,
     data: Path,
@@ -199,8 +202,6 @@ def davis(
     Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
     official scorer reads. J and F are measured as it does, where all frames are annotated.
     """
-    if not math.isfinite(temperature):
-        raise UsageError(f"--temperature must be a number from 0.02 up, got {temperature}")
     from xdino_eval import davis as room
 
     videos = room.open_davis(data, split)

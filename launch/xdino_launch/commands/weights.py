@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from xdino_launch.commands.options import on_one_process
+from xdino_launch.commands.options import Place, on_one_process
 
 
 @click.command()
-@click.argument("weights")
-@click.option("--out", required=True, type=click.Path(), help="FILE.safetensors, or FILE.onnx")
+@click.argument("weights", type=Place())
+@click.option("--out", required=True, type=Place(file=True), help="FILE.safetensors, or FILE.onnx")
 @click.option(
     "--format",
     "format",
