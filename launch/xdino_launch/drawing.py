@@ -105,10 +105,10 @@ class Skipped:
             raise UsageError(none + next(iter(self.reasons.values()))) from None
 
 
-def open_backbone(weights: str, arch: str | None, device: str) -> nn.Module:
+def open_backbone(weights: str, arch: str | None, role: str, device: str) -> nn.Module:
     """The frozen backbone on its device. Raises UsageError and RunFailed as `load_backbone`."""
     where = resolve_device(device)
-    return checkpoint.load_backbone(weights, arch).to(where)
+    return checkpoint.load_backbone(weights, arch, role).to(where)
 
 
 def gather(names: Sequence[str], channels: int, options: Options) -> Work:

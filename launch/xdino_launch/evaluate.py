@@ -76,6 +76,8 @@ class Subject:
         backbone = checkpoint.load_backbone(weights, arch, role)
         channels: Any = backbone.in_chans
         train, val = (splits or open_splits)(data, channels)
+        for sentence in dict.fromkeys([*train.notices(), *val.notices()]):
+            stderr_console().print(sentence, soft_wrap=True)
         if max_pixels is not None:
             limit_pixels(train, max_pixels)
             limit_pixels(val, max_pixels)

@@ -1,7 +1,6 @@
 """Pretraining in this process, alone or as one of those that a launcher started."""
 
 import contextlib
-import json
 from pathlib import Path
 
 from xdino import checkpoint, data, distributed
@@ -11,6 +10,7 @@ from xdino.data import Source
 from xdino.errors import UsageError, asked
 from xdino.metrics import MetricsLog
 from xdino.plan import resolve_device
+from xdino.run import RunDirectory
 from xdino.stopping import StopSignal
 from xdino.train import Evaluator, Listener, pretrain
 from xdino.values import shown
@@ -108,10 +108,8 @@ def judge_at_end(
 
 def _log(config: Config, run: Path, iteration: int, row: results.Row, listener: Listener) -> None:
     """The row's numbers in metrics.jsonl and on the run's wandb page, once."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
     epoch = 0
-    for line in lines:
-        told = json.loads(line)
+    for told in RunDirectory(run).rows():
         if "linear_top1" in told and told["iteration"] == iteration:
             return
         epoch = told.get("epoch", epoch)

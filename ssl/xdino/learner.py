@@ -12,6 +12,7 @@ Letters: G global views, V views, B images, K prototypes, P parameters.
 import contextlib
 import inspect
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -169,6 +170,8 @@ class Learner:
                 "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             )
             options: dict[str, Any] = {name: False}
+            # Of 1 x 1 convolutions' strides, which mean the same; every process would say so.
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
             self._student = DistributedDataParallel(self.student, **options)
 
     def step(

@@ -172,7 +172,7 @@ class Lock:
 def _read(descriptor: int) -> dict[str, Any]:
     try:
         held = json.loads(os.pread(descriptor, 4096, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # somebody is about to write it, or was killed before
     return held if isinstance(held, dict) else {}
 

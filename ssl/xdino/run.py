@@ -35,7 +35,7 @@ from xdino.data import BadImage
 from xdino.errors import RunFailed, UsageError, asked, world
 from xdino.files import remove_left, write_text, written_beside
 from xdino.lock import LOCK_FILE
-from xdino.metrics import check_writable
+from xdino.metrics import check_writable, read_rows
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -234,7 +234,7 @@ class RunDirectory:
         if path.exists():
             try:
                 starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 aside = path.with_suffix(".damaged")
                 notice = f"{path} was damaged: it lies in {aside.name} now"
                 with world(f"put {path} aside"):
@@ -246,7 +246,7 @@ class RunDirectory:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; lines that hold none are left out."""
-        return _json_lines(self.path / METRICS_FILE)
+        return read_rows(self.path / METRICS_FILE)[0]
 
     def unreadable(self) -> list[BadImage]:
         """The images that earlier starts of this run could not read."""
@@ -275,7 +275,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):  # too deep
                 row = json.loads(line)
                 if isinstance(row, dict):
                     rows.append(row)

@@ -6,7 +6,15 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError
-from xdino_launch.commands.options import PIXELS, Number, Place, Whole, device_option, finish
+from xdino_launch.commands.options import (
+    PIXELS,
+    Number,
+    Place,
+    Whole,
+    device_option,
+    finish,
+    on_one_process,
+)
 
 MASS = Number()
 FPS = Number()
@@ -23,6 +31,7 @@ def _mass(value: float) -> float:
 @click.argument("images", nargs=-1, required=True, type=Place())
 @click.option("--out", required=True, type=Place(), help="Folder for the pictures.")
 @click.option("--arch", help="Architecture, where the file does not say.")
+@click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
 @click.option("--size", type=PIXELS, help="Shorter side in pixels.")
 @click.option("--mass", default=0.6, show_default=True, type=MASS, help="Share held by the mask.")
 @click.option(
@@ -36,11 +45,13 @@ def _mass(value: float) -> float:
 @click.option("--foreground", is_flag=True, help="With --pca: of objects alone, found by it.")
 @click.option("--xca", is_flag=True, help="XCA's channel-by-channel matrices.")
 @device_option()
+@on_one_process
 def attention(
     weights: str,
     images: tuple[str, ...],
     out: str,
     arch: str | None,
+    role: str,
     size: int | None,
     mass: float,
     layer: int | None,
@@ -68,7 +79,7 @@ def attention(
 
     from xdino_launch import drawing
 
-    backbone = drawing.open_backbone(weights, arch, device)
+    backbone = drawing.open_backbone(weights, arch, role, device)
     options = drawing.Options(Path(out), size, mass, layer, head, fps, foreground)
     draw = drawing.draw_attention
     if pca:
@@ -100,10 +111,13 @@ def _void(ignore: str | None) -> int | str | None:
 @click.option("--details", type=Place(file=True), help="Each image's Jaccard indices, as JSON.")
 @click.option("--out", type=Place(file=True), help="Append to this results.json.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
+@on_one_process
 def segment_score(
     weights: str,
     data: str,
     arch: str | None,
+    role: str,
     size: int | None,
     mass: float,
     layer: int | None,
@@ -128,7 +142,7 @@ def segment_score(
     from xdino_launch.evaluate import features_name
 
     segmentation.find_pairs(data)  # before the network is read
-    backbone = drawing.open_backbone(weights, arch, device)
+    backbone = drawing.open_backbone(weights, arch, role, device)
     layers = None if layer is None else [layer]
     tell = counter(stderr_console(), "images")
     rows, scores = segmentation.evaluate(backbone, data, mass, size, layers, void, tell)

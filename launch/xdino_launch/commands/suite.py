@@ -16,6 +16,7 @@ from xdino_launch.commands.options import (
     Whole,
     device_option,
     finish,
+    on_one_process,
     workers_option,
 )
 
@@ -57,6 +58,7 @@ class Judgement:
 def judging(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of `Judgement`; the command gets them as its first argument."""
 
+    @on_one_process
     @functools.wraps(command)
     def wrapped(**options: Any) -> None:
         own = {field.name: options.pop(field.name) for field in fields(Judgement)}
