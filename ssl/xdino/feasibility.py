@@ -199,10 +199,10 @@ def check_disk(folder: Path, needed: int) -> None:
             parent = parent.parent
         held = folder / "checkpoints" / "last.pt"
         needed -= held.stat().st_size if held.exists() else 0
-        free = shutil.disk_usage(parent).free
+        total, _, free = shutil.disk_usage(parent)
     except OSError:  # a quota, a network: the save will tell
         return
-    if needed > free:
+    if total and needed > free:
         raise UsageError(
             f"two checkpoints take about {gigabytes(needed)}, and the disk of {folder} has "
             f"{gigabytes(free)} free: make room, or choose another folder"

@@ -112,6 +112,8 @@ class RunDirectory:
 
     def _begun_with(self) -> Config | None:
         """The configuration in the folder, None for a folder that is empty or not there."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(self.path)  # a name that is too long, a folder that may not be looked into
         there = next(p for p in [self.path, *self.path.parents] if os.path.lexists(p))
         if not there.is_dir():
             what = "is a file" if there.exists() else "is a link that leads nowhere"

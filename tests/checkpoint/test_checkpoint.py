@@ -284,7 +284,8 @@ def test_a_pickle_that_runs_code_is_refused(old_format, nano, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "state.pt"
-    checkpoint.save_state(path, {"learner": {}, "iteration": 1})
+    state = {"learner": {}, "iteration": 1, "rng": [], "sampler": {}, "spec": {}}
+    checkpoint.save_state(path, state)
     with pytest.raises(AttributeError):
         checkpoint.save_state(path, {"learner": lambda: None})
     assert checkpoint.load_state(path)["iteration"] == 1

@@ -42,7 +42,7 @@ def small(**overrides):
         ({"optim__weight_decay": "1e300"}, "is too large"),
         ({"optim__lr": "1e20", "optim__weight_decay": "1e20"}, r"optim\.lr times optim\.weight_decay"),
         ({"crops__mean": "0.1,0.2,0.3", "crops__std": "1,1,1"}, "one value a channel: 1, got 3"),
-        ({"data__path": "~nosuchuser/x"}, "data.path"),
+        ({"data__path": "~nosuchuser/x"}, "~nosuchuser/x cannot be read"),
         ({"data__path": "x" * 300}, "File name too long"),
         ({"runtime__device": "mps"}, "choose auto, cpu or cuda"),
     ],
@@ -127,7 +127,9 @@ def test_disk_room_for_two_checkpoints(tmp_path, monkeypatch):
     made = make_plan(small())
     check_disk(made, tmp_path / "a" / "b")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2 * made.state_bytes - 1))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(10**12, 0, 2 * made.state_bytes - 1)
+    )
     with pytest.raises(UsageError, match="two checkpoints take about"):
         check_disk(made, tmp_path / "a" / "b")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
@@ -146,7 +148,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     from xdino.train import pretrain
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 5))
     with pytest.raises(UsageError, match="two checkpoints"):
         pretrain(config.load("debug"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

@@ -156,7 +156,7 @@ def test_bad_input_is_one_sentence(xdino, weights, resnet, images, tmp_path):
         ((weights, tmp_path / "text.mp4"), "cannot be read as a video"),
         ((weights, tmp_path / "thin.png"), "40 x 5 pixels is smaller than a patch of 8 x 8"),
         ((weights, picture, "--size", 4), "at least a patch of 8"),
-        ((weights, picture, "--size", 10**30), "lower --size"),
+        ((weights, picture, "--size", 10**30), "1<=x<=8192"),
         ((weights, images, "--fps", 1e-300), "fps must be above 0 and at most 1000"),
         ((weights, images, "--fps", 1e300), "fps must be above 0 and at most 1000"),
         ((weights, picture, "--layer", 3), "no class-attention layer 3: choose one from 1 to 2"),

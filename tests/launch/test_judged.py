@@ -3,6 +3,7 @@
 import json
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -66,7 +67,11 @@ def wandb(monkeypatch):
     """A stand-in for wandb: the rows that reach it, in order."""
     rows: list[dict] = []
     run = SimpleNamespace(log=rows.append, finish=lambda: None, define_metric=lambda *a, **k: None)
-    stub = SimpleNamespace(init=lambda **how: run, Settings=SimpleNamespace)
+
+    class Settings(SimpleNamespace):
+        model_fields: ClassVar = {}
+
+    stub = SimpleNamespace(init=lambda **how: run, Settings=Settings)
     monkeypatch.setitem(sys.modules, "wandb", stub)
     return rows
 

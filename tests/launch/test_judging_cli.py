@@ -169,5 +169,5 @@ def test_two_processes_write_one_row_and_say_one_sentence(run, tmp_path):
         refused = str(tmp_path / "file" / "r.json")
         for process in launched([*command, "--data", str(data), "--out", refused]):
             assert process.returncode == 1
-            assert "xdino: cannot write" in process.stderr
+            assert "cannot write" in process.stderr
             assert "Traceback" not in process.stderr

@@ -124,8 +124,8 @@ def test_a_gradient_that_breaks_with_a_finite_loss_is_found(tiny, tmp_path, xdin
     run = tmp_path / "run"
     build = train.build_learner
 
-    def broken(plan):
-        learner = build(plan)
+    def broken(plan, **how):
+        learner = build(plan, **how)
         learner.student.head.mlp[2].weight.register_hook(lambda g: g * float("nan"))
         return learner
 

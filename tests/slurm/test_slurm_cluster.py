@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.skipif(missing() is not None, reason=missing() or "there is a SLURM"),
 ]
 

@@ -136,7 +136,7 @@ def test_our_own_launcher_gives_the_same_and_its_exit_codes(images, tmp_path):
 
 def test_a_signal_to_the_launcher_saves_and_ends_with_75(images, tmp_path):
     run = tmp_path / "run"
-    rest = [*options(images, **LONG), "--runtime.checkpoint_every", "100000"]
+    rest = options(images, **LONG | {"runtime__checkpoint_every": 100_000})
     process = begin([*XDINO, "pretrain", "debug", "--run", str(run), "--processes", "2", *rest])
     wait_for(lambda: len(told(run)) >= 3)
     process.send_signal(signal.SIGTERM)
