@@ -94,6 +94,7 @@ class Runs:
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "STEP_SECONDS": str(step_seconds),
+            "OMP_NUM_THREADS": "1",  # as `submit` has it: sums in the same order
         }
 
     def submit(self, run: Path, step_seconds: float, hours: float = 1) -> str:
