@@ -442,6 +442,8 @@ def load(name: str, overrides: Mapping[str, str] | None = None) -> Config:
         key, _, leaf = spelt(given).partition(".")
         section = next((known for known in tree if spelt(known) == key), key)
         below = tree.get(section) or {}
+        if not isinstance(below, dict):
+            continue  # a text where keys belong: `parse` says so
         kept = {old: text for old, text in below.items() if spelt(old) != leaf}
         tree[section] = kept | {leaf: value} if leaf else value
     return parse(tree, str(name))

@@ -279,3 +279,13 @@ def test_what_may_change_when_a_run_is_continued():
         "evaluate.resize",
     ]
     assert differing(data={"max_pixels": 5}, train={"seed": 1}) == ["data.max_pixels", "train.seed"]
+
+
+def test_a_key_below_a_section_that_is_a_text(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("optim: fast\n")
+    for name, overrides in (
+        (str(tmp_path / "recipe.yaml"), {"optim.lr": "1e-3"}),
+        ("debug", {"optim": "fast", "optim.lr": "1e-3"}),
+    ):
+        with pytest.raises(UsageError, match="section"):
+            config.load(name, overrides)

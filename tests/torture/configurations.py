@@ -216,8 +216,9 @@ def _outcome(
         return "tracebacks", traceback.format_exc()
 
 
-def run(seed: int, count: int, started: int) -> dict[str, int]:
-    """`count` random configurations, about `started` of them begun; how many ended which way."""
+def run(seed: int, count: int, started: int | None = None) -> dict[str, int]:
+    """`count` random configurations, about `started` (a fifth) of them begun; how many ended how."""
+    started = count // 5 if started is None else started
     counts: Counter[str] = Counter({"tracebacks": 0})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -169,12 +169,14 @@ def continue_run(path: Path, tiny: config.Config) -> None:
 
 def open_run(path: Path, tiny: config.Config) -> None:
     """What a start does before the first step."""
-    run = RunDirectory(path, tiny)
-    run.create()
+    run = RunDirectory(path)
+    run.create(run.resolve(tiny))
+    state, _ = run.load()
+    iteration = state["iteration"] if state is not None else 0
     run.record_start({"commit": "none"})
     run.add_unreadable(run.unreadable(), 1)
-    log = metrics.MetricsLog(path, run.iteration)
-    log.write({"iteration": run.iteration + 1, "loss": 1.0})
+    log = metrics.MetricsLog(path, iteration)
+    log.write({"iteration": iteration + 1, "loss": 1.0})
     log.close()
 
 
