@@ -21,6 +21,7 @@ from rich.table import Table
 from xdino.errors import RunFailed, world
 from xdino.files import write_text
 
+LARGEST = 1e15  # of any number in a row: JSON has integers that no float holds
 LONGEST_SETTING = 16  # characters of a setting that a table shows
 PATIENCE = 60.0  # seconds that one process waits for the others' rows
 
@@ -126,6 +127,11 @@ def _row(entry: Any) -> Row:
         raise ValueError("a row with notes that are no text")
     if not all(isinstance(value, _NUMBER) for value in entry.get("metrics", {}).values()):
         raise ValueError("a row with metrics that are no numbers")
+    numbers = [entry[name] for name in ("top1", "top5", "seconds", "train_size", "val_size")]
+    if any(
+        abs(n) > LARGEST for n in (*numbers, *entry.get("metrics", {}).values()) if n is not None
+    ):
+        raise ValueError("a row with a number that nothing measures")
     return Row(**entry)
 
 

@@ -50,7 +50,7 @@ def changed(**fields):
     ["", "[{", "{}", '[{"protocol": "k-NN"}]', "[3]", b"\xff\xfe", "[" * 100_000, "[null]", '["x"]',
      changed(top1="71"), changed(top1=True), changed(settings=[]), changed(notes=[3]),
      changed(train_size=1.5), changed(metrics={"mAP": "x"}), changed(seconds=None), changed(more=1),
-     changed(top1=float("nan"))],
+     changed(top1=float("nan")), changed(top1=10**400), changed(metrics={"mAP": 10**400})],
 )  # fmt: skip
 def test_a_damaged_file_is_left_alone(tmp_path, content):
     path = tmp_path / "results.json"
