@@ -261,12 +261,6 @@ def outcome(line: list[str]) -> tuple[str, str]:
     return f"exit {code}", told
 
 
-class NoCluster:
-    """What `submit` gives back where nothing is to be submitted."""
-
-    job_id = 1
-
-
 def fixtures(folder: Path) -> None:
     """A run, its weights, labelled and unlabelled images, masks, and things that are none of it."""
     noise = np.random.default_rng(0)
@@ -307,7 +301,7 @@ def run(seed: int, count: int) -> dict[str, int]:
     """`count` random command lines; how many ended which way."""
     counts: Counter[str] = Counter({"tracebacks": 0})
     here, submit = Path.cwd(), slurm.submit
-    slurm.submit = lambda job, **how: NoCluster()  # type: ignore[assignment]
+    slurm.submit = lambda *given: "0"  # nothing is to be submitted
     with tempfile.TemporaryDirectory() as name:
         try:
             os.chdir(name)
