@@ -193,8 +193,7 @@ class RunDirectory:
             except RunFailed:
                 continue
             aside = self.state_file.with_name("damaged.pt")
-            with world(f"put {self.state_file} aside"):
-                os.replace(self.state_file, aside)
+            _linked(self.state_file, aside)  # last.pt is never absent
             _linked(path, self.state_file)
             return state, (
                 f"{damaged}; it lies in {aside.name} now. Continuing from {path}, "
