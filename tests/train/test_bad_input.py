@@ -15,7 +15,9 @@ from xdino.data import BadImage, CropLoader, open_source
 from xdino.errors import RunFailed
 from xdino.images import UnreadableImage, decode
 from xdino.plan import make_plan
-from xdino.train import Listener, pretrain
+from xdino.train import pretrain
+
+from .listening import Ear
 
 
 def huge_png(side: int = 20_000) -> bytes:
@@ -68,17 +70,6 @@ def zoo(images, tmp_path):
 
 
 BAD = {"cut.png", "huge.jpg", "huge.png", "text.jpg", "zero.jpg"}
-
-
-class Ear(Listener):
-    def __init__(self):
-        self.rows, self.notices = [], []
-
-    def step(self, row):
-        self.rows.append(row)
-
-    def notice(self, sentence):
-        self.notices.append(sentence)
 
 
 @pytest.mark.parametrize("workers", [0, 4])

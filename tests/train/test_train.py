@@ -14,24 +14,9 @@ from PIL import Image
 
 from xdino import checkpoint, config, train
 from xdino.errors import RunFailed, Stopped, UsageError
-from xdino.train import Listener, pretrain
+from xdino.train import pretrain
 
-
-class Ear(Listener):
-    def __init__(self, at=None, act=None):
-        self.rows, self.notices, self.at, self.act = [], [], at, act
-
-    def step(self, row):
-        self.rows.append(row)
-        if row["iteration"] == self.at and "loss" in row:
-            self.act()
-
-    def notice(self, sentence):
-        self.notices.append(sentence)
-
-
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from .listening import Ear, rows
 
 
 def test_a_run_directory_says_everything(tiny, tmp_path):
