@@ -289,10 +289,13 @@ def test_two_processes_at_once_one_is_refused(tmp_path, images):
     command = [
         sys.executable, "-m", "xdino_launch", "pretrain", "debug", "--run", str(tmp_path / "run"),
         "--evaluate.every", "0", "--crops.local_count", "0", "--crops.global_size", "12",
-        "--train.epochs", "2",
+        "--train.epochs", "2", "--train.batch_size", "500",
     ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     both = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         for _ in range(2)
     ]
     errors = [process.communicate(timeout=300)[1] for process in both]
