@@ -66,6 +66,11 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def starts(run: Path) -> list[dict]:
+    path = run / "environment.json"
+    return json.loads(path.read_text())["starts"] if path.exists() else []
+
+
 def saved(run: Path) -> int:
     state = run / "checkpoints" / "last.pt"
     return checkpoint.load_state(state)["iteration"] if state.exists() else 0
@@ -90,7 +95,8 @@ def interrupted(seed: int, count: int, processes: int, kill: bool) -> Counter[st
         seconds = time.monotonic() - began
         number, run, done = 0, Path(place) / "0", 0
         while done < count or run.exists():
-            before, process = saved(run), begin(run, processes)
+            before, told = saved(run), len(starts(run))
+            process = begin(run, processes)
             if done < count:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=generator.uniform(0.5, 1.0) * seconds)
@@ -102,13 +108,9 @@ def interrupted(seed: int, count: int, processes: int, kill: bool) -> Counter[st
                     _ask(process, generator, found)
             error = process.communicate(timeout=600)[1]
             found["tracebacks"] += "Traceback" in error and processes == 1
-            started = (
-                json.loads((run / "environment.json").read_text())["starts"]
-                if (run / "environment.json").exists()
-                else []
-            )
-            if started and started[-1]["iteration"] < before:
-                found["steps lost beyond the last checkpoint"] += before - started[-1]["iteration"]
+            if len(begun := starts(run)) > told:  # else it was killed before it came so far
+                lost = before - begun[-1]["iteration"]
+                found["steps lost beyond the last checkpoint"] += max(0, lost)
             if process.returncode == 0:
                 _compare(whole, run, found)
                 shutil.rmtree(run)
