@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xdino import copies
-from xdino.data import Source, UnreadableImage, fingerprint
+from xdino.data.decode import UnreadableImage
+from xdino.data.sources import Source, fingerprint
 from xdino.errors import RunFailed, UsageError, nearest
-from xdino.files import written_beside
+from xdino.runtime import transfer
+from xdino.runtime.atomic import written_beside
 from xdino_eval.transform import EvalTransform
 
 Progress = Callable[[int, int], None]
@@ -98,7 +99,7 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Read `order` (indices, int64 [N]) by `batch_size`, two batches ahead of the consumer.
 
-    Images are on the CPU, pinned where `device` is CUDA, for `copies.to_device`.
+    Images are on the CPU, pinned where `device` is CUDA, for `transfer.to_device`.
 
     `crop(image, index)` turns uint8 [H, W, C] into uint8 [s, s, C]. An image that cannot be read
     is left out of its batch, which may so become empty.
@@ -151,10 +152,10 @@ def in_turn(
 
     Where a batch is empty, so is what comes with it, and nothing is computed.
     """
-    before: tuple[Batch, copies.Arriving] | None = None
+    before: tuple[Batch, transfer.Arriving] | None = None
     for batch in batches:
         out = compute(batch).float() if len(batch.indices) else torch.empty(0, 0)
-        now = batch, copies.Arriving(out)
+        now = batch, transfer.Arriving(out)
         if before is not None:
             yield before[0], before[1].wait()
         before = now
@@ -198,7 +199,7 @@ def extract(
     )
 
     def look(batch: Batch) -> Tensor:
-        return backbone(transform.normalise(copies.to_device(batch.images, device)))
+        return backbone(transform.normalise(transfer.to_device(batch.images, device)))
 
     with evaluating(backbone), torch.inference_mode(), autocast(device, precision):
         backbone.to(device)
@@ -331,3 +332,10 @@ def _load(path: Path, key: str) -> Features:
         data=told["data"],
         transform=told["transform"],
     )
+
+
+def labels_of(features: Features) -> Tensor:
+    """The labels, int64 [N]. Raises UsageError where there are none."""
+    if features.labels is None:
+        raise UsageError(f"{features.data} has no labels to score against")
+    return features.labels

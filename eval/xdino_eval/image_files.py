@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from xdino.data.decode import SUFFIXES, UnreadableImage, decode
 from xdino.errors import UsageError, asked, reason
-from xdino.images import SUFFIXES, UnreadableImage, decode
 
 #: What Pillow raises for damaged files; its readers of rare formats raise nearly anything.
 DAMAGED = (

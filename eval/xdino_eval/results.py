@@ -19,7 +19,8 @@ from typing import Any
 from rich.table import Table
 
 from xdino.errors import RunFailed, world
-from xdino.files import write_text
+from xdino.runtime.atomic import write_text
+from xdino_eval.features import Features
 
 LARGEST = 1e15  # of any number in a row: JSON has integers that no float holds
 LONGEST_SETTING = 16  # characters of a setting that a table shows
@@ -248,3 +249,32 @@ def _short(value: object) -> str:
     if isinstance(value, list | tuple) and len(value) > 3:
         return f"{_short(value[0])}..{_short(value[-1])} ({len(value)})"
     return str(value)
+
+
+def row_of(
+    protocol: str,
+    settings: dict[str, object],
+    score: tuple[float, float],
+    train: Features,
+    val: Features,
+    seconds: float,
+    notes: Sequence[str] = (),
+) -> Row:
+    """A result row, not signed yet, of an evaluation on features; skipped images are noted."""
+    skipped = [
+        f"{len(split.skipped)} images of {split.data} could not be read"
+        for split in (train, val)
+        if split.skipped
+    ]
+    return Row(
+        protocol=protocol,
+        settings=dict(settings),
+        top1=score[0],
+        top5=score[1],
+        data=train.data if train.data == val.data else f"{train.data} -> {val.data}",
+        transform=val.transform,
+        train_size=len(train.features),
+        val_size=len(val.features),
+        seconds=round(seconds, 3),
+        notes=[*skipped, *notes],
+    )

@@ -6,7 +6,7 @@ Vision transformers of timm: both after the final norm, as the published evaluat
 them.
 
 Numbers at sizes other than the pretraining's depend on how the position table is stretched: DINO's
-published transformers do it as published (`xdino.vit`), others as timm does.
+published transformers do it as published (`xdino.dino_vit`), others as timm does.
 
 Letters: B images, C channels, H x W pixels, D width, (h, w) patch grid.
 """

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xdino import copies
+from xdino.runtime import transfer
 
 
 class Judged(Protocol):
@@ -91,7 +91,7 @@ class EvalTransform:
         """uint8 [B, s, s, C] -> float32 [B, C, s, s] on the same device: (x / 255 - mean) / std."""
         shape = (1, -1, 1, 1)
         mean, std = (
-            copies.to_device(torch.tensor(values), batch.device).view(shape)
+            transfer.to_device(torch.tensor(values), batch.device).view(shape)
             for values in (self.mean, self.std)
         )
         return batch.permute(0, 3, 1, 2).contiguous().float().div(255).sub(mean).div(std)

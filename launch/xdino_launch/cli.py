@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from xdino import rendezvous
 from xdino.errors import RunFailed, Stopped, UsageError, reason
+from xdino.runtime import rendezvous
 from xdino_launch.commands import (
     benchmarks,
     features,

@@ -16,13 +16,15 @@ from torch import nn
 
 from xdino import checkpoint, config, data, metrics
 from xdino.errors import world
-from xdino.run import INITIAL_FILE
-from xdino_eval import attention, knn, logistic, pictures, results
+from xdino.run_directory import INITIAL_FILE
+from xdino_eval import attention, knn, results
+from xdino_eval.attention import figures
 from xdino_eval.features import Features, extract, pixels
+from xdino_eval.linear import logistic
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import stderr_console, stdout_console
-from xdino_launch.evaluate import features_name
+from xdino_launch.evaluation.subject import features_name
 from xdino_launch.local import run_pretraining
 
 NEIGHBOURS = 20  # the k that DINO reports for ImageNet (section 4.1)
@@ -94,7 +96,7 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
             Image.fromarray(image[..., 0]).resize((224, 224), Image.Resampling.BICUBIC)
         )
         stem = name.lower().replace(" ", "-").replace("/", "-")
-        files = pictures.draw(maps, large[..., None], out, stem)
+        files = figures.draw(maps, large[..., None], out, stem)
         sheet.append(Image.open(files[0]).convert("RGB"))
     width = max(page.width for page in sheet)
     total = Image.new("RGB", (width, sum(page.height for page in sheet)), "white")
@@ -103,7 +105,7 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
         total.paste(page, (0, top))
         top += page.height
     path = out / "all.png"
-    pictures.save(total, path)
+    figures.save(total, path)
     return path
 
 

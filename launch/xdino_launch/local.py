@@ -3,19 +3,20 @@
 import contextlib
 from pathlib import Path
 
-from xdino import checkpoint, data, distributed
+from xdino import checkpoint, data
 from xdino import config as configuration
 from xdino.config import Config
-from xdino.data import Source
+from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.metrics import MetricsLog
 from xdino.plan import resolve_device
-from xdino.run import RunDirectory
-from xdino.stopping import StopSignal
+from xdino.run_directory import RunDirectory
+from xdino.runtime import distributed
+from xdino.runtime.stopping import StopSignal
 from xdino.train import Evaluator, Listener, pretrain
 from xdino.values import shown
 from xdino_eval import results
-from xdino_eval.evaluate import AT_END, knn_callback, linear_at_end
+from xdino_eval.during_training import AT_END, knn_callback, linear_at_end
 from xdino_launch.console import ConsoleListener
 
 

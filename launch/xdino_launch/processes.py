@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xdino.errors import RunFailed, Stopped, UsageError
-from xdino.stopping import SIGNALS
+from xdino.runtime.stopping import SIGNALS
 
 LAUNCHED = ("WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")
 GRACE = 600  # seconds that workers have to save after a signal, before they are killed

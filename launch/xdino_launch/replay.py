@@ -22,7 +22,7 @@ from xdino import config as configuration
 from xdino.errors import NonFinite, RunFailed, UsageError
 from xdino.learner import Learner
 from xdino.plan import Plan, build_learner, make_plan
-from xdino.run import CONFIG_FILE, INITIAL_FILE
+from xdino.run_directory import CONFIG_FILE, INITIAL_FILE
 from xdino.schedules import StepSettings
 from xdino.train import to_device
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from xdino import config as configuration
 from xdino.config import Config
 from xdino.errors import RunFailed, UsageError, world
-from xdino.files import write_text
-from xdino.run import RunDirectory
+from xdino.run_directory import RunDirectory
+from xdino.runtime.atomic import write_text
 
 # Scripts and configurations are read by the cluster's nodes: everything is written out in full.
 SCRIPT = """\

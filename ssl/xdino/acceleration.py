@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, distributed, kernels, photometric
+from xdino import augment, kernels
+from xdino.augment import photometric
 from xdino.errors import UsageError, nearest
+from xdino.runtime import distributed
 from xdino.xcit import XCiT
 
 MODES = ("auto", "plain", "fused")

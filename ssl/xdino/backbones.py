@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from xdino import vit, xcit
+from xdino import dino_vit, xcit
 from xdino.errors import UsageError, nearest, reason
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +32,7 @@ class BackboneSpec:
 
     Args:
         arch: "xcit_small_12_p16" and the like, "vit_small_patch16_224.dino" and the like (DINO's
-            ViTs, see `vit`), or a timm name.
+            ViTs, see `dino_vit`), or a timm name.
         shape: arguments of XCiT that differ from what the name says.
         input_size, resize: evaluation crop and the shorter side before it, in pixels.
         mean, std: one entry a channel, for images in 0..1.
@@ -59,15 +59,15 @@ class BackboneSpec:
             model: nn.Module = xcit.build(
                 self.arch, in_chans=self.in_chans, drop_path_rate=drop_path, **self.shape
             )
-        elif not (vit.is_name(self.arch) or timm.is_model(self.arch)):
+        elif not (dino_vit.is_name(self.arch) or timm.is_model(self.arch)):
             choices = [*xcit.NAMES, *timm.list_models()]
             raise UsageError(f'no backbone is called "{self.arch}": {nearest(self.arch, choices)}')
         elif self.shape:
             raise UsageError(
                 f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
             )
-        elif vit.is_name(self.arch):
-            model = vit.build(self.arch, self.in_chans, drop_path)
+        elif dino_vit.is_name(self.arch):
+            model = dino_vit.build(self.arch, self.in_chans, drop_path)
         else:
             model = _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
         for name in ("in_chans", "input_size", "resize", "mean", "std"):
@@ -100,8 +100,8 @@ def of_timm(arch: str) -> BackboneSpec:
     A name with one of timm's tags ("vit_base_patch16_224.augreg_in21k") brings the tag's image size,
     crop and statistics; one without keeps ImageNet's, and the size that the network is made for.
     """
-    if vit.is_name(arch):
-        side = vit.side(arch)
+    if dino_vit.is_name(arch):
+        side = dino_vit.side(arch)
         return BackboneSpec(arch, input_size=side, resize=round(side * 256 / 224))
     if not timm.is_model(arch):
         return BackboneSpec(arch)  # `build` names the nearest

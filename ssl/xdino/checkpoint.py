@@ -5,7 +5,7 @@ state is `torch.save` of plain types and tensors; a backbone is safetensors unde
 names (or timm's, for timm networks) with a `BackboneSpec` in its header.
 
 Reads besides: published DINO checkpoints (student and teacher; XCiT, DINO's ViTs, ResNet-50),
-published backbone-only and XCiT classification files, timm weights. `architectures` knows the names.
+published backbone-only and XCiT classification files, timm weights. `weight_names` knows the names.
 """
 
 import argparse
@@ -35,11 +35,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from xdino import architectures, vit, xcit
-from xdino.architectures import to_timm_names as to_timm_names  # part of this room's interface
+from xdino import dino_vit, weight_names, xcit
 from xdino.backbones import BackboneSpec, of_timm, statistics
 from xdino.errors import RunFailed, UsageError, asked, nearest, reason, world
-from xdino.files import written_beside
+from xdino.runtime.atomic import written_beside
+from xdino.weight_names import to_timm_names as to_timm_names
 
 BACKBONE_FILE = "backbone.safetensors"
 STATE_FILE = Path("checkpoints") / "last.pt"
@@ -288,9 +288,9 @@ def _read_safetensors(path: Path, role: str) -> WeightsFile:
     if HEADER_KEY not in metadata:
         if any(f'"{CHECKSUM}"' in text and '"spec"' in text for text in metadata.values()):
             raise RunFailed(f"{path} is damaged: its header is not where it was written")
-        group = architectures.of_role(architectures.groups(tensors), role)
+        group = weight_names.of_role(weight_names.groups(tensors), role)
         facts = {"role": group.role} if group.role else {}
-        return WeightsFile(path, architectures.own_names(group.tensors), None, facts)
+        return WeightsFile(path, weight_names.own_names(group.tensors), None, facts)
     told = json.loads(metadata[HEADER_KEY])
     if not isinstance(told, dict) or not told.keys() <= {"spec", "facts", CHECKSUM}:
         raise RunFailed(f"{path} is damaged: its header is none of ours")
@@ -303,7 +303,7 @@ def _read_safetensors(path: Path, role: str) -> WeightsFile:
     facts = _facts(told.get("facts", {}))
     if facts.get("role", "teacher") != role:
         raise UsageError(_of_one_role(path, facts.get("role", "teacher")))
-    return WeightsFile(path, architectures.own_names(tensors), _spec(told.get("spec")), facts)
+    return WeightsFile(path, weight_names.own_names(tensors), _spec(told.get("spec")), facts)
 
 
 def _of_one_role(path: Path, role: str) -> str:
@@ -400,11 +400,11 @@ def _read_pickle(path: Path, role: str) -> WeightsFile:
         raise RunFailed(
             f"{path} holds no weights of a {role}, a model or a state_dict{_described(top)}"
         )
-    found = architectures.groups(tree, f"{whose}." if whose else "", whose)
-    group = architectures.of_role(found, role)
+    found = weight_names.groups(tree, f"{whose}." if whose else "", whose)
+    group = weight_names.of_role(found, role)
     if group.role:
         facts["role"] = group.role
-    return WeightsFile(path, architectures.own_names(group.tensors), None, facts)
+    return WeightsFile(path, weight_names.own_names(group.tensors), None, facts)
 
 
 def _inner(tree: dict[Any, Any], role: str) -> str | None:
@@ -475,14 +475,14 @@ def spec_of(file: WeightsFile, arch: str | None) -> BackboneSpec:
     tensors = file.tensors
     said, patch_size = file.facts.get("arch"), file.facts.get("patch_size")
     said = said if isinstance(said, str) and len(said) < 200 else None
-    own = architectures.published_name(said, tensors, patch_size) if said else None
-    name = architectures.published_name(arch, tensors) if arch else own
+    own = weight_names.published_name(said, tensors, patch_size) if said else None
+    name = weight_names.published_name(arch, tensors) if arch else own
     if name is None:
-        shape = architectures.xcit_shape(tensors)
-        name = architectures.xcit_name(shape) if shape is not None else None
+        shape = weight_names.xcit_shape(tensors)
+        name = weight_names.xcit_name(shape) if shape is not None else None
     if name is None:
         raise UsageError(
-            f"{file.path} does not say its architecture, and {architectures.advice(tensors)}"
+            f"{file.path} does not say its architecture, and {weight_names.advice(tensors)}"
         )
     if own == f"{name}.dino":  # the plain timm name for a file that says it is DINO's
         name = own
@@ -506,7 +506,7 @@ def _named(name: str) -> BackboneSpec:
     """
     match = re.match(r"(xcit_\w+?_p\d+)(_(\d+))?(_dist)?(\..*)?$", name)
     if match is None:
-        if not (vit.is_name(name) or timm.is_model(name)):
+        if not (dino_vit.is_name(name) or timm.is_model(name)):
             hint = nearest(name[:100], [*xcit.NAMES, *timm.list_models()])
             hint = (
                 hint if hint.startswith("did you") else "XCiT's, DINO's and timm's names are known"
@@ -522,7 +522,9 @@ def _renamed(spec: BackboneSpec, name: str) -> BackboneSpec:
     """A file's spec under another name; its shape stays only where it is the same network's."""
     named = _named(name)
     arch = named.arch
-    if vit.is_name(arch) != vit.is_name(spec.arch):  # other position tables, of other sizes
+    if dino_vit.is_name(arch) != dino_vit.is_name(
+        spec.arch
+    ):  # other position tables, of other sizes
         return dataclasses.replace(named, in_chans=spec.in_chans, mean=spec.mean, std=spec.std)
     same = arch.split(".")[0] == spec.arch.split(".")[0]  # but for timm's tags, and DINO's
     return dataclasses.replace(spec, arch=arch, shape=spec.shape if same else {})
@@ -550,11 +552,11 @@ def _fitted(model: nn.Module, file: WeightsFile, arch: str) -> dict[str, Tensor]
     """The tensors of a file that are a network's. Raises UsageError where they do not fit it."""
     tensors = file.tensors
     if file.spec is None:
-        tensors = architectures.without_heads(tensors, model)
-    problems = architectures.differences(tensors, model)
+        tensors = weight_names.without_heads(tensors, model)
+    problems = weight_names.differences(tensors, model)
     if not problems:
         return tensors
-    fits = architectures.fitting(file.tensors)
+    fits = weight_names.fitting(file.tensors)
     if fits is not None and fits != arch:
         advice = f"it fits {fits}: --arch {fits}"
     else:
@@ -602,7 +604,7 @@ def load_backbone(
         arch: for files that do not say; overrides what a file says. A published name
             ("xcit_small_12_p16", "vit_small" and "dino_vits16" for DINO's ViTs) or a timm name; a
             `BackboneSpec` for an XCiT of a shape without a name. A published DINO ViT is resampled
-            to other image sizes as published, under a plain timm name as timm does it (see `vit`).
+            to other image sizes as published, under a plain timm name as timm does it (see `dino_vit`).
         role: "teacher" or "student". Of a run directory the student is in its last checkpoint; a
             file that holds one of them refuses the other.
 

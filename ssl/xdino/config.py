@@ -29,9 +29,11 @@ from pydantic.dataclasses import dataclass
 
 from xdino import values
 from xdino.errors import UsageError, asked, nearest
-from xdino.images import MAX_PIXELS
 from xdino.nonfinite import valid_policy
 from xdino.values import shown
+
+#: Largest image that is decoded, in pixels: Pillow's own limit against decompression bombs.
+MAX_PIXELS = 178_956_970
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Share = Annotated[float, Field(ge=0, le=1)]

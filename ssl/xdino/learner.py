@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xdino import distributed, optim
+from xdino import optim
 from xdino.acceleration import Choice
 from xdino.chunked_loss import chunked_dino_loss
 from xdino.errors import NonFinite, UsageError, nearest
 from xdino.loss import DINOLoss
+from xdino.runtime import distributed
 from xdino.schedules import StepSettings
 from xdino.student_teacher import MultiCropNetwork, update_teacher
 

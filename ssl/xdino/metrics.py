@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from xdino.errors import RunFailed, reason, world
-from xdino.files import write_text, written_beside
+from xdino.runtime.atomic import write_text, written_beside
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_SECONDS = 30.0  # that a run waits for wandb at its start, and at its end

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from xdino.errors import NonFinite, RunFailed, nearest, world
-from xdino.files import write_text
+from xdino.runtime.atomic import write_text
 
 RECORD_FILE = "nonfinite.json"
 FACTOR = 0.5  # of `rollback` without a number

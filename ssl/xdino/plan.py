@@ -14,16 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from xdino import (
-    acceleration,
-    augment,
-    checkpoint,
-    data,
-    distributed,
-    feasibility,
-    rendezvous,
-    schedules,
-)  # fmt: skip
+from xdino import acceleration, augment, checkpoint, data, feasibility, schedules
 from xdino import config as configuration
 from xdino.backbones import BackboneSpec, compile_backbone, of_timm, statistics
 from xdino.config import Config, Crops, Head
@@ -31,6 +22,7 @@ from xdino.errors import UsageError, asked
 from xdino.head import DINOHead
 from xdino.learner import AUTOCAST, Learner
 from xdino.loss import DINOLoss
+from xdino.runtime import distributed, rendezvous
 from xdino.schedules import Schedules
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.values import shown

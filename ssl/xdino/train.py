@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdino import augment, checkpoint, copies, data, distributed, metrics, nonfinite, schedules
+from xdino import augment, checkpoint, data, metrics, nonfinite, schedules
 from xdino import config as configuration
+from xdino.augment.photometric import photometric
 from xdino.config import Config
 from xdino.errors import NonFinite, RunFailed, Stopped, UsageError, reason
 from xdino.learner import Learner, StepResult
-from xdino.lock import Lock
 from xdino.metrics import check_writable
-from xdino.photometric import photometric
 from xdino.plan import Plan, build_learner, check_disk, make_plan
-from xdino.run import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
-from xdino.stopping import StopSignal
+from xdino.run_directory import INITIAL_FILE, UNREADABLE_FILE, RunDirectory, environment
+from xdino.runtime import distributed, transfer
+from xdino.runtime.lock import Lock
+from xdino.runtime.stopping import StopSignal
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
 
@@ -60,7 +61,7 @@ def to_device(
     for pixels in batch.crops:
         V, B = pixels.shape[:2]
         table = batch.table[first : first + V].reshape(-1)
-        views = copies.to_device(pixels, device).flatten(0, 1)
+        views = transfer.to_device(pixels, device).flatten(0, 1)
         groups.append(photometric(views, table, crops, fused=fused).unflatten(0, (V, B)))
         first += V
     return groups

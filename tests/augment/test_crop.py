@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from xdino.augment import ATTEMPTS, boxes, crop, draw, draw_batch, multi_crop
+from xdino.augment.multi_crop import ATTEMPTS, boxes, crop, draw, draw_batch, multi_crop
 
 CROPS = multi_crop()
 

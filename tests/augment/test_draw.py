@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from xdino.augment import MultiCrop, View, boxes, draw, draw_batch, multi_crop
+from xdino.augment.multi_crop import MultiCrop, View, boxes, draw, draw_batch, multi_crop
 
 COUNT = 5_000
 PINNED = {

@@ -11,8 +11,8 @@ import torchvision.transforms.functional as tvf
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 
-from xdino import photometric as room
-from xdino.augment import (
+from xdino.augment import photometric as room
+from xdino.augment.multi_crop import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
@@ -22,7 +22,7 @@ from xdino.augment import (
     draw_batch,
     multi_crop,
 )
-from xdino.photometric import blur_kernels
+from xdino.augment.photometric import blur_kernels
 
 #: Stage -> (mean, 99.9th percentile) of the absolute difference from Pillow, in levels of 0..255.
 #: Pillow truncates to whole levels after each operation (0.5 on average), keeps hues in 256 steps,

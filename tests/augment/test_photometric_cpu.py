@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from xdino import photometric as room
-from xdino.augment import TABLE_DTYPE, multi_crop
-from xdino.photometric import photometric, photometric_eager
+from xdino.augment import photometric as room
+from xdino.augment.multi_crop import TABLE_DTYPE, multi_crop
+from xdino.augment.photometric import photometric, photometric_eager
 
 #: Both compute in float32, in the same order; what is left are fused multiply-adds.
 LEVELS = 2e-3
@@ -118,7 +118,7 @@ def test_all_stages_at_any_size(size, channels):
 
 
 def test_published_sizes_and_parameters():
-    from xdino.augment import draw_batch
+    from xdino.augment.multi_crop import draw_batch
 
     table = draw_batch(multi_crop(), 0, 0, np.arange(12))
     for size, views in ((224, table[:2]), (96, table[2:4])):
@@ -160,8 +160,10 @@ def test_nothing_in_nothing_out(shape):
 
 def test_without_numba_one_warning_and_the_eager_path(monkeypatch):
     pixels, table = crops(4, 20, 20, 3), everything(4)
-    monkeypatch.setitem(sys.modules, "xdino.photometric_cpu", None)  # its import raises ImportError
-    monkeypatch.delattr("xdino.photometric_cpu", raising=False)
+    monkeypatch.setitem(
+        sys.modules, "xdino.augment.photometric_cpu", None
+    )  # its import raises ImportError
+    monkeypatch.delattr("xdino.augment.photometric_cpu", raising=False)
     room._compiled.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="eager"):

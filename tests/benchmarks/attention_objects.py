@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xdino.checkpoint import load_backbone
-from xdino.run import INITIAL_FILE
-from xdino_eval import pictures
-from xdino_eval.attention import class_attention_maps, mask
-from xdino_eval.segmentation import Scores, find_pairs, jaccard, read_mask, score
+from xdino.run_directory import INITIAL_FILE
+from xdino_eval.attention import figures
+from xdino_eval.attention.maps import class_attention_maps, mask
+from xdino_eval.attention.segmentation import Scores, find_pairs, jaccard, read_mask, score
 
 SIDE = 32  # pixels
 SETTINGS = {
@@ -133,7 +133,7 @@ def brightness(folder: Path) -> float:
     return 100 * float(np.mean(found))
 
 
-def figures(scores: list[Scores]) -> dict[str, dict[str, float]]:
+def summaries(scores: list[Scores]) -> dict[str, dict[str, float]]:
     return {one.layer: one.summary() for one in scores}
 
 
@@ -146,10 +146,10 @@ def draw(backbone, folder: Path, out: Path, count: int = 12) -> None:
         maps = class_attention_maps(backbone, image)
         tiles = [image]
         for heads in maps.layers:
-            one = pictures.view(heads.mean(0), image, maps.lattice)
-            tiles += [one.heat, pictures.dimmed(image, one.mask)]
+            one = figures.view(heads.mean(0), image, maps.lattice)
+            tiles += [one.heat, figures.dimmed(image, one.mask)]
         rows.append((pair.name, tiles))
-    list(pictures.folder_sheets(rows, out))
+    list(figures.folder_sheets(rows, out))
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def main() -> None:
             ("pretrained", place / "run"),
         ):
             backbone = load_backbone(path)
-            one[name] = figures(score(backbone, find_pairs(held))[0])
+            one[name] = summaries(score(backbone, find_pairs(held))[0])
             draw(backbone, held, place / "pictures" / name)
         report[seed] = one
         print(f"seed {seed}: {seconds:.0f} s of pretraining; brightness {one['brightness']:.1f}")

@@ -30,11 +30,11 @@ from rich.table import Table
 from torch import nn
 
 from xdino import config, data
-from xdino.files import written_beside
-from xdino.run import commit
+from xdino.run_directory import commit
+from xdino.runtime.atomic import written_beside
 from xdino.train import Listener, pretrain
-from xdino_eval.evaluate import knn_callback
-from xdino_launch.bench_timing import machine
+from xdino_eval.during_training import knn_callback
+from xdino_launch.bench.timing import machine
 from xdino_launch.console import stderr_console, stdout_console
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07

@@ -15,7 +15,7 @@ vote runs with the data's number of classes. Where fewer than five classes get a
 prediction is an unstable sort's; how many queries that concerns is printed ("sparse"), and in rows
 without any the figures must be equal to the digit. It cannot take k above the number of images.
 
-What their code needs on one CPU process is named in `xdino_launch.bench_reference`; besides,
+What their code needs on one CPU process is named in `xdino_launch.bench.reference`; besides,
 `Tensor.cuda` is the identity here while their extraction runs.
 """
 
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from xdino import data
-from xdino_launch.bench_reference import Dino, build_xcit, group_of_one, load_dino, load_xcit
+from xdino_launch.bench.reference import Dino, build_xcit, group_of_one, load_dino, load_xcit
 
 KS = (10, 20, 50, 100)
 TEMPERATURE = 0.07

@@ -41,7 +41,7 @@ SEED = 0
 def shims(dino: Path, xcit: Path | None) -> None:
     """One process, no GPU, no network, and the names that newer libraries dropped."""
     if xcit is not None:
-        from xdino_launch.bench_reference import load_xcit
+        from xdino_launch.bench.reference import load_xcit
 
         published = load_xcit(xcit)
         torch.hub.load = lambda _, arch, **how: getattr(published, arch)(**how)
@@ -53,7 +53,7 @@ def shims(dino: Path, xcit: Path | None) -> None:
 
     import urllib.request
 
-    from xdino_eval.davis import pascal_palette
+    from xdino_eval.suite.davis import pascal_palette
 
     colours = np.array(pascal_palette()).reshape(-1, 3)
     lines = [f"{r} {g} {b}\n".encode() for r, g, b in colours]
@@ -223,7 +223,7 @@ def make_vit(dino: Path, folder: Path) -> Network:
 
 
 def make_xcit(xcit: Path, folder: Path) -> Network:
-    from xdino_launch.bench_reference import load_xcit
+    from xdino_launch.bench.reference import load_xcit
 
     torch.manual_seed(SEED)
     path, name = folder / "xcit_nano.pth", "xcit_nano_12_p16"

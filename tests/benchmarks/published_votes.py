@@ -13,9 +13,9 @@ import sys
 import torch
 
 from xdino_eval.features import Features
-from xdino_eval.knn import neighbours, normalise, part_of, scores
-from xdino_eval.search import How
-from xdino_launch.bench_reference import load_dino
+from xdino_eval.knn.search import How
+from xdino_eval.knn.vote import neighbours, normalise, part_of, scores
+from xdino_launch.bench.reference import load_dino
 
 KS, TEMPERATURES = (10, 20, 100, 200), (0.04, 0.07, 0.1)
 WAYS = [How("integers"), *(How(e, bank_block=b) for e in ("faiss", "torch") for b in (None, 333))]

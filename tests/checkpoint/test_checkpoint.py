@@ -16,7 +16,7 @@ import safetensors
 import timm
 import torch
 
-from xdino import architectures, checkpoint, vit, xcit
+from xdino import checkpoint, dino_vit, weight_names, xcit
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone, read_weights, save_backbone
 from xdino.errors import RunFailed, UsageError
@@ -121,7 +121,7 @@ def test_the_student_of_a_full_checkpoint(nano, images, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_vit():
     torch.manual_seed(4)
-    model = vit.build("vit_tiny_patch16_224.dino").eval()
+    model = dino_vit.build("vit_tiny_patch16_224.dino").eval()
     with torch.no_grad():
         model.pos_embed.normal_()
     return model
@@ -298,7 +298,7 @@ def test_prefixes_come_off_as_prefixes_only():
         "head.x": torch.zeros(1),
         "fc.w": torch.zeros(1),
     }
-    assert list(architectures.plain_names(names)) == ["a.module.b"]
+    assert list(weight_names.plain_names(names)) == ["a.module.b"]
 
 
 # --- damage, and what is none ---

@@ -152,9 +152,9 @@ def test_several_networks_without_a_role_are_named(tmp_path):
 
 
 def test_prefixes_inside_a_networks_own_names_stay():
-    from xdino import architectures
+    from xdino import weight_names
 
     names = dict.fromkeys(("backbone.a.model.b", "backbone.model.teacher.c"), torch.zeros(1))
-    assert list(architectures.plain_names(names)) == ["a.model.b", "model.teacher.c"]
+    assert list(weight_names.plain_names(names)) == ["a.model.b", "model.teacher.c"]
     args = argparse.Namespace(arch=ARCH)
-    assert architectures.published_name(args.arch, {}) == ARCH
+    assert weight_names.published_name(args.arch, {}) == ARCH

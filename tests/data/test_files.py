@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from xdino.errors import RunFailed
-from xdino.files import write_text, written_beside
+from xdino.runtime.atomic import write_text, written_beside
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):

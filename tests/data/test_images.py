@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xdino.images import HEAD, SUFFIXES, UnreadableImage, decode, recognised
+from xdino.data.decode import HEAD, SUFFIXES, UnreadableImage, decode, recognised
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from xdino.augment import boxes, crop, draw_batch, multi_crop
-from xdino.data import CropLoader, epoch_order, open_source, steps_per_epoch
+from xdino.augment.multi_crop import boxes, crop, draw_batch, multi_crop
+from xdino.data.loader import CropLoader, epoch_order, steps_per_epoch
+from xdino.data.sources import ArraySource, open_source
 from xdino.errors import RunFailed, UsageError
-from xdino.sources import ArraySource
 
 CROPS = multi_crop(16, local_count=2, local_size=8, local_scale=(0.2, 0.5), mean=(0.5,), std=(0.5,))
 COLOUR = multi_crop(16, local_count=1, local_size=8)

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from xdino import shards
-from xdino.augment import multi_crop
-from xdino.data import CropLoader, fingerprint, open_source, open_splits
+from xdino.augment.multi_crop import multi_crop
+from xdino.data import tars
+from xdino.data.decode import UnreadableImage
+from xdino.data.loader import CropLoader
+from xdino.data.pack import pack
+from xdino.data.sources import fingerprint, open_source, open_splits
 from xdino.errors import RunFailed, UsageError
-from xdino.images import UnreadableImage
-from xdino.pack import pack
 
 CROPS = multi_crop(16, local_count=1, local_size=8)
 
@@ -104,10 +105,10 @@ def test_a_pack_can_be_inspected_and_says_how_it_was_made(folder, tmp_path):
     pack(str(folder), out)
     with tarfile.open(out) as tar:
         names = tar.getnames()
-        told = json.load(tar.extractfile(shards.PACK_MEMBER))
+        told = json.load(tar.extractfile(tars.PACK_MEMBER))
     assert names[:2] == ["train/n01/00.jpeg", "train/n01/00.cls"]
     assert {"train/n02/00_a.jpeg", "train/n02/00_b.jpeg", "val/n02/deep/03.png"} <= set(names)
-    assert names[-1] == shards.PACK_MEMBER
+    assert names[-1] == tars.PACK_MEMBER
     assert told["source"] == str(folder)
     assert told["shorter_side"] is None
     assert told["splits"]["train"]["fingerprint"] == fingerprint(
@@ -212,7 +213,7 @@ def test_wrong_usage_of_pack(folder, tmp_path):
 
 
 def test_a_file_that_vanishes_leaves_no_half_a_pack(folder, tmp_path, monkeypatch):
-    from xdino.sources import FileSource
+    from xdino.data.sources import FileSource
 
     encoded = FileSource.encoded
 
@@ -362,7 +363,7 @@ def test_other_mistakes_are_sentences(tmp_path):
         tar.add(tmp_path / "b.jpg", "b.jpg")
     with pytest.raises(UsageError, match=r"holds b\.jpg as a link.*--hard-dereference"):
         open_source(str(tmp_path / "links.tar"))
-    write_tar(tmp_path / "p.tar", {"a.jpg": jpeg(), shards.PACK_MEMBER: b"{"})
+    write_tar(tmp_path / "p.tar", {"a.jpg": jpeg(), tars.PACK_MEMBER: b"{"})
     with pytest.raises(UsageError, match="__xdino_pack__ is damaged"):
         open_source(str(tmp_path / "p.tar"))
     with pytest.raises(UsageError, match=r"has no gone\.tar"):
@@ -400,7 +401,7 @@ def test_random_damage_never_escapes_as_another_error(data):
         path = Path(folder) / "x.tar"
         path.write_bytes(raw)
         try:
-            index = shards.open_index(path)
+            index = tars.open_index(path)
         except UsageError:
             return
         assert (index.offsets + index.sizes <= len(raw)).all()
@@ -411,24 +412,24 @@ def test_random_damage_never_escapes_as_another_error(data):
 
 def test_the_index_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(10), "a.cls": b"7"})
-    first = shards.open_index(path)
+    first = tars.open_index(path)
     kept = tmp_path / ".x.tar.index.npz"
     assert kept.exists()
-    monkeypatch.setattr(shards, "_scan", None)
-    second = shards.open_index(path)
+    monkeypatch.setattr(tars, "_scan", None)
+    second = tars.open_index(path)
     assert list(second.names) == list(first.names) == [b"a.jpg"]
     assert list(second.classes) == [b"7"]
     monkeypatch.undo()
     write_tar(path, {"b.jpg": jpeg(10), "c.jpg": jpeg(10)})
-    assert len(shards.open_index(path)) == 2
+    assert len(tars.open_index(path)) == 2
     for spoilt in (b"", b"PK\x03\x04 no zip", kept.read_bytes()[:200]):
         kept.write_bytes(spoilt)
-        assert len(shards.open_index(path)) == 2
+        assert len(tars.open_index(path)) == 2
 
 
 def test_an_index_that_points_outside_is_made_again(tmp_path):
     path = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(10)})
-    shards.open_index(path)
+    tars.open_index(path)
     kept = tmp_path / ".x.tar.index.npz"
     with np.load(kept) as file:
         arrays = dict(file)
@@ -436,7 +437,7 @@ def test_an_index_that_points_outside_is_made_again(tmp_path):
     for spoil in ({"offsets": np.array([10**12])}, {"sizes": np.array([-1])},
                   {"name_ends": np.array([0, 99])}, {"offsets": np.array(["a"], object)}):  # fmt: skip
         np.savez(kept, **(arrays | spoil))
-        assert shards.open_index(path).offsets.tolist() == [right]
+        assert tars.open_index(path).offsets.tolist() == [right]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
@@ -484,7 +485,7 @@ def test_threads_and_forked_processes_read_at_once(tmp_path):
 
 
 def test_more_tars_than_are_held_open(tmp_path, monkeypatch):
-    from xdino.sources import TarSource
+    from xdino.data.sources import TarSource
 
     for i in range(4):
         write_tar(tmp_path / f"{i}.tar", {f"{i}.jpg": jpeg(40 * i)})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xdino.data import fingerprint, open_source, open_splits
+from xdino.data.sources import fingerprint, open_source, open_splits
 from xdino.errors import UsageError
 
 

@@ -14,10 +14,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from xdino.data import fingerprint, open_source, open_splits
+from xdino.data.pack import pack
+from xdino.data.sources import (
+    FileSource,
+    class_order,
+    fingerprint,
+    open_source,
+    open_splits,
+    splits_of,
+)
 from xdino.errors import UsageError
-from xdino.pack import pack
-from xdino.sources import FileSource, class_order, splits_of
 
 
 def encoded(shade: int = 100, format: str = "PNG") -> bytes:
@@ -271,7 +277,7 @@ def test_labels_agree_between_kinds_of_source(tmp_path, kinds):
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path, monkeypatch):
-    from xdino import sources
+    from xdino.data import sources
 
     for split in ("train", "val"):
         for label in ("a", "b", "c"):
@@ -414,7 +420,7 @@ def test_a_listing_that_fails_is_a_sentence(tmp_path, monkeypatch):
 FEW_DESCRIPTORS = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from xdino.sources import open_splits
+from xdino.data.sources import open_splits
 for source in open_splits(sys.argv[1]):
     assert len([source.read(i) for i in range(len(source))]) == 65
 """

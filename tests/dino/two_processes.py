@@ -4,10 +4,10 @@ import sys
 
 import torch
 
-from xdino import distributed
 from xdino.head import DINOHead
 from xdino.learner import Learner
 from xdino.loss import DINOLoss
+from xdino.runtime import distributed
 from xdino.schedules import StepSettings
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.xcit import XCiT

@@ -7,11 +7,11 @@ import sys
 import torch
 from torch import nn
 
-from xdino import distributed
 from xdino.errors import NonFinite
 from xdino.head import DINOHead
 from xdino.learner import Learner
 from xdino.loss import DINOLoss
+from xdino.runtime import distributed
 from xdino.schedules import StepSettings
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.xcit import XCiT

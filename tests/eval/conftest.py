@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xdino.data import Source, UnreadableImage
+from xdino.data.decode import UnreadableImage
+from xdino.data.sources import Source
 
 
 class Images(Source):

@@ -12,7 +12,7 @@ from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
 from xdino_eval import attending
 from xdino_eval.attending import Lattice
-from xdino_eval.attention import (
+from xdino_eval.attention.maps import (
     class_attention_maps,
     mask,
     mass_threshold,

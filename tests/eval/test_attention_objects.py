@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from xdino.backbones import BackboneSpec
-from xdino_eval.segmentation import find_pairs, score
+from xdino_eval.attention.segmentation import find_pairs, score
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attention_objects.py"
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from xdino.data import fingerprint
+from xdino.data.sources import fingerprint
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import features as room
-from xdino_eval.evaluate import fixed_subset, knn_callback
+from xdino_eval.during_training import fixed_subset, knn_callback
 from xdino_eval.features import cache_key, cached, extract, pixels
 from xdino_eval.transform import EvalTransform
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdino_eval import integer_products, search
-from xdino_eval.integer_products import largest
-from xdino_eval.search import Exact, How, as_float32, unpack
+from xdino_eval.knn import integer_products, search
+from xdino_eval.knn.integer_products import largest
+from xdino_eval.knn.search import Exact, How, as_float32, unpack
 
 
 def check(queries, bank, m, threads=1):

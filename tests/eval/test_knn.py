@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdino.errors import UsageError
-from xdino_eval import knn, search
+from xdino_eval import knn
 from xdino_eval.features import Features
-from xdino_eval.knn import classify, evaluate, normalise
+from xdino_eval.knn import search
+from xdino_eval.knn.vote import classify, evaluate, normalise
 
 
 def test_published_vectors_to_the_digit(golden):

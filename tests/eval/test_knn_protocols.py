@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from xdino.errors import UsageError
 from xdino_eval.features import Features
-from xdino_eval.knn import (
+from xdino_eval.knn.search import How
+from xdino_eval.knn.vote import (
     classify,
     drawn,
     evaluate,
@@ -19,7 +20,6 @@ from xdino_eval.knn import (
     neighbours,
     normalise,
 )
-from xdino_eval.search import How
 
 
 def clustered(count, classes=7, dim=12, noise=1.2, seed=0):

@@ -11,11 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from torchvision.transforms import functional as TF
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import linear, logistic
+from xdino_eval import linear
 from xdino_eval.features import Features
-from xdino_eval.linear import OverImages, Sgd, held_out
+from xdino_eval.linear import logistic
+from xdino_eval.linear.probe_augment import augment, crop_parameters, draw
+from xdino_eval.linear.sgd import OverImages, Sgd, held_out
 from xdino_eval.transform import EvalTransform
-from xdino_eval.views import augment, crop_parameters, draw
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from xdino import xcit
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import grid as grids
-from xdino_eval import heads as heads_of
 from xdino_eval import linear
 from xdino_eval.features import Features
-from xdino_eval.grid import Grid, Tokens, grid_probe, grid_probe_features
-from xdino_eval.heads import Heads, top1_of_heads, train_heads
-from xdino_eval.linear import OverImages, Sgd, new_head, train_head
+from xdino_eval.linear import grid as grids
+from xdino_eval.linear import stacked_heads as heads_of
+from xdino_eval.linear.grid import Grid, Tokens, grid_probe, grid_probe_features
+from xdino_eval.linear.sgd import OverImages, Sgd, new_head, train_head
+from xdino_eval.linear.stacked_heads import Heads, top1_of_heads, train_heads
 from xdino_eval.transform import EvalTransform
 
 
@@ -264,7 +264,7 @@ def test_top1_of_heads_does_not_depend_on_blocks(monkeypatch):
     expected: Tensor = torch.einsum("gkd,nd->gnk", heads.weight, x).argmax(2)
     right = (100.0 * (expected == target).float().mean(1)).tolist()
     assert top1_of_heads(heads, x, target) == pytest.approx(right)
-    monkeypatch.setattr("xdino_eval.heads.SCORED_AT_ONCE", 100)
+    monkeypatch.setattr("xdino_eval.linear.stacked_heads.SCORED_AT_ONCE", 100)
     assert top1_of_heads(heads, x, target) == pytest.approx(right)
 
 

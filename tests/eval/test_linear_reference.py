@@ -18,10 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from xdino import data, xcit
-from xdino_eval import linear, logistic
+from xdino_eval import linear
 from xdino_eval.features import Features, extract
-from xdino_eval.grid import Grid, Tokens, grid_probe_features, split
-from xdino_eval.linear import Sgd
+from xdino_eval.linear import logistic
+from xdino_eval.linear.grid import Grid, Tokens, grid_probe_features, split
+from xdino_eval.linear.sgd import Sgd
 from xdino_eval.transform import EvalTransform
 
 
@@ -97,7 +98,7 @@ def test_sgd_probe_rests_at_scikit_learns_minimum(splits, batch, epochs, peak, t
 @pytest.mark.parametrize("cores", [1, 3])
 def test_best_row_of_the_grid_is_the_same_probe_trained_alone(splits, cores, monkeypatch):
     """However many threads share the heads out. To float32's rounding, over 6 epochs of updates."""
-    monkeypatch.setattr("xdino_eval.heads.THREAD_PAYS", 1.0)
+    monkeypatch.setattr("xdino_eval.linear.stacked_heads.THREAD_PAYS", 1.0)
     train, val = splits
     how = Sgd(epochs=6, batch_size=64)
     grid = Grid(weight_decays=(0.0, 1e-3))

@@ -12,8 +12,8 @@ from PIL import Image
 
 from xdino.errors import UsageError
 from xdino_eval.features import Features
-from xdino_eval.knn import neighbours
-from xdino_eval.neighbours import PAGE, RIGHT, UNKNOWN, WRONG, find, sheet, write
+from xdino_eval.knn.neighbours import PAGE, RIGHT, UNKNOWN, WRONG, find, sheet, write
+from xdino_eval.knn.vote import neighbours
 
 
 def features_of(source, places, dim=6, seed=0):

@@ -12,9 +12,9 @@ from sklearn.decomposition import PCA
 
 from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed
-from xdino_eval import pca, pictures
 from xdino_eval.attending import Lattice
-from xdino_eval.attention import Maps, mask, mass_threshold
+from xdino_eval.attention import figures, pca
+from xdino_eval.attention.maps import Maps, mask, mass_threshold
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(3, 4), (1, 3)])
@@ -23,7 +23,7 @@ def test_pictures_of_every_head_and_of_their_mean(tmp_path, channels, heads):
     image = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
     maps = Maps(tuple(rng.random((heads, 4, 6), dtype=np.float32) for _ in range(2)))
     state = torch.get_rng_state()
-    sheet, *files = pictures.draw(maps, image, tmp_path / "new", "photo", mass=0.5)
+    sheet, *files = figures.draw(maps, image, tmp_path / "new", "photo", mass=0.5)
     assert torch.equal(state, torch.get_rng_state())
     assert sheet.name == "photo-sheet.png"
     assert Image.open(sheet).width > 1000
@@ -47,7 +47,7 @@ def test_one_head_alone(tmp_path):
     rng = np.random.default_rng(0)
     maps = Maps((rng.random((3, 4, 4), dtype=np.float32),), ("block12",))
     image = np.zeros((20, 20, 3), np.uint8)
-    _, *files = pictures.draw(maps, image, tmp_path, "a", head=2)
+    _, *files = figures.draw(maps, image, tmp_path, "a", head=2)
     assert [f.name for f in files] == [
         f"a-block12-head2{end}.png" for end in ("", "-overlay", "-mask")
     ]
@@ -59,26 +59,26 @@ def test_stretched_maps_keep_each_patch_where_it_lies():
     values = np.zeros((4, 6), np.float32)
     values[1, 4] = 1
     # Patches of 10 pixels that cover 40 x 60 of a 50 x 70 image.
-    wide = pictures.stretch(values, Lattice((0, 0), (10 / 50, 10 / 70)), 50, 70)
+    wide = figures.stretch(values, Lattice((0, 0), (10 / 50, 10 / 70)), 50, 70)
     assert np.unravel_index(wide.argmax(), wide.shape) in {(14, 44), (14, 45), (15, 44), (15, 45)}
-    near = pictures.stretch(values, None, 40, 60, smooth=False)
+    near = figures.stretch(values, None, 40, 60, smooth=False)
     assert (near[10:20, 40:50] == 1).all()
     assert near.sum() == 100
-    both = pictures.stretch(np.stack((values, values)), None, 40, 60, smooth=False)
+    both = figures.stretch(np.stack((values, values)), None, 40, 60, smooth=False)
     assert np.array_equal(both[1], near)
 
 
 def test_a_sheet_of_a_folder_has_pages(tmp_path):
     picture = np.full((30, 50, 3), 200, np.uint8)
     rows = [(f"a/very/long/path/{'x' * 90}/{i}.png", [picture, picture]) for i in range(61)]
-    pages = list(pictures.folder_sheets(rows, tmp_path))
+    pages = list(figures.folder_sheets(rows, tmp_path))
     assert [page.name for page in pages] == ["sheet.png", "sheet-2.png"]
     assert Image.open(pages[0]).height > 5 * Image.open(pages[1]).height
 
 
 def test_channel_matrices(tmp_path):
     matrices = [np.random.default_rng(i).dirichlet(np.ones(8), (3, 8)) for i in range(2)]
-    files = pictures.draw_channels(matrices, tmp_path, "a")
+    files = figures.draw_channels(matrices, tmp_path, "a")
     assert [f.name for f in files] == [
         "a-xca-sheet.png",
         "a-xca-block1.png",
@@ -146,48 +146,52 @@ def test_attention_that_says_nothing_looks_flat():
     photograph = np.full((60, 80, 3), 128, np.uint8)
     for spread, low, high in ((0, 0, 0), (1e-6, 0, 0), (0.01, 0, 2), (2, 40, 255)):
         weights = np.exp(spread * rng.normal(size=(6, 8)))
-        drawn = pictures.view(weights / weights.sum(), photograph)
+        drawn = figures.view(weights / weights.sum(), photograph)
         assert low <= drawn.heat.astype(float).std((0, 1)).max() <= high, spread
     # Twice the uniform weight is as bright in a map of many patches as in one of few.
     for patches in (10, 40):
         double = np.full((patches, patches), 1 / patches**2)
         double[: patches // 10] *= 2
-        assert pictures.limits_of(double) == pytest.approx((0, 3 * double.mean()))
+        assert figures.limits_of(double) == pytest.approx((0, 3 * double.mean()))
 
 
 def test_titles_of_a_portrait_have_room(tmp_path):
     """Each title ends before the next column begins: nothing is drawn in the gaps."""
     image = np.zeros((400, 40, 3), np.uint8)
     maps = Maps((np.full((2, 40, 4), 1 / 160, np.float32),), ("layer12",))
-    sheet, *_ = pictures.draw(maps, image, tmp_path, "tall")
+    sheet, *_ = figures.draw(maps, image, tmp_path, "tall")
     pixels = np.asarray(Image.open(sheet))
-    width = (pixels.shape[1] - pictures.GAP) // pictures.COLUMNS
-    for column in range(1, pictures.COLUMNS + 1):
+    width = (pixels.shape[1] - figures.GAP) // figures.COLUMNS
+    for column in range(1, figures.COLUMNS + 1):
         left = column * width
-        assert (pixels[: pictures.ROW, left : left + pictures.GAP] == 255).all()
+        assert (pixels[: figures.ROW, left : left + figures.GAP] == 255).all()
 
 
 def test_pictures_say_who_drew_them(tmp_path):
     image = np.zeros((20, 20, 3), np.uint8)
     maps = Maps((np.full((1, 4, 4), 1 / 16, np.float32),))
     for path in [
-        *pictures.draw(maps, image, tmp_path, "a"),
-        *pictures.draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
-        *pictures.folder_sheets([("\udcff", [image])], tmp_path),
+        *figures.draw(maps, image, tmp_path, "a"),
+        *figures.draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
+        *figures.folder_sheets([("\udcff", [image])], tmp_path),
     ]:
-        assert pictures.drawn_here(path)
+        assert figures.drawn_here(path)
     Image.fromarray(image).save(tmp_path / "photograph.png")
-    assert not pictures.drawn_here(tmp_path / "photograph.png")
-    assert not pictures.drawn_here(tmp_path)
+    assert not figures.drawn_here(tmp_path / "photograph.png")
+    assert not figures.drawn_here(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RunFailed, match="cannot write"):
-        pictures.draw(maps, image, tmp_path / "file", "a")
+        figures.draw(maps, image, tmp_path / "file", "a")
 
 
 def test_matplotlib_says_nothing_of_its_cache(tmp_path):
     """As where the home cannot be written: the root of a test may write anywhere but below a file."""
     (tmp_path / "file").touch()
     env = os.environ | {"MPLCONFIGDIR": str(tmp_path / "file" / "below")}
-    command = [sys.executable, "-c", "import xdino_eval.pictures, xdino_eval.neighbours"]
+    command = [
+        sys.executable,
+        "-c",
+        "import xdino_eval.attention.figures, xdino_eval.knn.neighbours",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import probe as probes
 from xdino_eval.features import Features
-from xdino_eval.grid import Grid, grid_probe, grid_probe_features
-from xdino_eval.linear import OverImages, Sgd, held_out, sgd_probe, sgd_probe_features
-from xdino_eval.logistic import folded, logistic_probe
-from xdino_eval.probe import Probe
+from xdino_eval.linear import probe as probes
+from xdino_eval.linear.grid import Grid, grid_probe, grid_probe_features
+from xdino_eval.linear.logistic import folded, logistic_probe
+from xdino_eval.linear.probe import Probe
+from xdino_eval.linear.sgd import OverImages, Sgd, held_out, sgd_probe, sgd_probe_features
 from xdino_eval.transform import EvalTransform
 
 NAMES = ("ant", "bee", "cat", "dog", "elk")
@@ -200,7 +200,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("protocol", ["logistic", "sgd-features", "grid-features"])
 def test_an_interrupted_probe_on_features_goes_on(points, tmp_path, monkeypatch, protocol):
     monkeypatch.setattr("xdino_eval.linear.SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("xdino_eval.grid.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("xdino_eval.linear.grid.SECONDS_BETWEEN", 0.0)
     train, val = points(), points(60, seed=1)
     how = Sgd(epochs=5, batch_size=32)
     run = {

@@ -16,7 +16,7 @@ from xdino.backbones import BackboneSpec
 from xdino.config import Crops
 from xdino.errors import RunFailed
 from xdino_eval import quality
-from xdino_eval.quality import alarms, feature_std, lidar, measure, rankme, view_features
+from xdino_eval.quality.measures import alarms, feature_std, lidar, measure, rankme, view_features
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

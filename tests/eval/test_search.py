@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from xdino.errors import UsageError
-from xdino_eval import search
-from xdino_eval.search import (
+from xdino_eval.knn import search
+from xdino_eval.knn.search import (
     EMPTY,
     Exact,
     How,

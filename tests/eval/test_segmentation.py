@@ -8,9 +8,9 @@ from PIL import Image
 
 from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
-from xdino_eval import segmentation
-from xdino_eval.attention import class_attention_maps, mask
-from xdino_eval.segmentation import chance, find_pairs, jaccard, read_mask
+from xdino_eval.attention import segmentation
+from xdino_eval.attention.maps import class_attention_maps, mask
+from xdino_eval.attention.segmentation import chance, find_pairs, jaccard, read_mask
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_truth_itself_scores_a_hundred(folder, xcit, monkeypatch):
 
 
 def segmentation_maps(one):
-    from xdino_eval.attention import Maps
+    from xdino_eval.attention.maps import Maps
 
     return Maps((one[None],))
 

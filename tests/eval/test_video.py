@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import video
+from xdino_eval.attention import video
 
 av = pytest.importorskip("av")
 

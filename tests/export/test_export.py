@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone, save_backbone
 from xdino.errors import RunFailed, UsageError
-from xdino_launch import export_onnx
-from xdino_launch.export import export_backbone
+from xdino_launch.export import to_onnx
+from xdino_launch.export.backbone import export_backbone
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 2, "tokens_norm": True}
@@ -160,11 +160,11 @@ def test_onnx_follows_batch_and_image_size(run, tmp_path):
     with torch.no_grad():
         backbone.norm.bias[0] += 1
     with pytest.raises(RunFailed, match="differs"):
-        list(export_onnx.check(backbone, spec, path))
+        list(to_onnx.check(backbone, spec, path))
 
 
 def test_onnx_without_its_packages(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_onnx, "PACKAGES", ("onnx_that_nobody_has", "torch"))
+    monkeypatch.setattr(to_onnx, "PACKAGES", ("onnx_that_nobody_has", "torch"))
     with pytest.raises(UsageError, match=r"needs onnx_that_nobody_has: .*xdino\[onnx\]"):
         export_backbone(str(run), tmp_path / "x.onnx", "onnx")
 

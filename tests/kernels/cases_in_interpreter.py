@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xdino import acceleration, augment, distributed, kernels, photometric
+from xdino import acceleration, augment, kernels
+from xdino.augment import photometric
 from xdino.kernels import batch_norm, lpi, residual, xca
+from xdino.runtime import distributed
 from xdino.xcit import LPI, NORM_EPS, XCA, XCiT
 
 assert kernels.interpreted(), "start with TRITON_INTERPRET=1"

@@ -78,7 +78,8 @@ def train(embed_dim: int, heads: int, patch: int, size: int, autocast: bool) -> 
 
 
 def views(channels: int) -> None:
-    from xdino import augment, photometric
+    from xdino import augment
+    from xdino.augment import photometric
 
     spec = augment.multi_crop(mean=(0.5,) * channels, std=(0.2,) * channels)
     table = augment.draw_batch(spec, 0, 0, np.arange(4))[0]

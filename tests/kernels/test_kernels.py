@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from xdino import acceleration, augment, kernels, photometric, xcit
+from xdino import acceleration, augment, kernels, xcit
 from xdino.acceleration import Choice
+from xdino.augment import photometric
 from xdino.errors import UsageError
 from xdino.head import DINOHead
 from xdino.learner import Learner

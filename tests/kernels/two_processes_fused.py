@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from xdino import distributed
+from xdino.runtime import distributed
 from xdino.xcit import XCiT
 
 out, world = sys.argv[1], int(sys.argv[2])

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from click.testing import CliRunner
 
-from xdino import distributed
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import distributed
 from xdino_launch.cli import xdino
 
 commands, out = json.loads(sys.argv[1]), Path(sys.argv[2])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from xdino_launch import bench, bench_linear, cli
-from xdino_launch.bench_timing import Arm, Interval, Ratio, again, divided, interval, measure
+from xdino_launch import cli
+from xdino_launch.bench import arms as bench
+from xdino_launch.bench import linear
+from xdino_launch.bench.timing import Arm, Interval, Ratio, again, divided, interval, measure
 
 STEP = (
     "step", "--batch", "2", "--prototypes", "64", "--global-size", "32", "--local-size", "16",
@@ -151,10 +153,10 @@ def test_linear(run):
 
 def test_both_arms_of_linear_see_the_same_images(tmp_path):
     """And the grid's first head, which has the least learning rate, moves with them."""
-    shape = bench_linear.LinearShape(images=5, size=32, batch=4, lrs=2, features=0, classes=2)
+    shape = linear.LinearShape(images=5, size=32, batch=4, lrs=2, features=0, classes=2)
     with ExitStack() as stack:
-        source = bench_linear._source(shape, None, stack)
-        arms = bench_linear._over_images(
+        source = linear._source(shape, None, stack)
+        arms = linear._over_images(
             shape, source, torch.device("cpu"), bench.Protocol(rounds=1), stack
         )
         read: list[int] = []

@@ -13,7 +13,7 @@ from PIL import Image
 from xdino import checkpoint, config
 from xdino.errors import RunFailed, UsageError
 from xdino.train import pretrain
-from xdino_eval import evaluate
+from xdino_eval import during_training
 from xdino_launch import local
 
 
@@ -99,7 +99,7 @@ def test_evaluation_leaves_numbers_and_the_same_bits(tiny, tmp_path, wandb, caps
     assert (row["protocol"], row["checkpoint"]) == ("linear, logistic regression", sums[1])
     assert (row["train_size"], row["val_size"]) == (20, 12)
     assert row["features"] == "teacher, iteration 6"
-    assert row["settings"][evaluate.AT_END] == 20
+    assert row["settings"][during_training.AT_END] == 20
     told = metrics(judged)
     assert [r["iteration"] for r in told if "knn_top1" in r] == [3, 6]
     assert told[-1] == {
@@ -140,7 +140,7 @@ def test_an_evaluation_that_fails_costs_its_number_alone(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(evaluate, "extract", fail)
+    monkeypatch.setattr(during_training, "extract", fail)
     path = local.run_pretraining(tiny(every=1, linear="logistic"), tmp_path)
     assert checkpoint.load_backbone(path).weights["iteration"] == 6
     shown = capsys.readouterr().err
@@ -169,7 +169,9 @@ def test_damaged_results_are_left_alone_and_the_run_is_whole(tiny, tmp_path, cap
 
 def test_a_probe_needs_labels_before_anything_is_trained(tiny, folder, tmp_path):
     flat = str(folder / "train" / "dark")
-    with pytest.raises(UsageError, match=r"evaluate.linear asks for a probe.*--evaluate.linear"):
+    with pytest.raises(
+        UsageError, match=r"evaluate.linear asks for a probe.*--during_training.linear"
+    ):
         local.run_pretraining(tiny(linear="grid", data=flat), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match=r"evaluate.linear cannot be 'svm'"):

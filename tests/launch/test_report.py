@@ -14,8 +14,9 @@ from PIL import Image
 from xdino import config
 from xdino.errors import UsageError
 from xdino_eval import quality, results
-from xdino_launch import cli, report
-from xdino_launch.report import draw_curves, series, write_report
+from xdino_launch import cli
+from xdino_launch.report import page as report
+from xdino_launch.report.page import draw_curves, series, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SHA = "0123456789abcdef" * 4

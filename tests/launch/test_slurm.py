@@ -15,7 +15,7 @@ import yaml
 
 from xdino import config
 from xdino.errors import RunFailed, UsageError
-from xdino.rendezvous import first_host, from_slurm
+from xdino.runtime.rendezvous import first_host, from_slurm
 from xdino_launch.slurm import Resources, job_script, submit, whole_minutes
 
 SMALL = {"train.batch_size": "2500", "crops.global_size": "12", "crops.local_count": "0",

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval.copydetection import (
+from xdino_eval.suite.copydetection import (
     RANKED,
     Whitening,
     evaluate,

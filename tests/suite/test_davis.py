@@ -11,9 +11,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import davis
-from xdino_eval.davis import Propagation
-from xdino_eval.davis_scores import ObjectScore, contour, contour_f, jaccard, score_video, summary
+from xdino_eval.suite import davis
+from xdino_eval.suite.davis import Propagation
+from xdino_eval.suite.davis_scores import (
+    ObjectScore,
+    contour,
+    contour_f,
+    jaccard,
+    score_video,
+    summary,
+)
 
 PALETTE = [0, 0, 0, 10, 20, 30, 200, 100, 0]
 COLOURS = ((90, 60, 30), (230, 20, 20), (20, 30, 230))  # ground, first object, second object

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval.plain_pickle import load
+from xdino_eval.suite.safe_pickle import load
 
 TREE = {
     "names": ["a", "bé"],

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import plain_pickle
 from xdino_eval.accuracy import average_precision
-from xdino_eval.retrieval import Query, cut, evaluate, fit, open_benchmark, score
+from xdino_eval.suite import safe_pickle
+from xdino_eval.suite.retrieval import Query, cut, evaluate, fit, open_benchmark, score
 
 # Degrees from the query's colour, and what each image is to it.
 DATABASE = {"junk": 5, "easy": 12, "negative_1": 20, "hard": 32, "negative_2": 55, "negative_3": 80}
@@ -175,4 +175,4 @@ def test_what_is_no_file(folder):
     with pytest.raises(UsageError, match=r"gnd_roxford5k\.pkl is missing"):
         open_benchmark(folder, "roxford5k")
     with pytest.raises(RunFailed, match="cannot be read: Is a directory"):
-        plain_pickle.load(truth)
+        safe_pickle.load(truth)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from xdino.dino_vit import DINOViT, WholePatches
 from xdino.errors import UsageError
-from xdino.vit import DINOViT, WholePatches
 from xdino.xcit import XCiT
-from xdino_eval.descriptors import class_and_gem, gem, multi_scale
+from xdino_eval.suite.descriptors import class_and_gem, gem, multi_scale
 from xdino_eval.tokens import class_and_patches, class_token, patch_side
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "suite.safetensors")

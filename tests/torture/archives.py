@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from xdino.data.decode import UnreadableImage
+from xdino.data.sources import Source, fingerprint, open_source, splits_of
+from xdino.data.tars import PACK_MEMBER
 from xdino.errors import RunFailed, UsageError
-from xdino.images import UnreadableImage
-from xdino.shards import PACK_MEMBER
-from xdino.sources import Source, fingerprint, open_source, splits_of
 
 _MEMORY = 1 << 28  # bytes that opening and reading may take at most
 _SECONDS = 10

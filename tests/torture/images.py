@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from xdino.images import UnreadableImage, decode
+from xdino.data.decode import UnreadableImage, decode
 
 MAX_PIXELS = 4_000_000  # of a decoded image here
 _MEMORY = 1 << 29  # bytes that decoding may take at most: a hundred for each of those pixels

@@ -25,9 +25,9 @@ from PIL import Image
 
 from xdino import checkpoint, config, metrics, train
 from xdino.errors import RunFailed, UsageError
-from xdino.run import RunDirectory
+from xdino.run_directory import RunDirectory
 from xdino_eval import quality, results
-from xdino_launch.report import write_report
+from xdino_launch.report.page import write_report
 
 FILES = (
     "config.yaml", "environment.json", "results.json", "quality.json", "unreadable.jsonl",

@@ -4,8 +4,9 @@ import sys
 
 import torch
 
-from xdino import config, distributed, train
+from xdino import config, train
 from xdino.errors import RunFailed
+from xdino.runtime import distributed
 
 images, folder, *policies = sys.argv[1:]
 tree = {

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xdino.data import BadImage, CropLoader, open_source
+from xdino.data.decode import UnreadableImage, decode
+from xdino.data.loader import BadImage, CropLoader
+from xdino.data.sources import open_source
 from xdino.errors import RunFailed
-from xdino.images import UnreadableImage, decode
 from xdino.plan import make_plan
 from xdino.train import pretrain
 
@@ -107,7 +108,7 @@ def test_huge_images_are_refused_in_little_memory(zoo):
     code = """
 import resource, sys
 from pathlib import Path
-from xdino.images import UnreadableImage, decode
+from xdino.data.decode import UnreadableImage, decode
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20,) * 2)
 for name in sys.argv[1:]:
@@ -127,7 +128,7 @@ for name in sys.argv[1:]:
 
 def test_a_higher_limit_lifts_pillows_own(zoo, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of its own; it refuses above 1,000
-    monkeypatch.setattr("xdino.images.MAX_PIXELS", 1_000)
+    monkeypatch.setattr("xdino.data.decode.MAX_PIXELS", 1_000)
     data = (zoo / "palette.gif").read_bytes()  # 1,200 pixels
     with pytest.raises(UnreadableImage, match=r"1,200 pixels are more than the limit of 1,000 pix"):
         decode(data, max_pixels=2_000)
@@ -139,7 +140,7 @@ def test_a_higher_limit_lifts_pillows_own(zoo, monkeypatch):
 def test_a_restart_counts_on_and_forgets_what_was_mended(zoo):
     source = open_source(str(zoo))
     plan = {"batch_size": 31, "seed": 0, "workers": 0, "max_bad_share": 0.2}
-    from xdino.augment import multi_crop
+    from xdino.augment.multi_crop import multi_crop
 
     crops = multi_crop(16, local_count=0)
     first = CropLoader(source, crops, **plan)
@@ -176,7 +177,7 @@ def test_a_stopped_run_keeps_its_list(tiny, zoo, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_that_runs_out_names_the_image_in_hand(zoo, monkeypatch, workers):
     from xdino import data
-    from xdino.augment import multi_crop
+    from xdino.augment.multi_crop import multi_crop
 
     def out_of_memory(image, *rest):
         if image.shape[:2] == (1000, 20):

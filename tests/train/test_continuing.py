@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from xdino import checkpoint, lock
+from xdino import checkpoint
 from xdino.errors import RunFailed, Stopped, UsageError
-from xdino.lock import Lock
-from xdino.run import RunDirectory
+from xdino.run_directory import RunDirectory
+from xdino.runtime import lock
+from xdino.runtime.lock import Lock
 from xdino.train import pretrain
 
 from .listening import Ear, rows

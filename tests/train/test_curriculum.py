@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from xdino import augment, checkpoint, config, data, photometric
+from xdino import augment, checkpoint, config, data
+from xdino.augment import photometric
 from xdino.errors import Stopped, UsageError
 from xdino.plan import make_plan
 from xdino.train import Listener, pretrain

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from xdino import checkpoint, distributed, rendezvous
+from xdino import checkpoint
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import distributed, rendezvous
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from xdino import architectures, xcit
+from xdino import weight_names, xcit
 from xdino.errors import UsageError
 
 
@@ -22,9 +22,9 @@ def test_same_features_as_timm_with_the_same_weights(name, agree):
             elif value.is_floating_point():
                 value.add_(torch.randn(value.shape, generator=generator) * 0.02)
     ours = xcit.build(name).eval()
-    names = architectures.plain_names(theirs.state_dict())
+    names = weight_names.plain_names(theirs.state_dict())
     ours.load_state_dict(names, strict=True)
-    back = architectures.to_timm_names(ours.state_dict())
+    back = weight_names.to_timm_names(ours.state_dict())
     assert back.keys() == theirs.state_dict().keys()
     for key, value in theirs.state_dict().items():
         assert torch.equal(back[key], value), key

@@ -67,7 +67,7 @@ def _takes(arch: str, option: str, sizes: tuple[int, ...], batch: int, training:
 
 def finish_bench(report: Any, out: str | None) -> None:
     """A benchmark's tables on standard output, and everything in `out`."""
-    from xdino_launch.bench_timing import CLAIM_ROUNDS, write
+    from xdino_launch.bench.timing import CLAIM_ROUNDS, write
     from xdino_launch.console import stderr_console, stdout_console
 
     for table in report.tables():
@@ -92,7 +92,7 @@ def bench_pipeline(
     data: str | None, reference: str | None, batch: int, images: int, out: str | None, **how: Any
 ) -> None:
     """Milliseconds an image from JPEG to crops, on as many cores as threads."""
-    from xdino_launch import bench as rooms
+    from xdino_launch.bench import arms as rooms
 
     report = rooms.pipeline(data, reference, batch, images, rooms.Protocol(**how))
     finish_bench(report, out)
@@ -135,7 +135,7 @@ def bench_step(
     if locals_:
         _takes(arch, "--local-size", (shape["local_size"],), locals_ * batch, True)
     from xdino.acceleration import MODES
-    from xdino_launch import bench as rooms
+    from xdino_launch.bench import arms as rooms
 
     for mode in kernels.split(","):
         if mode not in MODES:
@@ -169,7 +169,7 @@ def bench_knn(
 ) -> None:
     """Seconds of the k-NN evaluation at k = 10, 20, 100 and 200, and whether both agree."""
     _fits("the bank and the queries", 8 * (bank + queries + classes) * dim, "--bank or --dim")
-    from xdino_launch import bench as rooms
+    from xdino_launch.bench import arms as rooms
 
     report = rooms.knn(bank, queries, dim, classes, reference, rooms.Protocol(**how))
     finish_bench(report, out)
@@ -205,8 +205,8 @@ def bench_linear(
     _fits("the images of a batch", 12 * pixels, "--batch or --size")
     if shape["images"]:
         _takes(shape["arch"], "--size", (shape["size"],), shape["batch"], False)
-    from xdino_launch import bench_linear as rooms
-    from xdino_launch.bench import Protocol
+    from xdino_launch.bench import linear as rooms
+    from xdino_launch.bench.arms import Protocol
 
     protocol = Protocol(rounds, threads, seconds)
     finish_bench(rooms.linear(rooms.LinearShape(**shape), data, protocol), out)
@@ -236,7 +236,7 @@ def bench_scaling(
     _fits("the images of a batch", 12 * batch * max(pixels) ** 2, "--batch or --sizes")
     for name in (arch, against):
         _takes(name, "--sizes", pixels, batch, False)
-    from xdino_launch import bench as rooms
+    from xdino_launch.bench import arms as rooms
 
     report = rooms.scaling(arch, against, pixels, batch, precision, device, rooms.Protocol(**how))
     finish_bench(report, out)

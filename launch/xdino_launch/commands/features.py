@@ -28,7 +28,7 @@ def features(**options: Any) -> None:
     """Write the frozen features of train/ and val/ to a safetensors file (--out)."""
     if not options["out"]:
         raise UsageError("features needs --out FILE.safetensors")
-    from xdino_launch.evaluate import Subject, save_features
+    from xdino_launch.evaluation.subject import Subject, save_features
 
     subject = Subject.open(**subject_options(options))
     path = save_features(subject, Path(options["out"]))
@@ -58,7 +58,7 @@ def features(**options: Any) -> None:
 @on_one_process
 def quality(weights: str, data: str, split: str, out: str | None, **how: Any) -> None:
     """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed."""
-    from xdino_eval.quality import Quality, judge
+    from xdino_eval.quality.measures import Quality, judge
     from xdino_launch.console import counter, stderr_console
 
     progress = counter(stderr_console(), "features")

@@ -65,12 +65,12 @@ def knn(
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"
         )
-    from xdino import distributed
     from xdino.plan import resolve_device
+    from xdino.runtime import distributed
     from xdino_eval import knn as rooms
-    from xdino_eval.search import How
-    from xdino_eval.shares import folder_for
-    from xdino_launch.evaluate import Subject, open_one_split
+    from xdino_eval.knn.search import How
+    from xdino_eval.knn.sharding import folder_for
+    from xdino_launch.evaluation.subject import Subject, open_one_split
 
     device = resolve_device(options["device"])
     how = How.named(search, device, bank_block)

@@ -87,11 +87,11 @@ def linear(
     for name, value in chosen.items():
         if value is not None and not protocol.startswith("grid"):
             raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
-    from xdino_eval.grid import Grid
-    from xdino_eval.linear import Sgd
-    from xdino_eval.logistic import GRIDS
-    from xdino_launch.evaluate import Subject
-    from xdino_launch.probing import train
+    from xdino_eval.linear.grid import Grid
+    from xdino_eval.linear.logistic import GRIDS
+    from xdino_eval.linear.sgd import Sgd
+    from xdino_launch.evaluation.probing import train
+    from xdino_launch.evaluation.subject import Subject
 
     given: dict[str, Any] = {
         "lrs": numbers(lrs, "lrs", above=0),
@@ -122,7 +122,7 @@ def _apply(
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = {"cs": "c"}.get(name, name).replace("_", "-")
             raise UsageError(f"--apply trains nothing: leave out --{option}")
-    from xdino_launch.probing import use
+    from xdino_launch.evaluation.probing import use
 
     rows = use(subject_options(options), probe, split, predictions)
     if predictions is not None:

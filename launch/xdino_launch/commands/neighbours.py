@@ -40,10 +40,10 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
         raise UsageError(f"there is no image file {missing[0]}")
     import numpy as np
 
-    from xdino.data import epoch_order
-    from xdino.sources import FileSource, Source
-    from xdino_eval import neighbours as rooms
-    from xdino_launch.evaluate import Subject, features_name, open_any_splits
+    from xdino.data.loader import epoch_order
+    from xdino.data.sources import FileSource, Source
+    from xdino_eval.knn import neighbours as rooms
+    from xdino_launch.evaluation.subject import Subject, features_name, open_any_splits
 
     subject = Subject.open(**subject_options(options), splits=open_any_splits)
     if images:

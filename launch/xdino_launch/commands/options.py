@@ -165,7 +165,7 @@ def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
 
         import torch
 
-        from xdino import distributed
+        from xdino.runtime import distributed
 
         joined = distributed.start(torch.device("cpu"))
         try:

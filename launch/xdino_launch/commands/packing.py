@@ -20,7 +20,7 @@ def pack(
     Without --shorter-side the files' own bytes: the same crops as from the folder. With it,
     smaller JPEGs that are faster to read; results then say that their data were shrunk.
     """
-    from xdino import pack as room
+    from xdino.data import pack as room
     from xdino_launch.console import counter, stderr_console
 
     console = stderr_console()

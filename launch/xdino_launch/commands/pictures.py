@@ -77,7 +77,7 @@ def attention(
         raise UsageError("--layer and --head choose class attention; --pca and --xca have none")
     from pathlib import Path
 
-    from xdino_launch import drawing
+    from xdino_launch.evaluation import drawing
 
     backbone = drawing.open_backbone(weights, arch, role, device)
     options = drawing.Options(Path(out), size, mass, layer, head, fps, foreground)
@@ -136,10 +136,11 @@ def segment_score(
     void = _void(ignore)
     from pathlib import Path
 
-    from xdino_eval import results, segmentation
-    from xdino_launch import drawing
+    from xdino_eval import results
+    from xdino_eval.attention import segmentation
     from xdino_launch.console import counter, stderr_console
-    from xdino_launch.evaluate import features_name
+    from xdino_launch.evaluation import drawing
+    from xdino_launch.evaluation.subject import features_name
 
     segmentation.find_pairs(data)  # before the network is read
     backbone = drawing.open_backbone(weights, arch, role, device)

@@ -75,7 +75,7 @@ def pretrain(
     --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
     xdino_launch pretrain CONFIG --run-dir DIR, or submit.
     """
-    from xdino.stopping import StopSignal
+    from xdino.runtime.stopping import StopSignal
 
     with StopSignal(last=ctx.obj is True) as stop:  # before the imports, which take seconds
         from xdino import config as configuration

@@ -48,7 +48,7 @@ class Judgement:
     def tell(self, row: "Row", backbone: "nn.Module", out: str | None) -> None:
         """A row, signed, to where rows go."""
         from xdino_eval.results import signed
-        from xdino_launch.evaluate import features_name
+        from xdino_launch.evaluation.subject import features_name
 
         facts: Any = backbone.weights
         rows = signed([row], facts["sha256"], features_name(facts))
@@ -115,7 +115,7 @@ def retrieval(
     DINO's published numbers show the network whole query images; the benchmark's protocol crops
     them to the query's box (--crop-queries).
     """
-    from xdino_eval import retrieval as room
+    from xdino_eval.suite import retrieval as room
 
     benchmark = room.open_benchmark(data, dataset)
     backbone = judgement.backbone()
@@ -153,7 +153,7 @@ def copydetection(
       FOLDER/jpegqual/75/*.jpg, FOLDER/crops/10/*.jpg, ...    may be absent
     A copy's name begins with the four characters of its original's.
     """
-    from xdino_eval import copydetection as room
+    from xdino_eval.suite import copydetection as room
 
     copydays = room.open_copydays(data)
     for folder in (distractors, whitening):
@@ -204,7 +204,7 @@ def davis(
     Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
     official scorer reads. J and F are measured as it does, where all frames are annotated.
     """
-    from xdino_eval import davis as room
+    from xdino_eval.suite import davis as room
 
     videos = room.open_davis(data, split)
     backbone = judgement.backbone()

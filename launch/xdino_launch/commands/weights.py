@@ -27,7 +27,7 @@ def export(weights: str, out: str, format: str, arch: str | None, role: str) -> 
     xdino[onnx]) that takes any batch, and for an XCiT any image size.
     """
     from xdino_launch.console import stderr_console
-    from xdino_launch.export import export_backbone
+    from xdino_launch.export.backbone import export_backbone
 
     console = stderr_console()
 

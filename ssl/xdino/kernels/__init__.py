@@ -12,8 +12,9 @@ forward and backward, wrapped in an autograd function that saves its inputs and 
 - `blocks`: an XCiT's patch tokens out of the first four.
 
 Nothing here is imported where Triton is missing: `reason` says why, and `xdino.xcit` and
-`xdino.photometric` stay the reference. With TRITON_INTERPRET=1 in the environment before Triton is
-imported, the kernels run on the CPU, slowly, which is how the tests hold them to the reference.
+`xdino.augment.photometric` stay the reference. With TRITON_INTERPRET=1 in the environment before
+Triton is imported, the kernels run on the CPU, slowly, which is how the tests hold them to the
+reference.
 
 Letters: B images, N tokens, T = B * N rows, D width, H heads, d = D / H, C channels of a BatchNorm.
 """

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from xdino import distributed
 from xdino.kernels import interpreted, residual
+from xdino.runtime import distributed
 
 # Rows and channels of a block. The interpreter pays for operations, not for what they hold.
 ROWS, COLUMNS = (1024, 1024) if interpreted() else (32, 64)

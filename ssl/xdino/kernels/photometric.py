@@ -1,6 +1,6 @@
 """The photometric part of multi-crop in two kernels: two uint8 reads and one write of the result.
 
-What `xdino.photometric` defines, for CUDA devices. The first kernel finds the mean level
+What `xdino.augment.photometric` defines, for CUDA devices. The first kernel finds the mean level
 that contrast blends with, which depends on the operations before it. The second does the rest on
 windows of pixels: colours are computed for the window and its margin, so the blur needs no image in
 between; its two directions are products with one banded matrix of the kernel's taps. An image

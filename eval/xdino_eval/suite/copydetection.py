@@ -1,0 +1,222 @@
+"""Copy detection on Copydays, as DINO evaluates it.
+
+A copy (printed and scanned, painted on, cropped, compressed) shall find its original among originals
+and distractors (Douze et al. 2009, "Evaluation of GIST descriptors for web-scale image search").
+DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294, section 4.2.1 and the published
+`eval_copy_detection.py`) describes an image by the class token and the GeM of the patch tokens in a
+row, whitened by a PCA that is learned on other images, and reports the mAP of the strong copies.
+
+The folder, as Copydays is distributed; names of a copy and its original begin with the same four
+characters:
+
+    FOLDER/original/200000.jpg ...         the originals
+    FOLDER/strong/200001.jpg ...           the copies that are reported
+    FOLDER/jpegqual/75/... , crops/10/...  weaker copies, scored where they are there
+
+Letters: N images, Q queries, D width of a descriptor.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xdino.data.sources import SUFFIXES, FileSource
+from xdino.errors import UsageError
+from xdino_eval import image_files
+from xdino_eval.accuracy import average_precision
+from xdino_eval.attention.maps import LARGEST
+from xdino_eval.features import Progress
+from xdino_eval.image_files import printable
+from xdino_eval.results import Row
+from xdino_eval.suite.descriptors import GEM, Describer, class_and_gem
+from xdino_eval.transform import EvalTransform, Judged, resample
+
+BLOCKS = (
+    "original",
+    "strong",
+    *(f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)),
+    *(f"crops/{share}" for share in (10, 15, 20, 30, 40, 50, 60, 70, 80)),
+)
+KEY = 4  # leading characters that a copy and its original share
+RANKED = 20  # images a query is answered with, as published
+SMALLEST_EIGENVALUE = 1e-5  # of the largest
+
+
+@dataclass(frozen=True)
+class Copydays:
+    """names: block -> file names in order, "original" and "strong" among them."""
+
+    folder: Path
+    names: dict[str, list[str]]
+
+    def positives(self, block: str) -> list[np.ndarray]:
+        """For each copy of `block` the indices of its originals, int64."""
+        keys = np.array([name[:KEY] for name in self.names["original"]])
+        return [np.flatnonzero(keys == name[:KEY]) for name in self.names[block]]
+
+
+def image_names(folder: Path) -> list[str]:
+    """The images directly in `folder`, sorted by name.
+
+    Raises:
+        UsageError: there is no such folder, or it holds no image.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    names = [path.name for path in image_files.listed(folder)]
+    if not names:
+        raise UsageError(f"{folder} holds no image with the suffix {' '.join(SUFFIXES)}")
+    return names
+
+
+def open_copydays(folder: Path | str) -> Copydays:
+    """The blocks of Copydays that are there.
+
+    Raises:
+        UsageError: originals or strong copies are missing, or a copy has no original.
+    """
+    folder = Path(folder)
+    for block in ("original", "strong"):
+        if not (folder / block).is_dir():
+            raise UsageError(
+                f"{folder / block} is missing: a Copydays folder holds original/ and strong/, and "
+                "may hold jpegqual/QUALITY/ and crops/SHARE/"
+            )
+    names = {block: image_names(folder / block) for block in BLOCKS if (folder / block).is_dir()}
+    copydays = Copydays(folder, names)
+    for block in names:
+        for name, originals in zip(names[block], copydays.positives(block), strict=True):
+            if not len(originals):
+                raise UsageError(
+                    f"{folder / block / name} has no original: no file of {folder / 'original'} "
+                    f"begins with {name[:KEY]}"
+                )
+    return copydays
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """mean: float32 [D]. matrix: float32 [D, D]; whitened = (x - mean) matrix^T."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def learn(cls, features: Tensor) -> "Whitening":
+        """From descriptors `[N, D]` of other images.
+
+        As published: the second moment is about zero while the descriptors are centred, and
+        eigenvalues below 1e-5 of the largest count as that.
+        """
+        x = features.double()
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        if not values.max() > 0:
+            raise UsageError("descriptors that are all zero have no whitening")
+        values = values.clamp(min=float(values.max()) * SMALLEST_EIGENVALUE)
+        # Largest first: the order changes no similarity, and makes the rows readable.
+        matrix = (vectors / values.sqrt()).T.flip(0)
+        return cls(x.mean(0).float(), matrix.float())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """`[N, D]` -> `[N, D]`."""
+        return (features - self.mean) @ self.matrix.T
+
+
+def mean_average_precision(ranking: np.ndarray, positives: list[np.ndarray]) -> float:
+    """In per cent. ranking: int [Q, R] database indices, best first; what lies beyond R is lost."""
+    precisions = []
+    for order, positive in zip(ranking, positives, strict=True):
+        ranks = np.flatnonzero(np.isin(order, positive))
+        precisions.append(average_precision(ranks, len(positive)))
+    return 100 * float(np.mean(precisions))
+
+
+def evaluate(
+    backbone: nn.Module,
+    copydays: Copydays,
+    size: int = 320,
+    distractors: Path | None = None,
+    whitening: Path | None = None,
+    batch_size: int = 16,
+    workers: int = 2,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Row:
+    """mAP of each block that is there, as an unsigned row of results.
+
+    Args:
+        size: images are resized to squares of so many pixels, bicubic, whatever their proportions.
+        distractors: folder of images that join the originals (published: 10,000 of YFCC100M).
+        whitening: folder of images that the whitening is learned on (published: 20,000 of
+            YFCC100M); None = none.
+
+    Raises:
+        UsageError: a folder without images; no patch tokens in this backbone.
+        RunFailed: an image cannot be read.
+    """
+    if size**2 > LARGEST:
+        raise UsageError(
+            f"{size} x {size} pixels are more than the limit of {LARGEST / 1e6:,.0f} million: "
+            "lower --size"
+        )
+    start = time.monotonic()
+    judged = cast(Judged, backbone)
+    others = {name: image_names(path) if path else [] for name, path in
+              (("distractors", distractors), ("whitening", whitening))}  # fmt: skip
+    describer = Describer(
+        backbone, class_and_gem, EvalTransform.of(judged, size), batch_size, workers, precision,
+        progress,
+    )  # fmt: skip
+
+    def square(image: np.ndarray, _: int) -> np.ndarray:
+        return resample(image, (size, size), Image.Resampling.BICUBIC)
+
+    def described(folder: Path, names: list[str]) -> Tensor:
+        paths = [os.fsencode(name) for name in names]
+        return describer(FileSource(str(folder), folder, paths, len(judged.mean)), square)
+
+    queries = {
+        block: described(copydays.folder / block, names) for block, names in copydays.names.items()
+    }
+    database = queries["original"]
+    if distractors:
+        database = torch.cat((database, described(distractors, others["distractors"])))
+    if whitening:
+        whiten = Whitening.learn(described(whitening, others["whitening"]))
+        database = whiten(database)
+        queries = {block: whiten(found) for block, found in queries.items()}
+    database = F.normalize(database, dim=1)
+    metrics = {}
+    for block, found in sorted(queries.items(), key=lambda item: item[0] != "strong"):
+        similarity = F.normalize(found, dim=1) @ database.T
+        ranking = similarity.argsort(dim=1, descending=True, stable=True)[:, :RANKED].numpy()
+        metrics[f"mAP {block}"] = mean_average_precision(ranking, copydays.positives(block))
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (judged.mean, judged.std))
+    absent = [block for block in BLOCKS if block not in queries]
+    return Row(
+        protocol="copy detection",
+        settings={
+            "size": size,
+            "gem": GEM,
+            "ranked": RANKED,
+            "distractors": len(others["distractors"]),
+            "whitening": len(others["whitening"]),
+        },
+        top1=None,
+        top5=None,
+        data=printable(copydays.folder),
+        transform=f"{size} x {size} (PIL bicubic), mean ({mean}), std ({std}), {precision}",
+        train_size=len(database),
+        val_size=sum(len(found) for found in queries.values()),
+        seconds=time.monotonic() - start,
+        notes=[f"not there, not measured: {', '.join(absent)}"] if absent else [],
+        metrics=metrics,
+    )

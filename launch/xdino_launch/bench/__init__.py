@@ -1,0 +1,1 @@
+"""Side-by-side timings, ours beside ours and beside published code."""

@@ -1,0 +1,19 @@
+"""Images in: sources, decoding, and batches that follow from the iteration."""
+
+from xdino.data.decode import UnreadableImage, decode
+from xdino.data.loader import BadImage, CropBatch, CropLoader, epoch_order, steps_per_epoch
+from xdino.data.sources import Source, fingerprint, open_source, open_splits
+
+__all__ = [
+    "BadImage",
+    "CropBatch",
+    "CropLoader",
+    "Source",
+    "UnreadableImage",
+    "decode",
+    "epoch_order",
+    "fingerprint",
+    "open_source",
+    "open_splits",
+    "steps_per_epoch",
+]

@@ -1,0 +1,340 @@
+"""A source of images -> an endless, resumable row of micro-batches of uint8 crops.
+
+Which images and crops make up iteration i follows from (seed, i) alone: the order of an epoch is
+one Philox permutation, an image's crops are a pure function of (seed, epoch, index). So the loader
+has no state to save, any number of workers gives the same pixels, and a run that resumes at i goes
+on exactly where it stopped.
+
+Workers are threads: decoding and resizing let go of the interpreter lock, and threads write
+straight into the batch, where processes would copy every crop twice more.
+
+Letters: N images of the source, B images of a micro-batch on one rank, V views.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdino.augment.multi_crop import MultiCrop, boxes, crop, draw_batch, serial_threads
+from xdino.data.decode import UnreadableImage, decode
+from xdino.data.sources import Source, fingerprint, open_source, open_splits
+from xdino.errors import RunFailed, UsageError
+
+__all__ = [
+    "BadImage",
+    "CropBatch",
+    "CropLoader",
+    "Source",
+    "UnreadableImage",
+    "decode",
+    "epoch_order",
+    "fingerprint",
+    "open_source",
+    "open_splits",
+    "steps_per_epoch",
+]
+
+_STREAM = 2  # second half of the Philox key; augment's draws use another
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` images in an epoch: int64 [n], a permutation, read-only.
+
+    Sorts raw Philox numbers: unlike numpy's own shuffling, these are the same in every version.
+    """
+    generator = np.random.Philox(
+        key=np.array([seed, _STREAM], np.uint64), counter=np.array([0, 0, epoch, 0], np.uint64)
+    )
+    order = np.argsort(generator.random_raw(n), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    """Whole batches of `global_batch` images in `n`; the rest of an epoch is dropped.
+
+    Raises UsageError where there is not even one.
+    """
+    if n < global_batch:
+        raise UsageError(
+            f"a batch takes {global_batch:,} images (processes x batch size x accumulation), but "
+            f"the data holds {n:,}; lower the batch size to at most {n:,} in total"
+        )
+    return n // global_batch
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """No fan-out of torch's operations in this thread: single crops are too small for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True, order=True)
+class BadImage:
+    """An image that cannot be read: its index in the source, how a person finds it, why."""
+
+    index: int
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """One micro-batch of one rank.
+
+    crops: one uint8 [views, B, size, size, C] per group of equal sizes; table: the drawn
+    parameters [V, B]; indices: int64 [B] into the source (of what was asked for, also where
+    another image stands in for one that cannot be read).
+    """
+
+    crops: list[Tensor]
+    table: np.ndarray
+    indices: np.ndarray
+    iteration: int
+    epoch: int
+
+
+class CropLoader:
+    """Micro-batches of crops for one rank.
+
+    batch_size: images of a micro-batch on this rank; an iteration is `accumulate` micro-batches on
+    each of `world_size` ranks. workers: threads, 0 to work in the calling one. prefetch: whole
+    micro-batches that are worked on ahead of the consumer. early_crops: what iterations before
+    `early_iterations` get instead of `crops`; which it is follows from the iteration, also for
+    batches made ahead and after a restart. max_bad_share: of the source's images,
+    how many may turn out unreadable, on this rank, before the run is stopped; until then the next
+    readable image stands in.
+
+    known_bad: images that an earlier process found unreadable; they are tried once more here, and
+    those that still cannot be read count from the start.
+
+    `bad` maps the index of each unreadable image found so far to (where it is, why);
+    `wait_seconds` is how long the consumer has waited for batches in total. Raises UsageError for
+    a source smaller than one batch, or with a number of channels other than the crops'.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        crops: MultiCrop,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 2,
+        prefetch: int = 3,
+        pin_memory: bool = False,
+        max_bad_share: float = 0.05,
+        early_crops: MultiCrop | None = None,
+        early_iterations: int = 0,
+        known_bad: Iterable[BadImage] = (),
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("accumulate", accumulate, 1),
+            ("world_size", world_size, 1),
+            ("workers", workers, 0),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}")
+        if not 0 <= max_bad_share <= 1:
+            raise UsageError(f"data.max_bad_share must be from 0 to 1, got {max_bad_share}")
+        if source.channels != crops.channels:
+            raise UsageError(
+                f"{source.name} has {source.channels} channels, but mean and std have "
+                f"{crops.channels}"
+            )
+        self.source, self.crops, self.seed = source, crops, seed
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.rank, self.world_size = rank, world_size
+        self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
+        self.max_bad_share = max_bad_share
+        self.early_crops, self.early_iterations = early_crops, early_iterations
+        self.steps_per_epoch = steps_per_epoch(len(source), self.global_batch)
+        self.bad: dict[int, tuple[str, str]] = {}
+        self.wait_seconds = 0.0
+        self._news: queue.SimpleQueue[BadImage] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        for known in known_bad:
+            self._try_again(known)
+        self._check_share()
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one iteration, over all ranks and micro-batches."""
+        return self.world_size * self.batch_size * self.accumulate
+
+    def crops_at(self, iteration: int) -> MultiCrop:
+        """The crops of iteration `iteration`, counted from 0."""
+        if self.early_crops is not None and iteration < self.early_iterations:
+            return self.early_crops
+        return self.crops
+
+    def indices_at(self, iteration: int, micro: int) -> tuple[int, np.ndarray]:
+        """The epoch of iteration `iteration`, counted from 0, and a micro-batch's images [B]."""
+        epoch, step = divmod(iteration, self.steps_per_epoch)
+        order = epoch_order(len(self.source), self.seed, epoch)
+        # Micro-batches of all ranks lie one after the other, so that the images of an iteration
+        # are the same however they are shared out.
+        start = step * self.global_batch
+        start += (micro * self.world_size + self.rank) * self.batch_size
+        return epoch, order[start : start + self.batch_size].copy()  # writable, as torch wants it
+
+    def iterate(self, start_iteration: int, end_iteration: int) -> Generator[CropBatch, None, None]:
+        """The micro-batches of iterations start to end (exclusive), `accumulate` for each.
+
+        Closing the generator early waits only for the images in hand. Raises RunFailed when too
+        many images cannot be read.
+        """
+        plan = (
+            (iteration, micro)
+            for iteration in range(start_iteration, end_iteration)
+            for micro in range(self.accumulate)
+        )
+        if self.workers == 0:
+            for iteration, micro in plan:
+                began = time.perf_counter()
+                batch, tasks = self._prepare(iteration, micro)
+                with _one_thread():
+                    for task in tasks:
+                        task()
+                self.wait_seconds += time.perf_counter() - began
+                yield batch
+            return
+        pool = serial_threads(self.workers, "xdino-crops")
+        ahead: deque[tuple[CropBatch, list[Future[None]]]] = deque()
+        try:
+            while True:
+                began = time.perf_counter()
+                self._submit(pool, plan, ahead)
+                if not ahead:
+                    return
+                batch, futures = ahead.popleft()
+                for future in futures:
+                    future.result()
+                self._submit(pool, plan, ahead)
+                self.wait_seconds += time.perf_counter() - began
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(
+        self,
+        pool: ThreadPoolExecutor,
+        plan: Iterator[tuple[int, int]],
+        ahead: deque[tuple[CropBatch, list[Future[None]]]],
+    ) -> None:
+        """Start work until `prefetch` micro-batches are under way."""
+        while len(ahead) < self.prefetch and (step := next(plan, None)) is not None:
+            batch, tasks = self._prepare(*step)
+            ahead.append((batch, [pool.submit(task) for task in tasks]))
+
+    def _prepare(self, iteration: int, micro: int) -> tuple[CropBatch, list[Callable[[], None]]]:
+        """An empty micro-batch, and the tasks that fill it."""
+        epoch, indices = self.indices_at(iteration, micro)
+        crops = self.crops_at(iteration)
+        table = draw_batch(crops, self.seed, epoch, indices)
+        tensors = [
+            torch.empty(
+                (count, self.batch_size, size, size, self.source.channels),
+                dtype=torch.uint8,
+                pin_memory=self.pin_memory,
+            )
+            for size, count in crops.groups
+        ]
+        slots = [view for tensor in tensors for view in tensor.numpy()]  # V of [B, size, size, C]
+
+        def task(first: int) -> Callable[[], None]:
+            last = min(first + self.source.batch_reads, self.batch_size)
+            return lambda: self._fill(indices[first:last], table[:, first:last], slots, first)
+
+        tasks = [task(i) for i in range(0, self.batch_size, self.source.batch_reads)]
+        return CropBatch(tensors, table, indices, iteration, epoch), tasks
+
+    def _fill(
+        self, indices: np.ndarray, table: np.ndarray, slots: list[np.ndarray], first: int
+    ) -> None:
+        """Read images `indices` [b] and write their crops from column `first` of the slots on."""
+        images = [self._read(int(index)) for index in indices]
+        heights, widths = np.array([image.shape[:2] for image in images]).T  # [b] each
+        found = boxes(table, heights, widths, self.crops.ratio).tolist()  # V lists of b boxes
+        for column, (index, image) in enumerate(zip(indices, images, strict=True)):
+            try:
+                for view, slot in enumerate(slots):
+                    box = found[view][column]
+                    crop(image, box, slot.shape[1], slot[first + column])
+            except Exception as error:
+                error.add_note(f"while cropping {self.source.describe(int(index))}")
+                raise
+
+    # Images that cannot be read
+
+    def take_bad_report(self) -> list[BadImage]:
+        """The images found unreadable since the last call, for a notice."""
+        return [self._news.get() for _ in range(self._news.qsize())]
+
+    def _read(self, index: int) -> np.ndarray:
+        """Image `index`, or the next one after it that can be read: uint8 [H, W, C]."""
+        n = len(self.source)
+        for candidate in range(index, index + n):
+            if candidate % n in self.bad:
+                continue
+            try:
+                return self.source.read(candidate % n)
+            except (UnreadableImage, OSError) as error:
+                self._record(candidate % n, error)
+            except Exception as error:
+                error.add_note(f"while reading {self.source.describe(candidate % n)}")
+                raise
+        raise RunFailed(f"none of the {n:,} images of {self.source.name} can be read")
+
+    def _try_again(self, known: BadImage) -> None:
+        """Keep an image of an earlier process on the list if it is the same one and as bad."""
+        index = known.index
+        if not 0 <= index < len(self.source) or self.source.describe(index) != known.where:
+            return
+        try:
+            self.source.read(index)
+        except (UnreadableImage, OSError) as error:
+            self.bad[index] = (known.where, str(error) or type(error).__name__)
+
+    def _record(self, index: int, error: Exception) -> None:
+        with self._lock:
+            if index in self.bad:  # another worker was quicker
+                return
+            found = (self.source.describe(index), str(error) or type(error).__name__)
+            self.bad[index] = found
+            self._news.put(BadImage(index, *found))
+        self._check_share()
+
+    def _check_share(self) -> None:
+        with self._lock:
+            bad, n = list(self.bad.values()), len(self.source)
+        if len(bad) > self.max_bad_share * n:
+            files = "; ".join(f"{where} ({why})" for where, why in bad[:3])
+            raise RunFailed(
+                f"{len(bad):,} of {n:,} images of {self.source.name} cannot be read "
+                f"({len(bad) / n:.2%}; data.max_bad_share allows {self.max_bad_share:.2%}): {files}"
+                f"{' and more' if len(bad) > 3 else ''}; replace or remove them, or raise "
+                "data.max_bad_share"
+            )

@@ -1,0 +1,296 @@
+"""A run directory: what it holds, whether it may be started, continued or left alone.
+
+config.yaml               the resolved configuration
+environment.json          every start: iteration, commit, versions, device, processes, seed
+metrics.jsonl             see `metrics`
+unreadable.jsonl          images that could not be read, if any: index, image, reason, iteration
+nonfinite.json            steps whose numbers were not finite, if any (see `nonfinite`)
+views.png                 the first batch as the networks saw it
+checkpoints/last.pt       the whole state; previous.pt the one before it; epoch_0020.pt and so on are kept
+checkpoints/initial.safetensors   the teacher before the first step
+backbone.safetensors      the teacher, refreshed with every checkpoint
+results.json, attention/  what the evaluations add
+.lock                     which process holds the folder, while one does
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdino import checkpoint
+from xdino import config as configuration
+from xdino.config import Config
+from xdino.data.loader import BadImage
+from xdino.errors import RunFailed, UsageError, asked, world
+from xdino.metrics import check_writable, read_rows
+from xdino.runtime.atomic import remove_left, write_text, written_beside
+from xdino.runtime.lock import LOCK_FILE
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+UNREADABLE_FILE = "unreadable.jsonl"
+PREVIOUS = "previous.pt"
+INITIAL_FILE = Path("checkpoints") / "initial.safetensors"
+
+
+def commit() -> str:
+    """The commit of the checkout that this code runs from, "+changes" behind it if it was edited."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "not a checkout"
+    try:
+        head, status = (
+            subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if status else "")
+
+
+def environment(device: torch.device, world_size: int, seed: int) -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "faiss-cpu")
+    on_cuda = device.type == "cuda"
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in ("xdino", *packages)},
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": world_size,
+        "seed": seed,
+    }
+
+
+class RunDirectory:
+    """The folder of a run. Only the run's first process looks at it and writes into it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / checkpoint.STATE_FILE
+
+    def resolve(self, config: Config) -> Config:
+        """The configuration to go on with; nothing is written.
+
+        Of a run that was begun, the weights it started from stay what they were.
+
+        Raises:
+            UsageError: the folder holds something else, or a run of another configuration (the
+                message names the differing keys), or cannot be looked at.
+        """
+        with asked(f"--run {self.path}"):
+            before = self._begun_with()
+        if before is None:
+            return config
+        differing = configuration.differing_keys(before, config)
+        if differing:
+            raise UsageError(
+                f"{self.path} holds a run of another configuration (there against here): "
+                f"{', '.join(differing)}. Continue it with its own {CONFIG_FILE}, "
+                "or choose another folder"
+            )
+        train = dataclasses.replace(config.train, init=before.train.init)
+        return dataclasses.replace(config, train=train)
+
+    def _begun_with(self) -> Config | None:
+        """The configuration in the folder, None for a folder that is empty or not there."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(self.path)  # a name that is too long, a folder that may not be looked into
+        there = next(p for p in [self.path, *self.path.parents] if os.path.lexists(p))
+        if not there.is_dir():
+            what = "is a file" if there.exists() else "is a link that leads nowhere"
+            raise UsageError(f"{there} {what}; --run needs a folder")
+        if there != self.path:
+            return None
+        file = self.path / CONFIG_FILE
+        if not file.exists():
+            if any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+                raise UsageError(
+                    f"{self.path} is not empty and not a run (it has no {CONFIG_FILE}): "
+                    "choose another folder"
+                )
+            return None
+        try:
+            text = file.read_text(encoding="utf-8")
+            if text.strip():
+                return configuration.load(str(file))
+            why = "it is empty"
+        except (UsageError, UnicodeDecodeError, OSError) as error:
+            why = str(error)
+        for kept in [self.state_file, *self.kept_states()]:  # each holds the configuration as well
+            with contextlib.suppress(RunFailed, UsageError, KeyError):
+                return configuration.parse(checkpoint.load_state(kept)["config"])
+        raise UsageError(
+            f"{file} is damaged ({why}), and no state of the run tells its configuration: "
+            "write the file again, or choose another folder"
+        )
+
+    # --- states ---
+
+    def kept_states(self) -> list[Path]:
+        """The states besides last.pt, the newest first."""
+        folder = self.state_file.parent
+        previous = folder / PREVIOUS
+        epochs = sorted(folder.glob("epoch_[0-9]*.pt"), reverse=True)
+        return [path for path in (previous, *epochs) if path.is_file()]
+
+    def has_state(self) -> bool:
+        """Whether there is a state to continue from.
+
+        Raises:
+            UsageError: there was one, and it is gone.
+        """
+        if self.state_file.is_file():
+            return True
+        kept = [str(path) for path in self.kept_states()]
+        if kept:
+            advice = f"kept are {', '.join(kept)}: copy one to {self.state_file.name} there"
+        elif (self.path / checkpoint.BACKBONE_FILE).exists():
+            advice = f"its weights in {checkpoint.BACKBONE_FILE} can start another run by --init"
+        else:
+            return False
+        raise UsageError(
+            f"{self.path} was trained, but its state {self.state_file} is missing: {advice}, "
+            "or choose another folder"
+        )
+
+    def load(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The state to continue from, and a notice where it is not the newest.
+
+        A damaged last.pt is put aside, and the newest good state takes its place.
+
+        Raises:
+            UsageError: the state is missing though the run was trained.
+            RunFailed: no state there is good.
+        """
+        if not self.has_state():
+            return None, None
+        try:
+            return checkpoint.load_state(self.state_file), None
+        except RunFailed as error:
+            damaged = error
+        for path in self.kept_states():
+            try:
+                state = checkpoint.load_state(path)
+            except RunFailed:
+                continue
+            aside = self.state_file.with_name("damaged.pt")
+            _linked(self.state_file, aside)  # last.pt is never absent
+            _linked(path, self.state_file)
+            return state, (
+                f"{damaged}; it lies in {aside.name} now. Continuing from {path}, "
+                f"iteration {state['iteration']}"
+            )
+        raise RunFailed(f"{damaged}. There is no other good state in {self.state_file.parent}")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """The state becomes last.pt, and the one that was becomes previous.pt."""
+        if self.state_file.is_file():
+            _linked(self.state_file, self.state_file.with_name(PREVIOUS))
+        checkpoint.save_state(self.state_file, state)
+
+    def keep(self, name: str) -> None:
+        """The newest state under another name, which later ones do not overwrite."""
+        _linked(self.state_file, self.state_file.with_name(name))
+
+    def backbone_iteration(self) -> int | None:
+        """The iteration of the backbone in the folder, None where there is no good one."""
+        try:
+            iteration = checkpoint.read_weights(self.path / checkpoint.BACKBONE_FILE).facts
+            return int(iteration["iteration"])
+        except (RunFailed, UsageError, KeyError, TypeError, ValueError):
+            return None
+
+    # --- the rest ---
+
+    def create(self, config: Config) -> None:
+        """Make the folder and write its configuration, before anything else is put there."""
+        check_writable(self.path)
+        with world(f"clean up {self.path}"):
+            remove_left(self.path)
+        write_text(self.path / CONFIG_FILE, configuration.to_yaml(config))
+
+    def record_start(self, facts: dict[str, Any]) -> str | None:
+        """Add one start to environment.json; a notice where that was damaged and is put aside."""
+        path = self.path / "environment.json"
+        starts, notice = [], None
+        if path.exists():
+            try:
+                starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                aside = path.with_suffix(".damaged")
+                notice = f"{path} was damaged: it lies in {aside.name} now"
+                with world(f"put {path} aside"):
+                    os.replace(path, aside)
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        starts.append({"time": started, **facts})
+        write_text(path, json.dumps({"starts": starts}, indent=2) + "\n")
+        return notice
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; lines that hold none are left out."""
+        return read_rows(self.path / METRICS_FILE)[0]
+
+    def unreadable(self) -> list[BadImage]:
+        """The images that earlier starts of this run could not read."""
+        found = []
+        for row in _json_lines(self.path / UNREADABLE_FILE):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found.append(BadImage(int(row["index"]), str(row["image"]), str(row["reason"])))
+        return found
+
+    def add_unreadable(self, images: Iterable[BadImage], iteration: int) -> None:
+        """Add images to the list, by their index; none twice."""
+        known = {image.index for image in self.unreadable()}
+        new = {image.index: image for image in images if image.index not in known}
+        rows = [
+            {"index": i, "image": new[i].where, "reason": new[i].why, "iteration": iteration}
+            for i in sorted(new)
+        ]
+        if rows:
+            path = self.path / UNREADABLE_FILE
+            with world(f"write {path}"), open(path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of one a line; what is none (a line cut short by a kill) is left out."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # too deep
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
+def _linked(path: Path, name: Path) -> None:
+    """`name` becomes another name of the file `path`, or a copy where the disk knows no such thing.
+
+    Never half of it, and `name` is never absent.
+    """
+    with written_beside(name) as beside:
+        beside.unlink()
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)

@@ -1,0 +1,1 @@
+"""What everything stands on: processes, devices, files that are written whole."""
