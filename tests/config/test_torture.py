@@ -1,16 +1,13 @@
 """A small part of the random configurations and command lines of tests/torture."""
 
-import runpy
-from pathlib import Path
-
+import command_lines
+import configurations
 import pytest
-
-TORTURE = Path(__file__).parents[1] / "torture"
 
 
 @pytest.mark.slow
 def test_random_configurations_end_in_a_plan_or_a_sentence():
-    counts = runpy.run_path(str(TORTURE / "configurations.py"))["run"](0, 60, 6)
+    counts = configurations.run(0, 60, 6)
     assert sum(counts.values()) == 60
     assert counts["tracebacks"] == 0
     assert counts["refused"]
@@ -19,7 +16,7 @@ def test_random_configurations_end_in_a_plan_or_a_sentence():
 
 @pytest.mark.slow
 def test_random_command_lines_end_in_a_result_or_a_sentence():
-    counts = runpy.run_path(str(TORTURE / "command_lines.py"))["run"](0, 60)
+    counts = command_lines.run(0, 60)
     assert sum(counts.values()) == 60
     assert counts["tracebacks"] == 0
     assert counts["exit 0"]

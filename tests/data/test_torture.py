@@ -1,32 +1,22 @@
 """A few of the mutated files of tests/torture: whatever lies in a folder, no traceback."""
 
-import importlib.util
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
+import archives
+import images
 import pytest
-
-
-def torture(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "torture" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"torture_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("name", "count"), [("images", 200), ("archives", 60)])
 def test_no_mutated_file_ends_in_a_traceback(name, count):
-    counts = torture(name).run(0, count)
+    counts = import_module(name).run(0, count)
     assert counts["tracebacks"] == counts["slow"] == counts["memory"] == 0
     assert sum(counts.values()) == count
     assert counts["decoded" if name == "images" else "opened"] > count / 20
 
 
 def test_an_offender_can_be_made_again(tmp_path):
-    images, archives = torture("images"), torture("archives")
     assert images.made(0, 7) == images.made(0, 7) != images.made(1, 7)
     data = [archives.make(3, 5, folder) for folder in (tmp_path / "a", tmp_path / "b")
             if not folder.mkdir()]  # fmt: skip

@@ -6,25 +6,21 @@ Archive `i` of a seed is the same on any machine. One that hangs ends the proces
 of where.
 """
 
-import faulthandler
 import gzip
 import io
 import json
 import os
-import resource
 import struct
 import sys
 import tarfile
 import tempfile
-import time
-import traceback
-from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from trials import judge
 
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source, fingerprint, open_source, splits_of
@@ -32,7 +28,6 @@ from xdino.data.tars import PACK_MEMBER
 from xdino.errors import RunFailed, UsageError
 
 _MEMORY = 1 << 28  # bytes that opening and reading may take at most
-_SECONDS = 10
 _NUMBERS = (0, 1, -1, 255, 511, 512, 2**31, 2**32, 2**33 - 1, 2**40, 2**62, 2**63 - 1)
 
 
@@ -277,35 +272,18 @@ def run(seed: int, count: int) -> dict[str, int]:
 
     Anything but "opened", "UsageError" and "RunFailed" is a defect.
     """
-    counts = Counter({"opened": 0, "UsageError": 0, "RunFailed": 0, "tracebacks": 0, "slow": 0})
-    counts["memory"] = 0
-    offenders: list[tuple[str, int]] = []
-    before = _peak()
-    for i in range(count):
-        faulthandler.dump_traceback_later(6 * _SECONDS, exit=True)
+
+    def trial(i: int) -> str:
         with tempfile.TemporaryDirectory() as folder:
-            data, began = make(seed, i, Path(folder)), time.monotonic()
-            try:
-                counts[_outcome(data, i)] += 1
-            except Exception:  # noqa: BLE001 - whatever it is, it is counted
-                counts["tracebacks"] += 1
-                offenders.append((traceback.format_exc(limit=-4), i))
-            if time.monotonic() - began > _SECONDS:
-                counts["slow"] += 1
-                offenders.append(("slow", i))
-        if _peak() > before + _MEMORY:
-            counts["memory"] += 1
-            offenders.append((f"{(_peak() - before) >> 20} MiB more", i))
-            before = _peak()
-    faulthandler.cancel_dump_traceback_later()
-    for what, i in offenders[:10]:
-        print(f"seed {seed}, archive {i}: {what}", file=sys.stderr)
-    return dict(counts)
+            return _outcome(make(seed, i, Path(folder)), i)
 
-
-def _peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return judge(
+        f"archives, seed {seed}, archive",
+        ("opened", "UsageError", "RunFailed"),
+        range(count),
+        _MEMORY,
+        trial,
+    )
 
 
 if __name__ == "__main__":

@@ -6,26 +6,21 @@ Image `i` of a seed is the same on any machine with the same Pillow, so that `ma
 an offender back. A file that hangs ends the process with a traceback of where.
 """
 
-import faulthandler
 import io
-import resource
 import struct
 import sys
-import time
-import traceback
 import warnings
 import zlib
-from collections import Counter
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+from trials import judge
 
 from xdino.data.decode import UnreadableImage, decode
 
 MAX_PIXELS = 4_000_000  # of a decoded image here
 _MEMORY = 1 << 29  # bytes that decoding may take at most: a hundred for each of those pixels
-_SECONDS = 10
 
 _MODES = {
     "JPEG": ("L", "RGB", "CMYK"),
@@ -301,35 +296,15 @@ def _check(image: np.ndarray, channels: int) -> None:
 
 def run(seed: int, count: int) -> dict[str, int]:
     """Decode files 0 to `count` of a seed. Anything but "decoded" and "unreadable" is a defect."""
-    counts = Counter({"decoded": 0, "unreadable": 0, "tracebacks": 0, "slow": 0, "memory": 0})
-    offenders: list[tuple[str, int]] = []
-    before = _peak()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for i in range(count):
-            faulthandler.dump_traceback_later(6 * _SECONDS, exit=True)
-            data, began = made(seed, i), time.monotonic()
-            try:
-                counts[_outcome(data, 1 + 2 * (i % 2))] += 1
-            except Exception:  # noqa: BLE001 - whatever it is, it is counted
-                counts["tracebacks"] += 1
-                offenders.append((traceback.format_exc(limit=-3), i))
-            if time.monotonic() - began > _SECONDS:
-                counts["slow"] += 1
-                offenders.append(("slow", i))
-            if _peak() > before + _MEMORY:
-                counts["memory"] += 1
-                offenders.append((f"{(_peak() - before) >> 20} MiB more", i))
-                before = _peak()
-    faulthandler.cancel_dump_traceback_later()
-    for what, i in offenders[:10]:
-        print(f"seed {seed}, file {i}: {what}", file=sys.stderr)
-    return dict(counts)
-
-
-def _peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return judge(
+            f"images, seed {seed}, file",
+            ("decoded", "unreadable"),
+            range(count),
+            _MEMORY,
+            lambda i: _outcome(made(seed, i), 1 + 2 * (i % 2)),
+        )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import tiny_run
 import torch
-from PIL import Image
 
 from xdino import checkpoint, config, metrics, train
 from xdino.errors import RunFailed, UsageError
@@ -39,21 +38,6 @@ ROW = results.Row("k-NN", {"k": 20}, 50.0, 90.0, "photos", "t", 10, 5, "a" * 64,
 QUALITY = {"rankme": 2.0, "lidar": 1.0, "feature_std": 0.1, "settings": {}, "alarms": []}
 
 
-def configuration(images: Path) -> config.Config:
-    """A run of six steps on twenty images."""
-    return config.parse(
-        {
-            "model": {"arch": "xcit_nano_12_p8", "embed_dim": 32, "depth": 1, "num_heads": 2},
-            "head": {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 8},
-            "crops": {"global_size": 24, "local_size": 16, "local_count": 2},
-            "data": {"path": str(images)},
-            "optim": {"warmup_epochs": 1},
-            "train": {"epochs": 2, "batch_size": 6},
-            "runtime": {"device": "cpu", "workers": 0, "log_every": 1, "keep_every": 0},
-        }
-    )
-
-
 class Half(train.Listener):
     """Stops a run after its first epoch."""
 
@@ -64,13 +48,8 @@ class Half(train.Listener):
 
 def make_runs(root: Path) -> tuple[config.Config, dict[str, Path]]:
     """The same run twice: finished, and left after its first epoch."""
-    images = root / "images"
-    images.mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(20):
-        pixels = generator.integers(0, 255, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / f"{i:02}.png")
-    tiny = configuration(images)
+    images = tiny_run.write_images(root / "images")
+    tiny = tiny_run.configuration(images)
     runs = {name: root / name for name in ("finished", "unfinished")}
     train.pretrain(tiny, runs["finished"])
     with contextlib.suppress(UsageError):

@@ -21,8 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import tiny_run
 
 from xdino import checkpoint, config
 from xdino.errors import RunFailed, Stopped, UsageError
@@ -198,25 +197,8 @@ class Ear(Listener):
 def tiny(**overrides: object) -> Iterator[tuple[config.Config, Path]]:
     """A configuration of six iterations, and an empty folder."""
     with tempfile.TemporaryDirectory() as place:
-        images = Path(place) / "images"
-        images.mkdir()
-        generator = np.random.default_rng(0)
-        for i in range(20):
-            coarse = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((24, 24)).save(images / f"{i:02}.png")
-        tree: dict[str, dict] = {
-            "model": {"arch": "xcit_nano_12_p8", "embed_dim": 32, "depth": 1, "num_heads": 2},
-            "head": {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 8},
-            "crops": {"global_size": 24, "local_size": 16, "local_count": 2},
-            "data": {"path": str(images)},
-            "optim": {"warmup_epochs": 1},
-            "train": {"epochs": 2, "batch_size": 6},
-            "runtime": {"device": "cpu", "workers": 0, "log_every": 1, "keep_every": 1},
-        }
-        for key, value in overrides.items():
-            section, leaf = key.split("__")
-            tree[section][leaf] = value
-        yield config.parse(tree), Path(place)
+        images = tiny_run.write_images(Path(place) / "images")
+        yield tiny_run.configuration(images, runtime__keep_every=1, **overrides), Path(place)
 
 
 def flips(seed: int, count: int) -> Counter[str]:
