@@ -34,7 +34,7 @@ from xdino_launch.commands.options import (
     "--search",
     default="auto",
     show_default=True,
-    help="integers and faiss (CPU) and torch (--device) are exact and give the same numbers; ivf and "
+    help="faiss (CPU) and torch (--device) are exact and give the same numbers; ivf and "
     "hnsw find most neighbours of a very large bank, and the row says how many; auto is exact.",
 )
 @click.option(
@@ -68,12 +68,11 @@ def knn(
     from xdino.plan import resolve_device
     from xdino.runtime import distributed
     from xdino_eval import knn as rooms
-    from xdino_eval.knn.search import How
     from xdino_eval.knn.sharding import folder_for
     from xdino_launch.evaluation.subject import Subject, open_one_split
 
     device = resolve_device(options["device"])
-    how = How.named(search, device, bank_block)
+    search_options = rooms.SearchOptions.from_name(search, device, bank_block)
     joined = distributed.start(device)
     try:
         subject = distributed.together(
@@ -87,7 +86,7 @@ def knn(
             asked: dict[str, Any] = {
                 "ks": parsed,
                 "temperature": temperatures,
-                "how": how,
+                "options": search_options,
                 "shared": distributed.world_size() > 1,
             }
             train = subject.share("train", subject.train, bank_block)
