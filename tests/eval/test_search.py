@@ -219,8 +219,8 @@ def test_refuses():
 
 
 def test_faiss_takes_the_threads_of_torch_and_gives_its_own_back():
+    torch.set_num_threads(2)  # where both share one OpenMP, these are faiss's already
     settings = [faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_query_bs]
-    torch.set_num_threads(2)
     with search.faiss_settings():
         assert faiss.omp_get_max_threads() == 2
         assert faiss.cvar.distance_compute_blas_query_bs == search.TILE[0]
