@@ -139,7 +139,7 @@ def mean_average_precision(ranking: np.ndarray, positives: list[np.ndarray]) -> 
     return 100 * float(np.mean(precisions))
 
 
-def evaluate(
+def evaluate_copydetection(
     backbone: nn.Module,
     copydays: Copydays,
     size: int = 320,

@@ -119,7 +119,7 @@ def retrieval(
 
     benchmark = room.open_benchmark(data, dataset)
     backbone = judgement.backbone()
-    row = room.evaluate(
+    row = room.evaluate_retrieval(
         backbone, benchmark, size, multiscale, crop_queries, workers, judgement.precision,
         progress("descriptors"),
     )  # fmt: skip
@@ -160,7 +160,7 @@ def copydetection(
         if folder is not None:
             room.image_names(folder)
     backbone = judgement.backbone()
-    row = room.evaluate(
+    row = room.evaluate_copydetection(
         backbone, copydays, size, distractors, whitening, batch_size, workers, judgement.precision,
         progress("descriptors"),
     )  # fmt: skip
@@ -204,12 +204,14 @@ def davis(
     Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
     official scorer reads. J and F are measured as it does, where all frames are annotated.
     """
-    from xdino_eval.suite import davis as room
+    from xdino_eval.suite.davis import evaluate_davis
+    from xdino_eval.suite.davis_dataset import open_davis
+    from xdino_eval.suite.label_propagation import Propagation
 
-    videos = room.open_davis(data, split)
+    videos = open_davis(data, split)
     backbone = judgement.backbone()
-    how = room.Propagation(context, radius, topk, temperature)
-    row = room.evaluate(
-        backbone, data, videos, out, how, size, judgement.precision, progress("frames")
+    propagation = Propagation(context, radius, topk, temperature)
+    row = evaluate_davis(
+        backbone, data, videos, out, propagation, size, judgement.precision, progress("frames")
     )
     judgement.tell(row, backbone, results)
