@@ -48,7 +48,7 @@ def test_distractors_stand_in_the_way(folder, patch_colours, paint, tmp_path_fac
     write(others / "a.png", paint(49))
     write(others / "b.jpg", paint(79))
     (others / "readme.txt").write_text("no image")
-    row = evaluate_copydetection(patch_colours, open_copydays(folder), size=32, distractors=others)
+    row = evaluate_copydetection(patch_colours, open_copydays(folder, others), size=32)
     lost, second = (0 / 5 + 1 / 6) / 2, (0 / 1 + 1 / 2) / 2
     assert row.metrics["mAP strong"] == pytest.approx(100 * (3 + lost + second) / 5)
     assert (row.train_size, row.settings["distractors"]) == (6, 2)
@@ -86,7 +86,7 @@ def test_whitening_of_a_folder(folder, patch_colours, paint, tmp_path_factory):
     others = tmp_path_factory.mktemp("whitening")
     for degrees in range(0, 91, 10):
         write(others / f"{degrees}.jpg", paint(degrees))
-    row = evaluate_copydetection(patch_colours, open_copydays(folder), size=32, whitening=others)
+    row = evaluate_copydetection(patch_colours, open_copydays(folder, whitening=others), size=32)
     assert row.settings["whitening"] == 10
     assert row.metrics["mAP original"] == 100
 
@@ -113,7 +113,7 @@ def test_bad_files(folder, patch_colours, colours, paint):
     with pytest.raises(UsageError, match="patch tokens are needed, and a Colours has none"):
         evaluate_copydetection(colours, copydays, size=32)
     with pytest.raises(UsageError, match="there is no folder"):
-        evaluate_copydetection(patch_colours, copydays, size=32, whitening=folder / "nowhere")
+        open_copydays(folder, whitening=folder / "nowhere")
     with pytest.raises(UsageError, match="smaller than a patch of 8"):
         evaluate_copydetection(patch_colours, copydays, size=5)
     write(folder / "strong" / "300001.jpg", paint(0))

@@ -200,7 +200,7 @@ def crop(image: np.ndarray, box: Box) -> np.ndarray:
     return part
 
 
-def describe(
+def describe_benchmark(
     backbone: nn.Module,
     benchmark: Benchmark,
     size: int,
@@ -252,13 +252,13 @@ def evaluate_retrieval(
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> Row:
-    """mAP and precision at 1, 5 and 10 as an unsigned row of results; arguments as `describe`.
+    """mAP and precision at 1, 5 and 10 as an unsigned row of results; arguments as `describe_benchmark`.
 
     Raises:
-        UsageError, RunFailed: as `describe`; no query has a positive.
+        UsageError, RunFailed: as `describe_benchmark`; no query has a positive.
     """
     start = time.monotonic()
-    database, queries = describe(
+    database, queries = describe_benchmark(
         backbone, benchmark, size, scales, crop_queries, workers, precision, progress
     )
     ranking = torch.argsort(queries @ database.T, dim=1, descending=True, stable=True).numpy()

@@ -115,11 +115,11 @@ def retrieval(
     DINO's published numbers show the network whole query images; the benchmark's protocol crops
     them to the query's box (--crop-queries).
     """
-    from xdino_eval.suite import retrieval as room
+    from xdino_eval.suite.retrieval import evaluate_retrieval, open_benchmark
 
-    benchmark = room.open_benchmark(data, dataset)
+    benchmark = open_benchmark(data, dataset)
     backbone = judgement.backbone()
-    row = room.evaluate_retrieval(
+    row = evaluate_retrieval(
         backbone, benchmark, size, multiscale, crop_queries, workers, judgement.precision,
         progress("descriptors"),
     )  # fmt: skip
@@ -153,17 +153,13 @@ def copydetection(
       FOLDER/jpegqual/75/*.jpg, FOLDER/crops/10/*.jpg, ...    may be absent
     A copy's name begins with the four characters of its original's.
     """
-    from xdino_eval.suite import copydetection as room
+    from xdino_eval.suite.copydetection import evaluate_copydetection, open_copydays
 
-    copydays = room.open_copydays(data)
-    for folder in (distractors, whitening):
-        if folder is not None:
-            room.image_names(folder)
+    copydays = open_copydays(data, distractors, whitening)
     backbone = judgement.backbone()
-    row = room.evaluate_copydetection(
-        backbone, copydays, size, distractors, whitening, batch_size, workers, judgement.precision,
-        progress("descriptors"),
-    )  # fmt: skip
+    row = evaluate_copydetection(
+        backbone, copydays, size, batch_size, workers, judgement.precision, progress("descriptors")
+    )
     judgement.tell(row, backbone, out)
 
 
