@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdino.errors import RunFailed, world
 from xdino.runtime.atomic import write_text
-from xdino_eval.features import Features
+
+if TYPE_CHECKING:  # torch takes seconds, and rows are read and written without it
+    from xdino_eval.features import Features
 
 LARGEST = 1e15  # of any number in a row: JSON has integers that no float holds
 PATIENCE = 60.0  # seconds that one process waits for the others' rows
@@ -208,8 +210,8 @@ def row_of(
     protocol: str,
     settings: dict[str, object],
     score: tuple[float, float],
-    train: Features,
-    val: Features,
+    train: "Features",
+    val: "Features",
     seconds: float,
     notes: Sequence[str] = (),
 ) -> Row:
