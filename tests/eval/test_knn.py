@@ -89,6 +89,7 @@ def test_extreme_temperatures(temperature):
     assert found[3][1] == 100.0, "every class has a vote, however small"
 
 
+@pytest.mark.filterwarnings("ignore:k = ")
 def test_refuses():
     x, y = np.eye(3, dtype=np.float32), np.arange(3)
     nan = np.full((3, 3), np.nan, np.float32)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from xdino.errors import UsageError
 from xdino_eval.features import Features
 from xdino_eval.knn import (
+    Draws,
     SearchOptions,
     classify,
     evaluate,
@@ -93,9 +94,9 @@ def test_leave_one_out_is_a_loop_over_the_others(N, D, k, classes, seed, block):
     assert (row.protocol, row.train_size, row.val_size) == ("k-NN, leave-one-out", N, N)
 
 
-def test_few_shot_is_the_mean_of_banks_that_are_sample_shots():
+def test_few_shot_is_the_mean_of_banks_that_are_drawn():
     train, val = clustered(300), clustered(120, seed=1)
-    rows = few_shot(train, val, (1, 3), 4, seed=5, ks=(1, 10), temperature=(0.07, 1.0))
+    rows = few_shot(train, val, Draws((1, 3), 4, seed=5), ks=(1, 10), temperature=(0.07, 1.0))
     assert [(r.settings["shots"], r.settings["k"], r.settings["temperature"]) for r in rows] == [
         (n, k, T) for n in (1, 3) for k in (1, 10) for T in (0.07, 1.0)
     ]
@@ -158,8 +159,8 @@ def test_refusals_are_a_sentence_each():
         (lambda: evaluate(train, val, (0, 5)), "every k must be 1 or more"),
         (lambda: evaluate(train, val, (5,), (0.1, 0)), "temperature must be positive"),
         (lambda: leave_one_out(alone, (1,), classes=names), r"2 images .* fewer of heron \(1\)"),
-        (lambda: few_shot(alone, val, (2,), classes=names), r"2 shots need .* heron \(1\)"),
-        (lambda: few_shot(train, val, (0,)), "shots and repeats must be 1 or more"),
+        (lambda: few_shot(alone, val, Draws((2,)), classes=names), r"2 shots need .* heron \(1\)"),
+        (lambda: few_shot(train, val, Draws((0,))), "shots and repeats must be 1 or more"),
     ):
         with pytest.raises(UsageError, match=sentence):
             call()

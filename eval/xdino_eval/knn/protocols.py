@@ -41,6 +41,15 @@ class Part:
     skipped: int
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Banks of few images: so many of every class, each number of them drawn several times."""
+
+    shots: Sequence[int]
+    repeats: int = 5
+    seed: int = 0
+
+
 def evaluate(
     train: Pieces,
     val: Pieces,
@@ -90,16 +99,14 @@ def leave_one_out(
 def few_shot(
     train: Pieces,
     val: Pieces,
-    shots: Sequence[int],
-    repeats: int = 5,
-    seed: int = 0,
+    draws: Draws,
     ks: Sequence[int] = KS,
     temperature: float | Sequence[float] = 0.07,
     options: SearchOptions = EXACT,
     shared: bool = False,
     classes: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Rows as of `evaluate` with banks of `shots` images a class; accuracies are means over draws.
+    """Rows as of `evaluate` with banks of a few images a class; accuracies are means over draws.
 
     A row for every number of shots, k and temperature; the spread (standard deviation of a sample)
     stands in its settings, every draw in its notes. A draw follows from (seed, repeat) alone, and
@@ -108,8 +115,9 @@ def few_shot(
     Raises:
         UsageError: as `evaluate`; or a class with fewer images than `shots`.
     """
+    shots, repeats = list(draws.shots), draws.repeats
     if not shots or min(shots) < 1 or repeats < 1:
-        raise UsageError(f"shots and repeats must be 1 or more, got {list(shots)} and {repeats}")
+        raise UsageError(f"shots and repeats must be 1 or more, got {shots} and {repeats}")
     bank, queries = (part_of(split, options, shared, name) for split, name in
                      ((train, "training"), (val, "test")))  # fmt: skip
     few = _classes_below(max(shots), bank.split.labels, classes)
@@ -120,13 +128,13 @@ def few_shot(
         )
     rows = []
     for n in shots:
-        draws = []
+        each = []
         for repeat in range(repeats):
-            chosen = sample_shots(bank.split.labels, n, seed, repeat)
+            chosen = sample_shots(bank.split.labels, n, draws.seed, repeat)
             few_images = replace(bank, split=bank.split.rows(chosen))
             protocol = f"few-shot k-NN, {n} a class"
-            draws.append(_rows(protocol, few_images, queries, ks, temperature, options, quiet=True))
-        rows += [_mean_of(same, n, seed) for same in zip(*draws, strict=True)]
+            each.append(_rows(protocol, few_images, queries, ks, temperature, options, quiet=True))
+        rows += [_mean_of(same, n, draws.seed) for same in zip(*each, strict=True)]
     return rows
 
 

@@ -17,6 +17,7 @@ from xdino_launch.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from xdino_eval.knn import Draws
     from xdino_eval.results import Row
     from xdino_launch.evaluation.subject import Subject
 
@@ -70,7 +71,7 @@ def knn(
         )
     from xdino.plan import resolve_device
     from xdino.runtime import distributed
-    from xdino_eval.knn import SearchOptions
+    from xdino_eval.knn import Draws, SearchOptions
     from xdino_launch.evaluation.subject import Subject, open_one_split
 
     device = resolve_device(options["device"])
@@ -79,7 +80,7 @@ def knn(
         "temperature": temperatures,
         "options": SearchOptions.from_name(search, device, bank_block),
     }
-    draws = {"shots": few, "repeats": repeats, "seed": seed} if few else None
+    draws = Draws(few, repeats, seed) if few else None
     joined = distributed.start(device)
     try:
         subject = distributed.together(
@@ -101,12 +102,12 @@ def knn(
 
 
 def _score(
-    subject: "Subject", how: dict[str, Any], leave_one_out: bool, draws: dict[str, Any] | None
+    subject: "Subject", how: dict[str, Any], leave_one_out: bool, draws: "Draws | None"
 ) -> "list[Row]":
     """Signed rows, by the shares of all processes: what a protocol refuses, it refuses on each.
 
     Args:
-        how: arguments of every protocol. draws: those of few-shot, None = another protocol.
+        how: arguments of every protocol. draws: of few-shot, None = another protocol.
     """
     from xdino.runtime import distributed
     from xdino_eval import knn
@@ -122,5 +123,5 @@ def _score(
             return subject.sign(knn.leave_one_out(train, **how, classes=classes))
         val = subject.share("val", subject.val, block)
         if draws:
-            return subject.sign(knn.few_shot(train, val, **draws, **how, classes=classes))
+            return subject.sign(knn.few_shot(train, val, draws, **how, classes=classes))
         return subject.sign(knn.evaluate(train, val, **how))
