@@ -225,3 +225,14 @@ def test_faiss_takes_the_threads_of_torch_and_gives_its_own_back():
         assert faiss.omp_get_max_threads() == 2
         assert faiss.cvar.distance_compute_blas_query_bs == search.TILE[0]
     assert settings == [faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_query_bs]
+
+
+def test_torch_measures_as_numpy_does():
+    """The way of other devices, tried on this one."""
+    bank, queries = (as_float32(table) for table in made(200, 30, 64, "normal", 0))
+    row = torch.randint(200, (30, 12))
+    asked = search._products(queries, bank, row).float()
+    assert torch.equal(asked, search._products_by_numpy(queries, bank, row).float())
+    assert torch.equal(asked, search.similarities(queries, bank, row))
+    some = torch.tensor([3, 3, 29])
+    assert torch.equal(search.similarities(queries, bank, row[some], some), asked[some])
