@@ -14,7 +14,7 @@ from torch import nn
 from xdino.data.sources import Source
 from xdino.errors import UsageError
 from xdino_eval.features import Features, device_of, extract, labels_of
-from xdino_eval.knn.vote import classify, normalise
+from xdino_eval.knn import classify, normalise
 from xdino_eval.linear.grid import grid_probe_features
 from xdino_eval.linear.logistic import logistic_probe
 from xdino_eval.results import Row

@@ -14,16 +14,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from xdino.errors import RunFailed, world
 from xdino.runtime.atomic import write_text
-from xdino_eval.features import Features
+
+if TYPE_CHECKING:  # torch takes seconds, and rows are read and written without it
+    from xdino_eval.features import Features
 
 LARGEST = 1e15  # of any number in a row: JSON has integers that no float holds
-LONGEST_SETTING = 16  # characters of a setting that a table shows
 PATIENCE = 60.0  # seconds that one process waits for the others' rows
 
 
@@ -207,56 +206,12 @@ def _held(descriptor: int, hidden: Path) -> bool:
         raise
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """The rows for a terminal: accuracies in per cent, one line a row, metrics where there are any."""
-    rows = list(rows)
-    named = any(row.metrics for row in rows)
-    out = Table(title=None, header_style="bold", pad_edge=False)
-    for name in ("protocol", "settings", "features", "data"):
-        out.add_column(name, overflow="fold")
-    if named:
-        out.add_column("metrics, per cent", no_wrap=True)
-    for name in ("top-1", "top-5", "train", "val", "s"):
-        out.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        out.add_row(
-            row.protocol,
-            ", ".join(
-                f"{name} {_short(value)}"
-                for name, value in row.settings.items()
-                if len(_short(value)) <= LONGEST_SETTING  # the file has them all
-            ),
-            row.features,
-            row.data,
-            *([_lines(row.metrics)] if named else []),
-            *("-" if value is None else f"{value:.2f}" for value in (row.top1, row.top5)),
-            f"{row.train_size:,}",
-            f"{row.val_size:,}",
-            f"{row.seconds:.1f}",
-        )
-    return out
-
-
-def _lines(metrics: dict[str, float]) -> str:
-    """One line a metric, the values under each other."""
-    longest = max(map(len, metrics), default=0)
-    return "\n".join(f"{name:<{longest}} {value:6.2f}" for name, value in metrics.items())
-
-
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple) and len(value) > 3:
-        return f"{_short(value[0])}..{_short(value[-1])} ({len(value)})"
-    return str(value)
-
-
 def row_of(
     protocol: str,
     settings: dict[str, object],
     score: tuple[float, float],
-    train: Features,
-    val: Features,
+    train: "Features",
+    val: "Features",
     seconds: float,
     notes: Sequence[str] = (),
 ) -> Row:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +14,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from xdino.train import Listener
+from xdino_eval.results import Row
 
 QUIET_SECONDS = 10.0  # between two plain lines
+LONGEST_SETTING = 16  # characters of a setting that a table shows
 
 
 class ConsoleListener(Listener):
@@ -120,3 +124,47 @@ def stderr_console() -> Console:
 def stdout_console() -> Console:
     """For results: as wide as the terminal, and wide enough for a table where there is none."""
     return Console(width=None if sys.stdout.isatty() else 140, **PLAIN)
+
+
+def results_table(rows: Iterable[Row]) -> Table:
+    """The rows for a terminal: accuracies in per cent, one line a row, metrics where there are any."""
+    rows = list(rows)
+    named = any(row.metrics for row in rows)
+    out = Table(title=None, header_style="bold", pad_edge=False)
+    for name in ("protocol", "settings", "features", "data"):
+        out.add_column(name, overflow="fold")
+    if named:
+        out.add_column("metrics, per cent", no_wrap=True)
+    for name in ("top-1", "top-5", "train", "val", "s"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(
+            row.protocol,
+            ", ".join(
+                f"{name} {_short(value)}"
+                for name, value in row.settings.items()
+                if len(_short(value)) <= LONGEST_SETTING  # the file has them all
+            ),
+            row.features,
+            row.data,
+            *([_lines(row.metrics)] if named else []),
+            *("-" if value is None else f"{value:.2f}" for value in (row.top1, row.top5)),
+            f"{row.train_size:,}",
+            f"{row.val_size:,}",
+            f"{row.seconds:.1f}",
+        )
+    return out
+
+
+def _lines(metrics: dict[str, float]) -> str:
+    """One line a metric, the values under each other."""
+    longest = max(map(len, metrics), default=0)
+    return "\n".join(f"{name:<{longest}} {value:6.2f}" for name, value in metrics.items())
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple) and len(value) > 3:
+        return f"{_short(value[0])}..{_short(value[-1])} ({len(value)})"
+    return str(value)

@@ -53,7 +53,7 @@ def shims(dino: Path, xcit: Path | None) -> None:
 
     import urllib.request
 
-    from xdino_eval.suite.davis import pascal_palette
+    from xdino_eval.suite.davis_dataset import pascal_palette
 
     colours = np.array(pascal_palette()).reshape(-1, 3)
     lines = [f"{r} {g} {b}\n".encode() for r, g, b in colours]

@@ -13,12 +13,12 @@ import sys
 import torch
 
 from xdino_eval.features import Features
-from xdino_eval.knn.search import How
-from xdino_eval.knn.vote import neighbours, normalise, part_of, scores
+from xdino_eval.knn import SearchOptions, nearest_neighbours, normalise, scores
+from xdino_eval.knn.protocols import part_of
 from xdino_launch.bench.reference import load_dino
 
 KS, TEMPERATURES = (10, 20, 100, 200), (0.04, 0.07, 0.1)
-WAYS = [How("integers"), *(How(e, bank_block=b) for e in ("faiss", "torch") for b in (None, 333))]
+WAYS = [SearchOptions(e, bank_block=b) for e in ("faiss", "torch") for b in (None, 333)]
 
 
 def clustered(count: int, classes: int, seed: int, dim: int = 32, noise: float = 2.0) -> Features:
@@ -34,13 +34,13 @@ def compare(published: object, classes: int) -> bool:
     train, val = clustered(2500, classes, 0), clustered(700, classes, 1)
     bank, queries = normalise(train.features), normalise(val.features)
     grids = [
-        scores(part_of(train, how).split, part_of(val, how).split, KS, TEMPERATURES, how).grid
-        for how in WAYS
+        scores(part_of(train, way).split, part_of(val, way).split, KS, TEMPERATURES, way).grid
+        for way in WAYS
     ]
     equal = all(grid == grids[0] for grid in grids)
     if not equal:
         print(f"{classes} classes: engines or blocks differ among ours")
-    rows = neighbours(bank.numpy(), queries.numpy(), max(KS))[1]
+    rows = nearest_neighbours(bank.numpy(), queries.numpy(), max(KS))[1]
     for (k, temperature), ours in grids[0].items():
         theirs = published(bank, train.labels, queries, val.labels, k, temperature, classes)  # type: ignore[operator]
         voters = train.labels[torch.from_numpy(rows[:, :k])]

@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdino.errors import UsageError
-from xdino_eval import knn
 from xdino_eval.features import Features
-from xdino_eval.knn import search
-from xdino_eval.knn.vote import classify, evaluate, normalise
+from xdino_eval.knn import SearchOptions, classify, evaluate, normalise, vote
 
 
 def test_published_vectors_to_the_digit(golden):
@@ -71,9 +69,9 @@ def test_more_queries_than_a_block_and_many_classes(monkeypatch):
         bank.numpy(), bank_labels.tolist(), queries.numpy(), labels.tolist(), 7, 0.07
     )
     assert whole[7] == expected
-    monkeypatch.setattr(knn, "VOTES", 33)
-    how = search.How(query_block=50)
-    assert classify(bank, bank_labels, queries, labels, (50, 1, 7), how=how) == whole
+    monkeypatch.setattr(vote, "VOTES", 33)
+    options = SearchOptions(query_block=50)
+    assert classify(bank, bank_labels, queries, labels, (50, 1, 7), options=options) == whole
 
 
 def test_k_beyond_the_bank_is_the_whole_bank():
@@ -91,6 +89,7 @@ def test_extreme_temperatures(temperature):
     assert found[3][1] == 100.0, "every class has a vote, however small"
 
 
+@pytest.mark.filterwarnings("ignore:k = ")
 def test_refuses():
     x, y = np.eye(3, dtype=np.float32), np.arange(3)
     nan = np.full((3, 3), np.nan, np.float32)

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from xdino.errors import UsageError
 from xdino_eval.features import Features
-from xdino_eval.knn.search import How
-from xdino_eval.knn.vote import (
+from xdino_eval.knn import (
+    Draws,
+    SearchOptions,
     classify,
-    drawn,
     evaluate,
     few_shot,
     leave_one_out,
-    neighbours,
+    nearest_neighbours,
     normalise,
 )
+from xdino_eval.knn.protocols import sample_shots
 
 
 def clustered(count, classes=7, dim=12, noise=1.2, seed=0):
@@ -49,11 +50,11 @@ def test_a_grid_is_every_search_of_its_own():
     assert len({row.top1 for row in rows}) > 3, "the settings matter here"
 
 
-@pytest.mark.parametrize("how", [
-    How("torch"), How("faiss", bank_block=37), How("torch", bank_block=400, query_block=11),
-    How("faiss", query_block=1), How("integers", bank_block=150, query_block=50),
+@pytest.mark.parametrize("options", [
+    SearchOptions("torch"), SearchOptions("torch", bank_block=400, query_block=11),
+    SearchOptions("faiss", bank_block=37), SearchOptions("faiss", query_block=1),
 ])  # fmt: skip
-def test_engines_and_blocks_give_the_same_numbers(how):
+def test_engines_and_blocks_give_the_same_numbers(options):
     train, val = clustered(400), clustered(150, seed=1)
     expected = evaluate(train, val, (1, 20, 399), (0.07, 0.5))
     pieces = [
@@ -61,7 +62,7 @@ def test_engines_and_blocks_give_the_same_numbers(how):
         for a, b in ((0, 128), (128, 256), (256, 400))
     ]
     for bank in (train, pieces):
-        rows = evaluate(bank, val, (1, 20, 399), (0.07, 0.5), how)
+        rows = evaluate(bank, val, (1, 20, 399), (0.07, 0.5), options)
         assert [replace(r, seconds=0) for r in rows] == [replace(r, seconds=0) for r in expected]
 
 
@@ -83,7 +84,7 @@ def test_leave_one_out_is_a_loop_over_the_others(N, D, k, classes, seed, block):
         with pytest.raises(UsageError, match="2 images of every class"):
             leave_one_out(whole, (k,))
         return
-    (row,) = leave_one_out(whole, (k,), 0.5, How(bank_block=block, query_block=7))
+    (row,) = leave_one_out(whole, (k,), 0.5, SearchOptions(bank_block=block, query_block=7))
     right = np.zeros(2)
     unit = normalise(features)
     for i in range(N):
@@ -95,7 +96,7 @@ def test_leave_one_out_is_a_loop_over_the_others(N, D, k, classes, seed, block):
 
 def test_few_shot_is_the_mean_of_banks_that_are_drawn():
     train, val = clustered(300), clustered(120, seed=1)
-    rows = few_shot(train, val, (1, 3), 4, seed=5, ks=(1, 10), temperature=(0.07, 1.0))
+    rows = few_shot(train, val, Draws((1, 3), 4, seed=5), ks=(1, 10), temperature=(0.07, 1.0))
     assert [(r.settings["shots"], r.settings["k"], r.settings["temperature"]) for r in rows] == [
         (n, k, T) for n in (1, 3) for k in (1, 10) for T in (0.07, 1.0)
     ]
@@ -104,7 +105,7 @@ def test_few_shot_is_the_mean_of_banks_that_are_drawn():
         n, k, T = (row.settings[name] for name in ("shots", "k", "temperature"))
         each = []
         for repeat in range(4):
-            chosen = drawn(labels, n, 5, repeat)
+            chosen = sample_shots(labels, n, 5, repeat)
             few = replace(train, features=train.features[chosen], labels=train.labels[chosen])
             each.append(plain(few, val, (min(k, n * 7),), T)[min(k, n * 7)])
         top1, top5 = np.array(each).T
@@ -119,12 +120,12 @@ def test_few_shot_is_the_mean_of_banks_that_are_drawn():
 
 def test_draws_are_nested_seeded_and_balanced():
     labels = np.random.default_rng(0).integers(-2, 4, 200)
-    one, five = drawn(labels, 1, 0, 0), drawn(labels, 5, 0, 0)
+    one, five = sample_shots(labels, 1, 0, 0), sample_shots(labels, 5, 0, 0)
     assert set(one) <= set(five)
     assert np.array_equal(np.unique(labels[five], return_counts=True)[1], np.full(6, 5))
-    assert np.array_equal(five, drawn(labels, 5, 0, 0))
+    assert np.array_equal(five, sample_shots(labels, 5, 0, 0))
     assert np.array_equal(five, np.sort(five))
-    for other in (drawn(labels, 5, 1, 0), drawn(labels, 5, 0, 1)):
+    for other in (sample_shots(labels, 5, 1, 0), sample_shots(labels, 5, 0, 1)):
         assert not np.array_equal(five, other)
 
 
@@ -132,7 +133,7 @@ def test_draws_are_nested_seeded_and_balanced():
 def test_an_index_carries_its_recall(kind):
     train, val = clustered(3000, noise=0.4), clustered(90, noise=0.4, seed=1)
     (exact,) = evaluate(train, val, (20,))
-    (row,) = evaluate(train, val, (20,), how=How(kind))
+    (row,) = evaluate(train, val, (20,), options=SearchOptions(kind))
     assert row.settings["search"] == kind
     assert 0.6 < row.settings["recall"] <= 1
     assert any(f"{100 * row.settings['recall']:.2f} % of the exact 20" in n for n in row.notes)
@@ -158,15 +159,15 @@ def test_refusals_are_a_sentence_each():
         (lambda: evaluate(train, val, (0, 5)), "every k must be 1 or more"),
         (lambda: evaluate(train, val, (5,), (0.1, 0)), "temperature must be positive"),
         (lambda: leave_one_out(alone, (1,), classes=names), r"2 images .* fewer of heron \(1\)"),
-        (lambda: few_shot(alone, val, (2,), classes=names), r"2 shots need .* heron \(1\)"),
-        (lambda: few_shot(train, val, (0,)), "shots and repeats must be 1 or more"),
+        (lambda: few_shot(alone, val, Draws((2,)), classes=names), r"2 shots need .* heron \(1\)"),
+        (lambda: few_shot(train, val, Draws((0,))), "shots and repeats must be 1 or more"),
     ):
         with pytest.raises(UsageError, match=sentence):
             call()
 
 
-def test_neighbours_are_numpy_in_and_out():
+def test_nearest_neighbours_are_numpy_in_and_out():
     bank = np.eye(4, dtype=np.float32)
-    similarity, row = neighbours(bank, bank[2:3], 2)
+    similarity, row = nearest_neighbours(bank, bank[2:3], 2)
     assert similarity.tolist() == [[1.0, 0.0]]
     assert row.tolist() == [[2, 0]]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from xdino.errors import UsageError
 from xdino_eval.features import Features
+from xdino_eval.knn import nearest_neighbours
 from xdino_eval.knn.neighbours import PAGE, RIGHT, UNKNOWN, WRONG, find, sheet, write
-from xdino_eval.knn.vote import neighbours
 
 
 def features_of(source, places, dim=6, seed=0):
@@ -33,7 +33,7 @@ def test_neighbours_are_those_that_vote(bank, make_source):
     train, val = features_of(bank, readable), features_of(asked, [1, 2, 4], seed=1)
     found = find(train, bank, val, asked, 4)
     unit = [torch.nn.functional.normalize(f.features, dim=1).numpy() for f in (train, val)]
-    similarity, row = neighbours(*unit, 4)
+    similarity, row = nearest_neighbours(*unit, 4)
     assert [query.index for query in found] == [1, 2, 4]
     for query, values, rows in zip(found, similarity, row, strict=True):
         assert [near.index for near in query.neighbours] == [readable[r] for r in rows]

@@ -1,17 +1,15 @@
 """results.json: one schema, nothing lost, nothing overwritten by mistake."""
 
-import io
 import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
 
 import pytest
-from rich.console import Console
 
 from xdino.errors import RunFailed
 from xdino_eval import results
-from xdino_eval.results import Row, append, load, signed, table
+from xdino_eval.results import Row, append, load, signed
 
 ROW = Row(
     protocol="k-NN",
@@ -140,45 +138,8 @@ def test_rows_without_classes_and_rows_from_before_metrics(tmp_path):
     other = replace(ROW, top1=None, top5=None, metrics={"jaccard best head": 41.5})
     append(path, [other])
     assert load(path) == [ROW, other]
-    out = io.StringIO()
-    Console(file=out, width=160).print(table(load(path)))
-    assert "jaccard best head  41.50" in out.getvalue()
-    assert "None" not in out.getvalue()
 
 
 def test_signed():
     (row,) = signed([replace(ROW, checkpoint="", features="")], "none", "raw pixels")
     assert (row.checkpoint, row.features) == ("none", "raw pixels")
-
-
-def test_table():
-    out = io.StringIO()
-    many = replace(ROW, settings={"cs": [0.1, 1.0, 10.0, 100.0]})
-    Console(file=out, width=160).print(table([ROW, many]))
-    for text in ("k-NN", "k 20, temperature 0.07", "71.25", "10,000", "cs 0.1..100 (4)"):
-        assert text in out.getvalue()
-
-
-def test_metrics_of_what_is_no_classification(tmp_path):
-    path = tmp_path / "results.json"
-    row = replace(ROW, top1=None, top5=None, metrics={"mAP medium": 12.345, "mP@1 hard": 100.0})
-    append(path, [ROW, row])
-    assert load(path) == [ROW, row]
-    out = io.StringIO()
-    Console(file=out, width=160).print(table([ROW, row]))
-    for text in ("71.25", "mAP medium  12.3", "mP@1 hard  100.00", " - "):
-        assert text in out.getvalue()
-    out = io.StringIO()
-    Console(file=out, width=160).print(table([ROW]))
-    assert "metrics" not in out.getvalue()
-
-
-def test_rows_of_before_metrics_are_read(tmp_path):
-    path = tmp_path / "results.json"
-    append(path, [ROW])
-    (entry,) = json.loads(path.read_text())
-    del entry["metrics"]
-    path.write_text(json.dumps([entry]))
-    assert load(path) == [ROW]
-    append(path, [ROW])
-    assert len(load(path)) == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 from xdino import checkpoint
 from xdino.backbones import BackboneSpec
@@ -48,12 +49,16 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def knn(weights: Path, folder: Path, *options: str) -> list[dict]:
-    arguments = ["knn", str(weights), "--data", str(folder), "--json", "--batch-size", "16"]
+def invoked(*arguments: str) -> str:
+    """What a command printed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = CliRunner().invoke(xdino, [*arguments, *options], catch_exceptions=False)
-    return json.loads(result.stdout)
+        return CliRunner().invoke(xdino, arguments, catch_exceptions=False).stdout
+
+
+def knn(weights: Path, folder: Path, *options: str) -> list[dict]:
+    judged = [str(weights), "--data", str(folder)]
+    return json.loads(invoked("knn", *judged, "--json", "--batch-size", "16", *options))
 
 
 def timeless(rows: list[dict]) -> list[dict]:
@@ -108,6 +113,7 @@ def test_an_index_says_what_it_found(weights, folder):
     ("options", "sentence"),
     [
         (("--search", "fiass"), 'there is no search "fiass": did you mean "faiss"'),
+        (("--search", "integers"), "choose one of auto, faiss, torch, ivf, hnsw"),
         (("--bank-block", "0"), "1 row or more, got 0"),
         (("--temperature", "0.1,-1"), "--temperature must be above 0"),
         (("--temperature", "warm"), "--temperature takes numbers"),
@@ -150,33 +156,53 @@ def launched(commands: list[list[str]], out: Path, processes: int = 2) -> list[l
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(weights, folder, tmp_path):
+    """And print once: the first process alone. One launch for all commands."""
     asked = [
         ("--k", "1,9,60", "--temperature", "0.07,0.5"),
         ("--k", "5", "--search", "torch", "--bank-block", "7"),
         ("--k", "1,5,100", "--leave-one-out"),
         ("--k", "3", "--shots", "1,4", "--repeats", "2"),
+        ("--k", "3", "--search", "ivf"),
         ("--k", "3", "--batch-size", "64"),  # too few batches for two: one has nothing
     ]
     refused = ("--k", "3", "--shots", "60")
-    command = ["knn", str(weights), "--data", str(folder), "--json", "--batch-size", "16"]
-    first, second = launched([[*command, *options] for options in (*asked, refused)], tmp_path)
+    judged = [str(weights), "--data", str(folder)]
+    command = ["knn", *judged, "--json", "--batch-size", "16"]
+    others = [
+        ["features", *judged, "--out", str(tmp_path / "two.safetensors")],
+        ["neighbours", *judged, "--queries", "3", "--out", str(tmp_path / "two")],
+        ["neighbours", *judged, "--images", "nowhere.png", "--out", str(tmp_path / "two")],
+    ]
+    commands = [[*command, *options] for options in (*asked, refused)]
+    first, second = launched([*commands, *others], tmp_path)
     for options, ours in zip(asked, first, strict=False):
-        assert timeless(ours) == timeless(knn(weights, folder, *options)), options
-    assert first[0][0]["train_size"] == 68
-    assert first[0][0]["notes"][0].startswith("2 images of")
-    assert second[: len(asked)] == [0] * len(asked), "only the first process prints"
-    for sentences in (first[-2:], second[-2:]):
-        assert "60 shots need 60 images of every class" in sentences[0]
-        assert sentences[1] == "the last one fails"
+        assert timeless(json.loads(ours)) == timeless(knn(weights, folder, *options)), options
+    rows = json.loads(first[0])
+    assert rows[0]["train_size"] == 68
+    assert rows[0]["notes"][0].startswith("2 images of")
+    for told in (first, second):
+        assert "60 shots need 60 images of every class" in told[len(asked)]
+        assert told[-2:] == ["there is no image file nowhere.png", "the last one fails"]
+    printing = [*range(len(asked)), len(asked) + 1, len(asked) + 2]
+    assert [second[place] for place in printing] == [""] * len(printing), "only the first prints"
+
+    assert first[-4].split() == [str(tmp_path / "two.safetensors")]
+    one = invoked("features", *judged, "--out", str(tmp_path / "one.safetensors")).strip()
+    both = [load_file(file) for file in (one, first[-4].strip())]
+    assert both[0].keys() == both[1].keys()
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+
+    *_, numbers = first[-3].split()
+    *_, expected = sheets(weights, folder, "--queries", "3", "--out", str(tmp_path / "one"))
+    assert json.loads(Path(numbers).read_text()) == json.loads(expected.read_text())
 
 
 # Neighbour sheets
 
 
 def sheets(weights: Path, data: Path, *options: str) -> list[Path]:
-    arguments = ["neighbours", str(weights), "--data", str(data), *options]
-    result = CliRunner().invoke(xdino, arguments, catch_exceptions=False)
-    return [Path(line) for line in result.stdout.split()]
+    printed = invoked("neighbours", str(weights), "--data", str(data), *options)
+    return [Path(line) for line in printed.split()]
 
 
 def test_neighbours_of_a_split_of_a_folder_and_of_files(weights, folder, tmp_path):

@@ -9,7 +9,7 @@ from xdino.errors import RunFailed, UsageError
 from xdino_eval.suite.copydetection import (
     RANKED,
     Whitening,
-    evaluate,
+    evaluate_copydetection,
     mean_average_precision,
     open_copydays,
 )
@@ -34,7 +34,7 @@ def folder(tmp_path, paint):
 
 def test_known_answers(folder, patch_colours):
     """Of the five copies four find their original first; 50 degrees finds its own (0) last."""
-    row = evaluate(patch_colours, open_copydays(folder), size=32)
+    row = evaluate_copydetection(patch_colours, open_copydays(folder), size=32)
     last = (0 / 3 + 1 / 4) / 2
     expected = {"mAP strong": 100 * (4 + last) / 5, "mAP original": 100}
     assert row.metrics == pytest.approx(expected)
@@ -48,7 +48,7 @@ def test_distractors_stand_in_the_way(folder, patch_colours, paint, tmp_path_fac
     write(others / "a.png", paint(49))
     write(others / "b.jpg", paint(79))
     (others / "readme.txt").write_text("no image")
-    row = evaluate(patch_colours, open_copydays(folder), size=32, distractors=others)
+    row = evaluate_copydetection(patch_colours, open_copydays(folder, others), size=32)
     lost, second = (0 / 5 + 1 / 6) / 2, (0 / 1 + 1 / 2) / 2
     assert row.metrics["mAP strong"] == pytest.approx(100 * (3 + lost + second) / 5)
     assert (row.train_size, row.settings["distractors"]) == (6, 2)
@@ -57,7 +57,7 @@ def test_distractors_stand_in_the_way(folder, patch_colours, paint, tmp_path_fac
 def test_weaker_blocks_are_scored_where_they_are(folder, patch_colours, paint):
     write(folder / "jpegqual" / "75" / "200000.jpg", paint(1))
     write(folder / "crops" / "10" / "200100.jpg", paint(70))  # 60, 89, then 30
-    row = evaluate(patch_colours, open_copydays(folder), size=32)
+    row = evaluate_copydetection(patch_colours, open_copydays(folder), size=32)
     assert row.metrics["mAP jpegqual/75"] == 100
     assert row.metrics["mAP crops/10"] == pytest.approx(100 * (0 / 2 + 1 / 3) / 2)
 
@@ -86,7 +86,7 @@ def test_whitening_of_a_folder(folder, patch_colours, paint, tmp_path_factory):
     others = tmp_path_factory.mktemp("whitening")
     for degrees in range(0, 91, 10):
         write(others / f"{degrees}.jpg", paint(degrees))
-    row = evaluate(patch_colours, open_copydays(folder), size=32, whitening=others)
+    row = evaluate_copydetection(patch_colours, open_copydays(folder, whitening=others), size=32)
     assert row.settings["whitening"] == 10
     assert row.metrics["mAP original"] == 100
 
@@ -111,17 +111,17 @@ def test_bad_folders(folder, missing):
 def test_bad_files(folder, patch_colours, colours, paint):
     copydays = open_copydays(folder)
     with pytest.raises(UsageError, match="patch tokens are needed, and a Colours has none"):
-        evaluate(colours, copydays, size=32)
+        evaluate_copydetection(colours, copydays, size=32)
     with pytest.raises(UsageError, match="there is no folder"):
-        evaluate(patch_colours, copydays, size=32, whitening=folder / "nowhere")
+        open_copydays(folder, whitening=folder / "nowhere")
     with pytest.raises(UsageError, match="smaller than a patch of 8"):
-        evaluate(patch_colours, copydays, size=5)
+        evaluate_copydetection(patch_colours, copydays, size=5)
     write(folder / "strong" / "300001.jpg", paint(0))
     with pytest.raises(UsageError, match=r"300001\.jpg has no original"):
         open_copydays(folder)
     (folder / "strong" / "200001.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(RunFailed, match=r"200001\.jpg cannot be read"):
-        evaluate(patch_colours, copydays, size=32)
+        evaluate_copydetection(patch_colours, copydays, size=32)
 
 
 def test_descriptors_that_are_all_zero():

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from xdino.errors import RunFailed, UsageError
-from xdino_eval.suite import davis
-from xdino_eval.suite.davis import Propagation
+from xdino_eval.suite import davis_dataset, label_propagation
+from xdino_eval.suite.davis import evaluate_davis
 from xdino_eval.suite.davis_scores import (
     ObjectScore,
     contour,
@@ -21,6 +21,7 @@ from xdino_eval.suite.davis_scores import (
     score_video,
     summary,
 )
+from xdino_eval.suite.label_propagation import Propagation
 
 PALETTE = [0, 0, 0, 10, 20, 30, 200, 100, 0]
 COLOURS = ((90, 60, 30), (230, 20, 20), (20, 30, 230))  # ground, first object, second object
@@ -69,7 +70,7 @@ def read(path: Path) -> tuple[np.ndarray, list[int]]:
 
 def test_moving_bars_are_followed_exactly(folder, patch_colours, tmp_path):
     out = tmp_path / "masks"
-    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), out, side=64)
+    row = evaluate_davis(patch_colours, folder, davis_dataset.open_davis(folder), out, side=64)
     assert row.metrics == pytest.approx({
         "J&F mean": 100, "J mean": 100, "J recall": 100, "J decay": 0,
         "F mean": 100, "F recall": 100, "F decay": 0,
@@ -88,8 +89,8 @@ def test_masks_have_the_frames_size(tmp_path, patch_colours):
     square[20:50, 30:60] = 1
     write_video(tmp_path / "data", "wide", [square] * 3)
     write_video(tmp_path / "data", "tall", [square.T] * 3)
-    videos = davis.open_davis(tmp_path / "data")
-    row = davis.evaluate(patch_colours, tmp_path, videos, tmp_path / "out", side=64)
+    videos = davis_dataset.open_davis(tmp_path / "data")
+    row = evaluate_davis(patch_colours, tmp_path, videos, tmp_path / "out", side=64)
     for name, shape in (("wide", (70, 100)), ("tall", (100, 70))):
         assert read(tmp_path / "out" / name / "00002.png")[0].shape == shape
     assert 60 < row.metrics["J mean"] < 100, "patches of 8 pixels cannot draw it exactly"
@@ -98,8 +99,8 @@ def test_masks_have_the_frames_size(tmp_path, patch_colours):
 def test_videos_that_cannot_be_scored_are_segmented_and_named(tmp_path, patch_colours):
     write_video(tmp_path / "data", "first_only", bars(4), annotated=1)
     write_video(tmp_path / "data", "short", bars(2))
-    videos = davis.open_davis(tmp_path / "data")
-    row = davis.evaluate(patch_colours, tmp_path, videos, tmp_path / "out", side=64)
+    videos = davis_dataset.open_davis(tmp_path / "data")
+    row = evaluate_davis(patch_colours, tmp_path, videos, tmp_path / "out", side=64)
     assert row.metrics == {}
     assert "first_only, short" in row.notes[0]
     assert np.array_equal(read(tmp_path / "out/first_only/00003.png")[0], bars(4)[3])
@@ -128,28 +129,28 @@ def by_loops(target, sources, labels, grid, how):
 @pytest.mark.parametrize("radius", [0, 1, 2])
 @pytest.mark.parametrize("block", [1, 100, 2**26])
 def test_propagation_is_what_its_definition_says(radius, block, monkeypatch):
-    monkeypatch.setattr(davis, "LARGEST", block)
+    monkeypatch.setattr(label_propagation, "LARGEST", block)
     grid, M, D = (3, 4), 2, 5
     target, sources = torch.randn(12, D), torch.randn(M, 12, D)
     labels = torch.rand(M, 12, 3)
     how = Propagation(radius=radius, topk=4, temperature=0.3)
-    found = davis.propagate(target, sources, labels, grid, how)
+    found = label_propagation.propagate(target, sources, labels, grid, how)
     assert torch.allclose(found, by_loops(target, sources, labels, grid, how), atol=1e-5)
 
 
 def test_context_is_the_first_frame_and_the_last_seven(patch_colours, tmp_path, monkeypatch):
     write_video(tmp_path / "data", "long", [np.eye(64, dtype=np.uint8)] * 11)
-    (video,) = davis.open_davis(tmp_path / "data")
+    (video,) = davis_dataset.open_davis(tmp_path / "data")
     sizes = []
-    real = davis.propagate
+    real = label_propagation.propagate
 
     def spy(target, sources, labels, grid, how):
         sizes.append(len(sources))
         return real(target, sources, labels, grid, how)
 
-    monkeypatch.setattr(davis, "propagate", spy)
+    monkeypatch.setattr(label_propagation, "propagate", spy)
     with torch.inference_mode():
-        list(davis.segment(patch_colours, video, Propagation(), side=64))
+        list(label_propagation.segment(patch_colours, video, Propagation(), side=64))
     assert sizes == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
 
 
@@ -158,17 +159,17 @@ def test_a_small_object_wins_by_levelling():
     soft[..., 0] = 0.7
     soft[..., 1] = 0.1
     soft[1, 1] = torch.tensor([0.6, 0.4])
-    found = davis.decide(soft, 2)
+    found = label_propagation.decide(soft, 2)
     assert found.shape == (8, 8)
     assert found[2:4, 2:4].all() or found[3, 3] == 1
     assert not found[6:, 6:].any()
-    assert not davis.decide(torch.ones(2, 2, 1), 2).any(), "a frame without an object"
+    assert not label_propagation.decide(torch.ones(2, 2, 1), 2).any(), "a frame without an object"
 
 
 def test_one_hot_and_void():
     mask = np.zeros((8, 16), np.uint8)
     mask[:4, :8], mask[4:, 8:] = 2, 255
-    found = davis.one_hot(mask, (2, 4))
+    found = label_propagation.one_hot(mask, (2, 4))
     assert found.shape == (2, 4, 3)
     assert found.argmax(2).tolist() == [[2, 2, 0, 0], [0, 0, 0, 0]]
 
@@ -184,7 +185,7 @@ def test_one_hot_and_void():
     ],
 )
 def test_frame_size(before, side, after):
-    assert davis.frame_size(*before, side) == after
+    assert label_propagation.frame_size(*before, side) == after
 
 
 def test_resize_is_opencvs_to_the_bit():
@@ -192,22 +193,22 @@ def test_resize_is_opencvs_to_the_bit():
     frame = golden["frame"].numpy()
     for height, width in ((14, 20), (5, 4)):
         expected = golden[f"frame_{height}x{width}"].numpy()
-        assert np.array_equal(davis.resize_linear(frame, height, width), expected)
-    assert np.array_equal(davis.resize_linear(frame, 6, 9), frame)
-    assert davis.resize_linear(frame[..., :1], 14, 20).shape == (14, 20, 1)
+        assert np.array_equal(label_propagation.resize_linear(frame, height, width), expected)
+    assert np.array_equal(label_propagation.resize_linear(frame, 6, 9), frame)
+    assert label_propagation.resize_linear(frame[..., :1], 14, 20).shape == (14, 20, 1)
 
 
 def test_palette():
     """PASCAL's colours: black, maroon, green, olive, navy; white comes for no label."""
-    palette = davis.pascal_palette()
+    palette = davis_dataset.pascal_palette()
     assert palette[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128]
     assert palette[-3:] == [224, 224, 192]
 
 
 def test_the_published_slip_of_the_deviation(patch_colours):
-    assert davis.transform_of(patch_colours).std == (1.0, 1.0, 1.0)
+    assert label_propagation.transform_of(patch_colours).std == (1.0, 1.0, 1.0)
     patch_colours.mean, patch_colours.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    assert davis.transform_of(patch_colours).std == (0.228, 0.224, 0.225)
+    assert label_propagation.transform_of(patch_colours).std == (0.228, 0.224, 0.225)
 
 
 # --- measures ---------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_summary():
 def test_what_is_missing_is_named(folder, missing):
     (folder / missing).rename(folder / "elsewhere")
     with pytest.raises(UsageError, match=f"{missing} is missing: a DAVIS-2017 folder holds"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
 
 
 def test_bad_lists(folder):
@@ -288,49 +289,49 @@ def test_bad_lists(folder):
     ):
         listed.write_text(text)
         with pytest.raises(UsageError, match=message):
-            davis.open_davis(folder)
+            davis_dataset.open_davis(folder)
 
 
 def test_bad_masks(folder):
     first = folder / "Annotations/480p/bars/00000.png"
     Image.fromarray(np.zeros((64, 120), np.uint8)).save(first)
     with pytest.raises(UsageError, match=r"the mask .*00000\.png has 120 x 64 pixels, .* 128 x 64"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
     Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save(first)
     with pytest.raises(UsageError, match="is a palette image and the first mask of bars a colour"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
     Image.fromarray(np.zeros((64, 128), np.float32)).save(first, "TIFF")
     with pytest.raises(UsageError, match="is no mask of labels: its pixels are F"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
     smooth = np.arange(64 * 128).reshape(64, 128) % 200
     Image.fromarray(smooth.astype(np.uint8)).save(first)
     with pytest.raises(UsageError, match="holds 199 colours or grey levels"):
-        davis.labels_of(first)
+        davis_dataset.mask_labels(first)
     first.write_bytes(b"no image")
     with pytest.raises(UsageError, match="cannot be read"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
     first.unlink()
     with pytest.raises(UsageError, match="the mask of the first frame of bars, is missing"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
 
 
 def test_bad_frames(folder, patch_colours, colours, tmp_path):
-    videos = davis.open_davis(folder)
+    videos = davis_dataset.open_davis(folder)
     with pytest.raises(UsageError, match="patch tokens are needed"):
-        davis.evaluate(colours, folder, videos, tmp_path / "out", side=64)
+        evaluate_davis(colours, folder, videos, tmp_path / "out", side=64)
     assert not (tmp_path / "out").exists()
     frame = folder / "JPEGImages/480p/bars/00002.jpg"
     whole = frame.read_bytes()
     frame.write_bytes(whole[: len(whole) // 2])  # its header, and so its size, can be read
     with pytest.raises(RunFailed, match=r"00002\.jpg cannot be read"):
-        davis.evaluate(patch_colours, folder, videos, tmp_path / "out", side=64)
+        evaluate_davis(patch_colours, folder, videos, tmp_path / "out", side=64)
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(frame)
     with pytest.raises(UsageError, match=r"the frame .*00002\.jpg has 64 x 64 pixels"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
     for path in frame.parent.iterdir():
         path.unlink()
     with pytest.raises(UsageError, match="holds no frame"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
 
 
 # --- masks and frames of other makers ---------------------------------------------------------
@@ -347,7 +348,7 @@ def one_object(labels):
 
 
 PAINTS = np.array([(0, 0, 0), (255, 255, 255), (10, 200, 30)], np.uint8)
-PASCAL = np.array(davis.pascal_palette(), np.uint8).reshape(-1, 3)
+PASCAL = np.array(davis_dataset.pascal_palette(), np.uint8).reshape(-1, 3)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,9 @@ PASCAL = np.array(davis.pascal_palette(), np.uint8).reshape(-1, 3)
 )
 def test_masks_however_they_are_drawn(folder, patch_colours, tmp_path, make, objects, told):
     drawn(folder, make)
-    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), tmp_path / "o", side=64)
+    row = evaluate_davis(
+        patch_colours, folder, davis_dataset.open_davis(folder), tmp_path / "o", side=64
+    )
     assert row.metrics["J&F mean"] == pytest.approx(100)
     assert row.settings["objects"] == objects
     assert [("drawn, not labelled" in note) for note in row.notes] == [True] * told
@@ -375,9 +378,9 @@ def test_masks_however_they_are_drawn(folder, patch_colours, tmp_path, make, obj
 
 def test_void_beside_labels_stays_void(folder):
     drawn(folder, lambda m: Image.fromarray(np.where(np.arange(128) < 4, 255, m).astype(np.uint8)))
-    (video,) = davis.open_davis(folder)
-    assert video.labels == davis.Labels()
-    assert set(np.unique(davis.read_mask(video.masks[0], video.labels))) == {0, 1, 2, 255}
+    (video,) = davis_dataset.open_davis(folder)
+    assert video.labels == davis_dataset.Labels()
+    assert set(np.unique(davis_dataset.read_mask(video.masks[0], video.labels))) == {0, 1, 2, 255}
 
 
 @pytest.mark.parametrize("scale", [1, 60])
@@ -387,11 +390,15 @@ def test_objects_that_come_later_are_named(folder, patch_colours, tmp_path, scal
     late = np.array(Image.open(path))
     late[:8, :8] = 3 * scale
     Image.fromarray(late).save(path)
-    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), tmp_path / "o", side=64)
+    row = evaluate_davis(
+        patch_colours, folder, davis_dataset.open_davis(folder), tmp_path / "o", side=64
+    )
     assert row.settings["objects"] == 2
     assert "bars shows objects after its first frame that are neither" in row.notes[-1]
     drawn(folder, lambda m: Image.fromarray(m * 0))
-    row = davis.evaluate(patch_colours, folder, davis.open_davis(folder), tmp_path / "o", side=64)
+    row = evaluate_davis(
+        patch_colours, folder, davis_dataset.open_davis(folder), tmp_path / "o", side=64
+    )
     assert row.metrics == {}
     assert row.notes == ["no object in the first mask of: bars"]
 
@@ -404,17 +411,17 @@ def test_frames_in_any_format(folder, suffix):
     (folder / "JPEGImages/480p/bars/folder.jpg").mkdir()
     (folder / "JPEGImages/480p/bars/notes.txt").touch()
     os.mkfifo(folder / "JPEGImages/480p/bars/pipe.jpg")
-    (video,) = davis.open_davis(folder)
+    (video,) = davis_dataset.open_davis(folder)
     assert [path.suffix for path in video.frames] == [f".{suffix}"] * 5
     Image.open(video.frames[0]).save(video.frames[0].with_suffix(".gif"))
     with pytest.raises(UsageError, match="two frames of one name"):
-        davis.open_davis(folder)
+        davis_dataset.open_davis(folder)
 
 
 @pytest.mark.parametrize(("side", "shown"), [(63, 64), (60, 64), (59, 56), (2, 8), (64, 64)])
 def test_a_side_that_is_no_multiple_of_the_patch(folder, patch_colours, tmp_path, side, shown):
-    videos = davis.open_davis(folder)
-    row = davis.evaluate(patch_colours, folder, videos, tmp_path / "o", side=side)
+    videos = davis_dataset.open_davis(folder)
+    row = evaluate_davis(patch_colours, folder, videos, tmp_path / "o", side=side)
     assert f"shorter side {shown}," in row.transform
     told = f"a shorter side of {shown} pixels instead of {side}: a multiple of the patch of 8"
     assert [told in note for note in row.notes] == [True] * (side != shown)
@@ -422,17 +429,17 @@ def test_a_side_that_is_no_multiple_of_the_patch(folder, patch_colours, tmp_path
 
 
 def test_frame_size_of_patches_that_do_not_divide_64():
-    assert davis.frame_size(480, 854, 480, 14) == (476, 826)
-    assert davis.frame_size(854, 480, 480, 16) == (832, 480)
+    assert label_propagation.frame_size(480, 854, 480, 14) == (476, 826)
+    assert label_propagation.frame_size(854, 480, 480, 16) == (832, 480)
 
 
 def test_masks_are_not_written_over_the_data(folder, patch_colours):
-    videos = davis.open_davis(folder)
+    videos = davis_dataset.open_davis(folder)
     for place in ("Annotations/480p", "JPEGImages/480p", "ImageSets/../Annotations/480p"):
         with pytest.raises(UsageError, match="would be written over"):
-            davis.evaluate(patch_colours, folder, videos, folder / place, side=64)
+            evaluate_davis(patch_colours, folder, videos, folder / place, side=64)
     with pytest.raises(UsageError, match="--out needs a folder"):
-        davis.evaluate(patch_colours, folder, videos, videos[0].frames[0], side=64)
+        evaluate_davis(patch_colours, folder, videos, videos[0].frames[0], side=64)
 
 
 def test_names_in_no_encoding(folder, patch_colours, tmp_path):
@@ -440,7 +447,7 @@ def test_names_in_no_encoding(folder, patch_colours, tmp_path):
     for place in ("Annotations", "JPEGImages"):
         (folder / place / "480p/bars").rename(folder / place / "480p" / name)
     (folder / "ImageSets/2017/val.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode(name) + b"\r\n")
-    videos = davis.open_davis(folder)
-    row = davis.evaluate(patch_colours, folder, videos, tmp_path / "o", side=64)
+    videos = davis_dataset.open_davis(folder)
+    row = evaluate_davis(patch_colours, folder, videos, tmp_path / "o", side=64)
     assert row.metrics["J mean"] == pytest.approx(100)
     assert os.listdir(tmp_path / "o") == [name]

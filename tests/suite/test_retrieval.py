@@ -10,8 +10,14 @@ from PIL import Image
 
 from xdino.errors import RunFailed, UsageError
 from xdino_eval.accuracy import average_precision
-from xdino_eval.suite import safe_pickle
-from xdino_eval.suite.retrieval import Query, cut, evaluate, fit, open_benchmark, score
+from xdino_eval.suite.retrieval import (
+    Query,
+    crop,
+    evaluate_retrieval,
+    open_benchmark,
+    score,
+    shrink,
+)
 
 # Degrees from the query's colour, and what each image is to it.
 DATABASE = {"junk": 5, "easy": 12, "negative_1": 20, "hard": 32, "negative_2": 55, "negative_3": 80}
@@ -47,7 +53,7 @@ def change(folder, **fields):
 
 def test_known_answers(folder, colours):
     """Ranking: junk, easy, negative, hard, ...: without the junk, easy is first and hard third."""
-    row = evaluate(colours, open_benchmark(folder, "roxford5k"), crop_queries=True)
+    row = evaluate_retrieval(colours, open_benchmark(folder, "roxford5k"), crop_queries=True)
     medium = ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2) / 2
     assert row.metrics == pytest.approx({
         "mAP easy": 100, "mP@1 easy": 100, "mP@5 easy": 100, "mP@10 easy": 100,
@@ -61,15 +67,15 @@ def test_known_answers(folder, colours):
 
 
 def test_whole_queries_rank_by_what_fills_them(folder, colours):
-    whole = evaluate(colours, open_benchmark(folder, "roxford5k"))
+    whole = evaluate_retrieval(colours, open_benchmark(folder, "roxford5k"))
     assert whole.settings["queries"] == "whole"
     assert whole.metrics["mP@1 medium"] == 0, "the query's box is a quarter of its image"
 
 
 def test_scales_of_flat_images_change_nothing(folder, colours):
     benchmark = open_benchmark(folder, "roxford5k")
-    once = evaluate(colours, benchmark, crop_queries=True)
-    often = evaluate(colours, benchmark, crop_queries=True, scales=True)
+    once = evaluate_retrieval(colours, benchmark, crop_queries=True)
+    often = evaluate_retrieval(colours, benchmark, crop_queries=True, scales=True)
     assert often.metrics == pytest.approx(once.metrics)
     assert often.settings["scales"] == "1, 0.707, 0.5"
 
@@ -97,16 +103,16 @@ def test_precision_looks_no_further_than_the_last_positive():
 
 
 def test_fit_shrinks_and_never_enlarges(paint):
-    assert fit(paint(0, 300, 150), 224).shape == (224, 112, 3)
-    assert np.array_equal(fit(paint(0, 30, 15), 224), paint(0, 30, 15))
-    assert fit(np.zeros((300, 150, 1), np.uint8), 100).shape == (100, 50, 1)
+    assert shrink(paint(0, 300, 150), 224).shape == (224, 112, 3)
+    assert np.array_equal(shrink(paint(0, 30, 15), 224), paint(0, 30, 15))
+    assert shrink(np.zeros((300, 150, 1), np.uint8), 100).shape == (100, 50, 1)
 
 
 def test_cut(paint):
     image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    assert np.array_equal(cut(image, (0.6, 1.2, 3.4, 9.0)), image[1:, 1:3])
+    assert np.array_equal(crop(image, (0.6, 1.2, 3.4, 9.0)), image[1:, 1:3])
     with pytest.raises(ValueError, match="outside"):
-        cut(image, (5, 0, 9, 4))
+        crop(image, (5, 0, 9, 4))
 
 
 @pytest.mark.parametrize("missing", ["roxford5k", "roxford5k/jpg", "roxford5k/gnd_roxford5k.pkl"])
@@ -155,10 +161,10 @@ def test_a_broken_image_and_a_box_outside(folder, colours):
     benchmark = open_benchmark(folder, "roxford5k")
     change(folder, gnd=[{"bbx": [900, 0, 999, 9], "easy": [0], "hard": [], "junk": []}])
     with pytest.raises(UsageError, match=r"query query: the box .* lies outside of the 80 x 32"):
-        evaluate(colours, open_benchmark(folder, "roxford5k"), crop_queries=True)
+        evaluate_retrieval(colours, open_benchmark(folder, "roxford5k"), crop_queries=True)
     (folder / "roxford5k/jpg/easy.jpg").write_bytes(b"no image")
     with pytest.raises(RunFailed, match=r"easy\.jpg cannot be read"):
-        evaluate(colours, benchmark)
+        evaluate_retrieval(colours, benchmark)
 
 
 def test_what_is_no_file(folder):
@@ -174,5 +180,3 @@ def test_what_is_no_file(folder):
     truth.mkdir()
     with pytest.raises(UsageError, match=r"gnd_roxford5k\.pkl is missing"):
         open_benchmark(folder, "roxford5k")
-    with pytest.raises(RunFailed, match="cannot be read: Is a directory"):
-        safe_pickle.load(truth)

@@ -140,7 +140,7 @@ COMMANDS: dict[str, tuple[tuple[tuple[str, ...], ...], dict, dict]] = {
     ),
     "knn": ((WEIGHTS,), {"--data": PLACES}, EVALUATED | {
         "--k": LIST, "--temperature": LIST, "--leave-one-out": FLAG, "--shots": LIST, "--repeats": FEW,
-        "--seed": WHOLE, "--search": ("auto", "faiss", "integers", "torch", "ivf", "hnsw", "none", ""),
+        "--seed": WHOLE, "--search": ("auto", "faiss", "torch", "ivf", "hnsw", "none", ""),
         "--bank-block": WHOLE}),
     "neighbours": ((WEIGHTS,), {"--data": PLACES}, EVALUATED | {
         "--queries": WHOLE, "--images": PLACES, "--k": WHOLE}),

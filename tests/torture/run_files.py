@@ -26,6 +26,7 @@ from xdino import checkpoint, config, metrics, train
 from xdino.errors import RunFailed, UsageError
 from xdino.run_directory import RunDirectory
 from xdino_eval import quality, results
+from xdino_launch.console import results_table
 from xdino_launch.report.page import write_report
 
 FILES = (
@@ -167,7 +168,7 @@ def score(path: Path, tiny: config.Config) -> None:
     """Load what was trained, and add a row and a measure."""
     checkpoint.load_backbone(path)
     results.append(path / "results.json", [ROW])
-    results.table(results.load(path / "results.json"))
+    results_table(results.load(path / "results.json"))
     quality.load(path / quality.FILE)
 
 

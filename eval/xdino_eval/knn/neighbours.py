@@ -2,7 +2,7 @@
 
 A row is a query and its nearest images of the bank, with similarity and class; where both are
 labelled, the frame says whether the class is the query's (blue, unbroken) or another (orange,
-dashed). The neighbours are those that vote in `knn`: cosine similarity of the features, exact, the
+dashed). The neighbours are those that vote (`vote`): cosine similarity of the features, exact, the
 lower row of equals first. Beside the sheets lies a JSON file with the same as numbers.
 """
 
@@ -20,8 +20,9 @@ from xdino.runtime.atomic import write_text, written_beside
 from xdino_eval.attention.figures import DRAWN
 from xdino_eval.features import Features
 from xdino_eval.image_files import printable
-from xdino_eval.knn.search import EXACT, How, read, searcher, unpack, without
-from xdino_eval.knn.vote import normalise
+from xdino_eval.knn.keys import unpack, without_self
+from xdino_eval.knn.search import EXACT, SearchOptions, searcher
+from xdino_eval.knn.tables import normalise, read
 from xdino_eval.plotting import Axes, Figure, FigureCanvasAgg, Rectangle, quiet
 from xdino_eval.transform import resize_shorter
 
@@ -59,7 +60,7 @@ def find(
     queries: Features,
     query_source: Source,
     k: int,
-    how: How = EXACT,
+    options: SearchOptions = EXACT,
 ) -> list[Found]:
     """The k nearest images of the bank for every query.
 
@@ -73,22 +74,22 @@ def find(
     """
     if k < 1:
         raise UsageError(f"a query has 1 neighbour or more, got {k}")
-    alone = bank_source is query_source
+    among_themselves = bank_source is query_source
     if not len(queries.features):
         raise UsageError(f"{queries.data} has no image to find neighbours of")
-    if len(bank.features) < 1 + alone:
+    if len(bank.features) < 1 + among_themselves:
         raise UsageError(f"{bank.data} has no other image to be a neighbour")
     places, asked = bank.indices.numpy(), queries.indices.numpy()  # ascending, as extracted
-    search = searcher(normalise(bank.features), how)
+    search = searcher(normalise(bank.features), options)
     found = []
-    for start in range(0, len(asked), how.query_block):
-        rows = slice(start, start + how.query_block)
+    for start in range(0, len(asked), options.query_block):
+        rows = slice(start, start + options.query_block)
         block = read(normalise(queries.features[rows]), slice(None), name="query")
-        keys = search.nearest(block, min(k + alone, len(places))).cpu()
-        if alone:
-            keys = without(keys, np.searchsorted(places, asked[rows]))
+        keys = search.nearest(block, min(k + among_themselves, len(places))).cpu()
+        if among_themselves:
+            keys = without_self(keys, np.searchsorted(places, asked[rows]))
         for place, key in zip(asked[rows].tolist(), keys, strict=True):
-            label = label_of(query_source, place)
+            label = class_name(query_source, place)
             similarity, row = unpack(key)
             near = [
                 _neighbour(bank_source, index, value, label)
@@ -100,12 +101,12 @@ def find(
 
 
 def _neighbour(source: Source, index: int, similarity: float, wanted: str | None) -> Neighbour:
-    label = label_of(source, index)
+    label = class_name(source, index)
     right = None if label is None or wanted is None else label == wanted
     return Neighbour(index, source.describe(index), label, round(similarity, 6), right)
 
 
-def label_of(source: Source, index: int) -> str | None:
+def class_name(source: Source, index: int) -> str | None:
     """The name of an image's class; None where the source has no labels."""
     if source.labels is None:
         return None

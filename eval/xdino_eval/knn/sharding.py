@@ -1,4 +1,5 @@
-"""Features extracted in shares, one a process, and in pieces that need not stay in memory.
+"""Features extracted in shares, one a process, and in pieces that need not stay in memory; one answer
+from the shares of all processes.
 
 Shares and pieces are cut between batches, so that each image goes through the network in the batch
 that one process would put it in: its feature does not depend on how the work was shared out.
@@ -10,8 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from xdino.runtime import distributed
 from xdino_eval.features import Features, cached
+from xdino_eval.knn.keys import EMPTY, merge
+from xdino_eval.knn.search import Searcher
 
 
 def share(count: int, batch_size: int, rank: int = 0, processes: int = 1) -> np.ndarray:
@@ -47,3 +53,26 @@ def folder_for(cache: Path | None, wanted: bool) -> Iterator[Path | None]:
     else:
         with tempfile.TemporaryDirectory(prefix="xdino-features-") as folder:
             yield Path(folder)
+
+
+class ShardedSearcher:
+    """A searcher of this process's rows that answers for the rows of all processes.
+
+    Every process must ask the same queries in the same order.
+
+    Args:
+        inner: searches this process's rows; None where it has none.
+        offset: the number, among all rows, of this process's first.
+        total: the rows of all processes.
+    """
+
+    def __init__(self, inner: Searcher | None, offset: int, total: int) -> None:
+        self.inner, self.offset, self.total = inner, offset, total
+
+    def nearest(self, queries: Tensor, k: int) -> Tensor:
+        k = min(k, self.total)
+        keys = torch.full((len(queries), k), EMPTY)
+        if self.inner is not None:
+            own = self.inner.nearest(queries, k).cpu()
+            keys[:, : own.shape[1]] = own - self.offset  # a key holds the row's complement
+        return merge(distributed.gather_tensor(keys), k)

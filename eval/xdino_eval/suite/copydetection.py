@@ -51,37 +51,56 @@ SMALLEST_EIGENVALUE = 1e-5  # of the largest
 
 
 @dataclass(frozen=True)
+class ImageFolder:
+    """The images directly in a folder, sorted by name."""
+
+    path: Path
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> "ImageFolder":
+        """Raises UsageError where there is no such folder, or it holds no image."""
+        if not path.is_dir():
+            raise UsageError(f"there is no folder {path}")
+        names = tuple(image.name for image in image_files.listed(path))
+        if not names:
+            raise UsageError(f"{path} holds no image with the suffix {' '.join(SUFFIXES)}")
+        return cls(path, names)
+
+    def source(self, channels: int) -> FileSource:
+        paths = [os.fsencode(name) for name in self.names]
+        return FileSource(str(self.path), self.path, paths, channels)
+
+
+@dataclass(frozen=True)
 class Copydays:
-    """names: block -> file names in order, "original" and "strong" among them."""
+    """The blocks that are there, "original" and "strong" among them; images that join the originals;
+    images that the whitening is learned on."""
 
     folder: Path
-    names: dict[str, list[str]]
+    blocks: dict[str, ImageFolder]
+    distractors: ImageFolder | None = None
+    whitening: ImageFolder | None = None
 
     def positives(self, block: str) -> list[np.ndarray]:
         """For each copy of `block` the indices of its originals, int64."""
-        keys = np.array([name[:KEY] for name in self.names["original"]])
-        return [np.flatnonzero(keys == name[:KEY]) for name in self.names[block]]
+        keys = np.array([name[:KEY] for name in self.blocks["original"].names])
+        return [np.flatnonzero(keys == name[:KEY]) for name in self.blocks[block].names]
 
 
-def image_names(folder: Path) -> list[str]:
-    """The images directly in `folder`, sorted by name.
-
-    Raises:
-        UsageError: there is no such folder, or it holds no image.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}")
-    names = [path.name for path in image_files.listed(folder)]
-    if not names:
-        raise UsageError(f"{folder} holds no image with the suffix {' '.join(SUFFIXES)}")
-    return names
-
-
-def open_copydays(folder: Path | str) -> Copydays:
+def open_copydays(
+    folder: Path | str, distractors: Path | None = None, whitening: Path | None = None
+) -> Copydays:
     """The blocks of Copydays that are there.
 
+    Args:
+        distractors: folder of images that join the originals (published: 10,000 of YFCC100M).
+        whitening: folder of images that the whitening is learned on (published: 20,000 of
+            YFCC100M); None = none.
+
     Raises:
-        UsageError: originals or strong copies are missing, or a copy has no original.
+        UsageError: originals or strong copies are missing, a copy has no original, or a folder holds
+            no image.
     """
     folder = Path(folder)
     for block in ("original", "strong"):
@@ -90,10 +109,15 @@ def open_copydays(folder: Path | str) -> Copydays:
                 f"{folder / block} is missing: a Copydays folder holds original/ and strong/, and "
                 "may hold jpegqual/QUALITY/ and crops/SHARE/"
             )
-    names = {block: image_names(folder / block) for block in BLOCKS if (folder / block).is_dir()}
-    copydays = Copydays(folder, names)
-    for block in names:
-        for name, originals in zip(names[block], copydays.positives(block), strict=True):
+    there = [block for block in BLOCKS if (folder / block).is_dir()]
+    copydays = Copydays(
+        folder,
+        {block: ImageFolder.open(folder / block) for block in there},
+        ImageFolder.open(distractors) if distractors else None,
+        ImageFolder.open(whitening) if whitening else None,
+    )
+    for block, images in copydays.blocks.items():
+        for name, originals in zip(images.names, copydays.positives(block), strict=True):
             if not len(originals):
                 raise UsageError(
                     f"{folder / block / name} has no original: no file of {folder / 'original'} "
@@ -139,12 +163,33 @@ def mean_average_precision(ranking: np.ndarray, positives: list[np.ndarray]) -> 
     return 100 * float(np.mean(precisions))
 
 
-def evaluate(
+def describe_copydays(
+    describer: Describer, copydays: Copydays, size: int, channels: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Descriptors of length 1 of the images of each block, and of originals with distractors."""
+
+    def described(images: ImageFolder) -> Tensor:
+        def square(image: np.ndarray, _: int) -> np.ndarray:
+            return resample(image, (size, size), Image.Resampling.BICUBIC)
+
+        return describer(images.source(channels), square)
+
+    queries = {block: described(images) for block, images in copydays.blocks.items()}
+    database = queries["original"]
+    if copydays.distractors:
+        database = torch.cat((database, described(copydays.distractors)))
+    if copydays.whitening:
+        whiten = Whitening.learn(described(copydays.whitening))
+        database = whiten(database)
+        queries = {block: whiten(found) for block, found in queries.items()}
+    queries = {block: F.normalize(found, dim=1) for block, found in queries.items()}
+    return queries, F.normalize(database, dim=1)
+
+
+def evaluate_copydetection(
     backbone: nn.Module,
     copydays: Copydays,
     size: int = 320,
-    distractors: Path | None = None,
-    whitening: Path | None = None,
     batch_size: int = 16,
     workers: int = 2,
     precision: str = "fp32",
@@ -154,12 +199,9 @@ def evaluate(
 
     Args:
         size: images are resized to squares of so many pixels, bicubic, whatever their proportions.
-        distractors: folder of images that join the originals (published: 10,000 of YFCC100M).
-        whitening: folder of images that the whitening is learned on (published: 20,000 of
-            YFCC100M); None = none.
 
     Raises:
-        UsageError: a folder without images; no patch tokens in this backbone.
+        UsageError: no patch tokens in this backbone.
         RunFailed: an image cannot be read.
     """
     if size**2 > LARGEST:
@@ -169,47 +211,23 @@ def evaluate(
         )
     start = time.monotonic()
     judged = cast(Judged, backbone)
-    others = {name: image_names(path) if path else [] for name, path in
-              (("distractors", distractors), ("whitening", whitening))}  # fmt: skip
+    transform = EvalTransform.of(judged, size)
     describer = Describer(
-        backbone, class_and_gem, EvalTransform.of(judged, size), batch_size, workers, precision,
-        progress,
-    )  # fmt: skip
-
-    def square(image: np.ndarray, _: int) -> np.ndarray:
-        return resample(image, (size, size), Image.Resampling.BICUBIC)
-
-    def described(folder: Path, names: list[str]) -> Tensor:
-        paths = [os.fsencode(name) for name in names]
-        return describer(FileSource(str(folder), folder, paths, len(judged.mean)), square)
-
-    queries = {
-        block: described(copydays.folder / block, names) for block, names in copydays.names.items()
-    }
-    database = queries["original"]
-    if distractors:
-        database = torch.cat((database, described(distractors, others["distractors"])))
-    if whitening:
-        whiten = Whitening.learn(described(whitening, others["whitening"]))
-        database = whiten(database)
-        queries = {block: whiten(found) for block, found in queries.items()}
-    database = F.normalize(database, dim=1)
+        backbone, class_and_gem, transform, batch_size, workers, precision, progress
+    )
+    queries, database = describe_copydays(describer, copydays, size, len(judged.mean))
     metrics = {}
     for block, found in sorted(queries.items(), key=lambda item: item[0] != "strong"):
-        similarity = F.normalize(found, dim=1) @ database.T
+        similarity = found @ database.T
         ranking = similarity.argsort(dim=1, descending=True, stable=True)[:, :RANKED].numpy()
         metrics[f"mAP {block}"] = mean_average_precision(ranking, copydays.positives(block))
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (judged.mean, judged.std))
     absent = [block for block in BLOCKS if block not in queries]
+    others = {"distractors": copydays.distractors, "whitening": copydays.whitening}
     return Row(
         protocol="copy detection",
-        settings={
-            "size": size,
-            "gem": GEM,
-            "ranked": RANKED,
-            "distractors": len(others["distractors"]),
-            "whitening": len(others["whitening"]),
-        },
+        settings={"size": size, "gem": GEM, "ranked": RANKED}
+        | {name: len(images.names) if images else 0 for name, images in others.items()},
         top1=None,
         top5=None,
         data=printable(copydays.folder),

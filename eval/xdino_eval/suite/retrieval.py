@@ -176,7 +176,7 @@ def score(ranking: np.ndarray, queries: tuple[Query, ...]) -> dict[str, float]:
 # --- the evaluation ---------------------------------------------------------------------------
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, C] shrunk to at most `size` pixels a side in its proportions, never enlarged.
 
     Pillow's thumbnail with Lanczos, as published.
@@ -186,7 +186,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
-def cut(image: np.ndarray, box: Box) -> np.ndarray:
+def crop(image: np.ndarray, box: Box) -> np.ndarray:
     """uint8 [H, W, C] -> the part in `box`, rounded to pixels, as far as it lies in the image.
 
     Raises:
@@ -200,7 +200,7 @@ def cut(image: np.ndarray, box: Box) -> np.ndarray:
     return part
 
 
-def describe(
+def describe_benchmark(
     backbone: nn.Module,
     benchmark: Benchmark,
     size: int,
@@ -230,19 +230,19 @@ def describe(
     def query(image: np.ndarray, index: int) -> np.ndarray:
         if crop_queries:
             try:
-                image = cut(image, queries[index].box)
+                image = crop(image, queries[index].box)
             except ValueError as error:
                 raise UsageError(f"query {queries[index].name}: {error}") from None
-        return fit(image, size)
+        return shrink(image, size)
 
     database = describer(
-        benchmark.source(list(benchmark.images), channels), lambda image, _: fit(image, size)
+        benchmark.source(list(benchmark.images), channels), lambda image, _: shrink(image, size)
     )
     asked = describer(benchmark.source([query.name for query in queries], channels), query)
     return F.normalize(database, dim=1), F.normalize(asked, dim=1)
 
 
-def evaluate(
+def evaluate_retrieval(
     backbone: nn.Module,
     benchmark: Benchmark,
     size: int = 224,
@@ -252,13 +252,13 @@ def evaluate(
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> Row:
-    """mAP and precision at 1, 5 and 10 as an unsigned row of results; arguments as `describe`.
+    """mAP and precision at 1, 5 and 10 as an unsigned row of results; arguments as `describe_benchmark`.
 
     Raises:
-        UsageError, RunFailed: as `describe`; no query has a positive.
+        UsageError, RunFailed: as `describe_benchmark`; no query has a positive.
     """
     start = time.monotonic()
-    database, queries = describe(
+    database, queries = describe_benchmark(
         backbone, benchmark, size, scales, crop_queries, workers, precision, progress
     )
     ranking = torch.argsort(queries @ database.T, dim=1, descending=True, stable=True).numpy()

@@ -2,10 +2,12 @@
 
 A pickle names the functions that rebuild its objects, and Python's own reader calls whatever is
 named. Ground truth that is published as a pickle (revisited Oxford and Paris) needs lists, dicts,
-numbers, text and numpy arrays of numbers; the few functions that numpy needs for those are replaced
-by narrow ones here, and any other name ends the reading before anything of it was called.
+sets, numbers, text, and numpy's arrays and numbers, which come back as lists and as Python's own.
+The few functions here stand in for numpy's, which trust what they are told of memory; any other name
+ends the reading before anything of it was called.
 """
 
+import copyreg
 import io
 import pickle
 from pathlib import Path
@@ -13,92 +15,51 @@ from typing import Any
 
 import numpy as np
 
-from xdino.errors import RunFailed, UsageError, reason
-
-KINDS = "biufSU"  # of dtypes that hold no objects and no fields
+from xdino.errors import RunFailed, world
 
 
 class Refused(pickle.UnpicklingError):
     """The pickle asks for something that plain values have no need of."""
 
 
-class _Dtype:
+class Dtype:
     """Stands in for `numpy.dtype`: its description, and the byte order that follows as its state."""
 
-    def __init__(self, description: Any, *_: Any) -> None:
-        self.dtype = np.dtype(description) if isinstance(description, str) else np.dtype(object)
-        if self.dtype.kind not in KINDS:
-            raise Refused(f"a numpy array of {description}")
+    def __init__(self, description: str, *_: Any) -> None:
+        if description[0] not in "biufSU" or not description[1:].isdecimal():
+            raise Refused(f"a numpy array of {description}")  # of objects, of several fields
+        self.dtype = np.dtype(description)
 
     def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        if order not in ("<", ">", "|", "=") or any(state[2:5]):  # a subarray, names, fields
-            raise Refused("a numpy array with fields")
-        self.dtype = self.dtype.newbyteorder(order)
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
-    """Stands in for an array until its state comes; numpy's own reader of states is not needed."""
-
-    value: np.ndarray
+class Array(list[Any]):
+    """Stands in for `numpy.ndarray`: its values, once its state has come."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        self.value = _from_buffer(_bytes(raw), dtype, shape, "F" if fortran else "C")
+        self[:] = _values(raw, dtype, shape, "F" if fortran else "C")
 
 
-_ARRAY_TYPE = object()  # what the name numpy.ndarray gives: it can only be handed to _reconstruct
+def _values(raw: Any, dtype: Dtype, shape: Any, order: Any) -> Any:
+    """The numbers or texts in `raw`, nested as `shape` has it; for the shape () the value alone."""
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    values = np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)
+    return values.tolist() if values.size else []  # (10**9, 0) would be as many empty lists
 
 
-def _reconstruct(kind: Any, *_: Any) -> _Array:
-    if kind is not _ARRAY_TYPE:
-        raise Refused("an array of an unknown kind")
-    return _Array()
-
-
-def _bytes(raw: Any) -> bytes:
-    return raw.encode("latin1") if isinstance(raw, str) else bytes(memoryview(raw))
-
-
-def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    if not isinstance(dtype, _Dtype):
-        raise Refused("an array without a dtype")
-    return np.frombuffer(_bytes(raw), dtype.dtype).reshape(shape, order=order)
-
-
-def _scalar(dtype: Any, raw: Any) -> Any:
-    return _from_buffer(raw, dtype, (), "C").item()
-
-
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise Refused(f"text in the encoding {encoding}")
-    return text.encode("latin1")
-
-
-def _no_bytes(*given: Any) -> bytes:
-    """How protocol 2 writes bytes that are empty."""
-    if given:
-        raise Refused("bytes made of something")
-    return b""
-
-
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _ARRAY_TYPE,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-    **{
-        (builtins, name): kind
-        for builtins in ("builtins", "__builtin__")
-        for name, kind in (("bytes", _no_bytes), ("set", set), ("frozenset", frozenset))
-    },
-    **{
-        (f"numpy.{core}.multiarray", name): function  # numpy 1 and numpy 2
-        for core in ("core", "_core")
-        for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
-    },
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
+ALLOWED: dict[str, Any] = {
+    "numpy.ndarray": Array,
+    "numpy.dtype": Dtype,
+    "numpy.core.multiarray._reconstruct": lambda *_: Array(),
+    "numpy.core.multiarray.scalar": lambda dtype, raw: _values(raw, dtype, (), "C"),
+    "numpy.core.numeric._frombuffer": _values,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    # How protocols 0 to 2 write bytes, and none.
+    "_codecs.encode": lambda text, _: str.encode(text, "latin1"),
+    "builtins.bytes": lambda: b"",
 }
 
 
@@ -106,52 +67,35 @@ class PlainUnpickler(pickle.Unpickler):
     """Knows `ALLOWED` and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise Refused(f"{module}.{name}") from None
+        # As Python 2, numpy 1 and numpy 2 spell them.
+        known = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
+        if f"{known}.{name}" not in ALLOWED:
+            raise Refused(f"{module}.{name}")
+        return ALLOWED[f"{known}.{name}"]
 
     def persistent_load(self, pid: Any) -> Any:
         raise Refused("an object outside of the file")
-
-
-def _finished(value: Any) -> Any:
-    """The value with the arrays themselves in the places of their stand-ins."""
-    if isinstance(value, dict):
-        return {_finished(key): _finished(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finished(item) for item in value]
-    if isinstance(value, tuple):
-        return tuple(_finished(item) for item in value)
-    if isinstance(value, _Array):
-        return value.value
-    if isinstance(value, _Dtype):
-        raise Refused("a dtype without an array")
-    return value
 
 
 def load(path: Path) -> Any:
     """The plain value in the pickle at `path`. Text of Python 2 is read as latin1.
 
     Raises:
-        UsageError: there is no such file.
-        RunFailed: it is damaged, or asks for more than plain values need; nothing of it ran.
+        RunFailed: it cannot be read, is damaged, or asks for more than plain values need; nothing of
+            it ran.
     """
-    try:
+    with world(f"read {path}"):
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except OSError as error:
-        raise RunFailed(f"{path} cannot be read: {reason(error)}") from None
+    copyreg.clear_extension_cache()  # of what lies there `find_class` would not be asked
     try:
-        return _finished(PlainUnpickler(io.BytesIO(data), encoding="latin1").load())
+        return PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Refused as error:
         raise RunFailed(
             f"{path} asks for {error}, which plain values have no need of: refused, nothing of it ran"
         ) from None
     # What a damaged pickle raises is whatever its broken instructions come to.
     except (
-        pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError,
-        AttributeError, ImportError, MemoryError, OverflowError, RuntimeError,
+        pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+        MemoryError, OverflowError, RuntimeError,
     ) as error:  # fmt: skip
         raise RunFailed(f"{path} is damaged or no pickle ({type(error).__name__})") from None

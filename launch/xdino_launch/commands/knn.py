@@ -1,8 +1,7 @@
 """`xdino knn`."""
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +15,11 @@ from xdino_launch.commands.options import (
     numbers,
     subject_options,
 )
+
+if TYPE_CHECKING:
+    from xdino_eval.knn import Draws
+    from xdino_eval.results import Row
+    from xdino_launch.evaluation.subject import Subject
 
 
 @click.command()
@@ -34,7 +38,7 @@ from xdino_launch.commands.options import (
     "--search",
     default="auto",
     show_default=True,
-    help="integers and faiss (CPU) and torch (--device) are exact and give the same numbers; ivf and "
+    help="faiss (CPU) and torch (--device) are exact and give the same numbers; ivf and "
     "hnsw find most neighbours of a very large bank, and the row says how many; auto is exact.",
 )
 @click.option(
@@ -67,13 +71,16 @@ def knn(
         )
     from xdino.plan import resolve_device
     from xdino.runtime import distributed
-    from xdino_eval import knn as rooms
-    from xdino_eval.knn.search import How
-    from xdino_eval.knn.sharding import folder_for
+    from xdino_eval.knn import Draws, SearchOptions
     from xdino_launch.evaluation.subject import Subject, open_one_split
 
     device = resolve_device(options["device"])
-    how = How.named(search, device, bank_block)
+    how = {
+        "ks": parsed,
+        "temperature": temperatures,
+        "options": SearchOptions.from_name(search, device, bank_block),
+    }
+    draws = Draws(few, repeats, seed) if few else None
     joined = distributed.start(device)
     try:
         subject = distributed.together(
@@ -82,25 +89,7 @@ def knn(
             )
         )
         distributed.together(subject.check_alike)
-        with folder_for(subject.cache, bank_block is not None) as folder:
-            subject = replace(subject, cache=folder)
-            asked: dict[str, Any] = {
-                "ks": parsed,
-                "temperature": temperatures,
-                "how": how,
-                "shared": distributed.world_size() > 1,
-            }
-            train = subject.share("train", subject.train, bank_block)
-            if leave_one_out:
-                asked["classes"] = subject.train.classes
-                judge = partial(rooms.leave_one_out, train, **asked)
-            else:
-                val = subject.share("val", subject.val, bank_block)
-                judge = partial(rooms.evaluate, train, val, **asked)
-                if few:
-                    asked["classes"] = subject.train.classes
-                    judge = partial(rooms.few_shot, train, val, few, repeats, seed, **asked)
-            rows = subject.sign(judge())  # what it refuses, it refuses on every process
+        rows = _score(subject, how, leave_one_out, draws)
 
         def tell() -> None:
             if distributed.rank() == 0:
@@ -110,3 +99,29 @@ def knn(
     finally:
         if joined:
             distributed.stop()
+
+
+def _score(
+    subject: "Subject", how: dict[str, Any], leave_one_out: bool, draws: "Draws | None"
+) -> "list[Row]":
+    """Signed rows, by the shares of all processes: what a protocol refuses, it refuses on each.
+
+    Args:
+        how: arguments of every protocol. draws: of few-shot, None = another protocol.
+    """
+    from xdino.runtime import distributed
+    from xdino_eval import knn
+    from xdino_eval.knn.sharding import folder_for
+
+    how = how | {"shared": distributed.world_size() > 1}
+    block = how["options"].bank_block
+    classes = subject.train.classes
+    with folder_for(subject.cache, block is not None) as folder:
+        subject = replace(subject, cache=folder)
+        train = subject.share("train", subject.train, block)
+        if leave_one_out:
+            return subject.sign(knn.leave_one_out(train, **how, classes=classes))
+        val = subject.share("val", subject.val, block)
+        if draws:
+            return subject.sign(knn.few_shot(train, val, draws, **how, classes=classes))
+        return subject.sign(knn.evaluate(train, val, **how))

@@ -11,14 +11,18 @@ from xdino.errors import UsageError
 from xdino_launch.commands.options import (
     Place,
     Whole,
-    evaluation_options,
     on_one_process,
+    subject_and,
     subject_options,
 )
 
 
 @click.command()
-@evaluation_options
+@subject_and(
+    click.option(
+        "--out", type=Place(), help="Folder for the sheets; of a run, its neighbours/ by default."
+    )
+)
 @click.option("--queries", type=Whole(1, 100_000), help="Images of val/ to ask for; default: 16.")
 @click.option("--images", multiple=True, type=Place(), help="Ask for these files instead.")
 @click.option("--k", default=8, show_default=True, type=Whole(1, 1000), help="Neighbours.")
@@ -81,11 +85,3 @@ def _refuse_within(out: Path, data: Path) -> None:
         place, root = os.path.realpath(out), os.path.realpath(read)
         if read.is_dir() and (place == root or place.startswith(os.path.join(root, ""))):
             raise UsageError(f"--out lies in the images of {read}: name a folder outside of them")
-
-
-# Two of the shared options mean something else here: there are no rows, and the JSON is a file.
-neighbours.params = [option for option in neighbours.params if option.name != "as_json"]
-for option in neighbours.params:
-    if option.name == "out" and isinstance(option, click.Option):
-        option.type = Place()
-        option.help = "Folder for the sheets; of a run, its neighbours/ by default."

@@ -115,8 +115,8 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every evaluation of a backbone on labelled data takes."""
+def subject_and(*output: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a backbone and the data it is judged on, with those of where results go."""
     options = [
         click.argument("weights", type=Place()),
         click.option(
@@ -127,8 +127,7 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--arch", help="Architecture, where the file does not say."),
         click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
-        click.option("--out", type=Place(file=True), help="Append to this results.json."),
-        click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
+        *output,
         click.option("--size", type=PIXELS, help="Centre crop in pixels."),
         click.option("--resize", type=PIXELS, help="Shorter side before it, in pixels."),
         click.option("--mean", help="Per channel, comma-separated, 0..1."),
@@ -148,9 +147,20 @@ def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Keep features in this folder for the next command; files count by name, size and time.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+evaluation_options = subject_and(
+    click.option("--out", type=Place(file=True), help="Append to this results.json."),
+    click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
+)
+"""What every evaluation of a backbone on labelled data takes."""
 
 
 def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
@@ -215,12 +225,12 @@ def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) ->
     In this order, so that a disk that refuses them loses none.
     """
     from xdino_eval import results
-    from xdino_launch.console import stdout_console
+    from xdino_launch.console import results_table, stdout_console
 
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        stdout_console().print(results.table(rows))
+        stdout_console().print(results_table(rows))
     sys.stdout.flush()
     target = results_file(weights, out)
     if target is not None:

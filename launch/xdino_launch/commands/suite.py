@@ -115,11 +115,11 @@ def retrieval(
     DINO's published numbers show the network whole query images; the benchmark's protocol crops
     them to the query's box (--crop-queries).
     """
-    from xdino_eval.suite import retrieval as room
+    from xdino_eval.suite.retrieval import evaluate_retrieval, open_benchmark
 
-    benchmark = room.open_benchmark(data, dataset)
+    benchmark = open_benchmark(data, dataset)
     backbone = judgement.backbone()
-    row = room.evaluate(
+    row = evaluate_retrieval(
         backbone, benchmark, size, multiscale, crop_queries, workers, judgement.precision,
         progress("descriptors"),
     )  # fmt: skip
@@ -153,17 +153,13 @@ def copydetection(
       FOLDER/jpegqual/75/*.jpg, FOLDER/crops/10/*.jpg, ...    may be absent
     A copy's name begins with the four characters of its original's.
     """
-    from xdino_eval.suite import copydetection as room
+    from xdino_eval.suite.copydetection import evaluate_copydetection, open_copydays
 
-    copydays = room.open_copydays(data)
-    for folder in (distractors, whitening):
-        if folder is not None:
-            room.image_names(folder)
+    copydays = open_copydays(data, distractors, whitening)
     backbone = judgement.backbone()
-    row = room.evaluate(
-        backbone, copydays, size, distractors, whitening, batch_size, workers, judgement.precision,
-        progress("descriptors"),
-    )  # fmt: skip
+    row = evaluate_copydetection(
+        backbone, copydays, size, batch_size, workers, judgement.precision, progress("descriptors")
+    )
     judgement.tell(row, backbone, out)
 
 
@@ -204,12 +200,14 @@ def davis(
     Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
     official scorer reads. J and F are measured as it does, where all frames are annotated.
     """
-    from xdino_eval.suite import davis as room
+    from xdino_eval.suite.davis import evaluate_davis
+    from xdino_eval.suite.davis_dataset import open_davis
+    from xdino_eval.suite.label_propagation import Propagation
 
-    videos = room.open_davis(data, split)
+    videos = open_davis(data, split)
     backbone = judgement.backbone()
-    how = room.Propagation(context, radius, topk, temperature)
-    row = room.evaluate(
-        backbone, data, videos, out, how, size, judgement.precision, progress("frames")
+    propagation = Propagation(context, radius, topk, temperature)
+    row = evaluate_davis(
+        backbone, data, videos, out, propagation, size, judgement.precision, progress("frames")
     )
     judgement.tell(row, backbone, results)
