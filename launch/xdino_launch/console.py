@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from xdino.train import Listener
+from xdino.job import Listener
 
 QUIET_SECONDS = 10.0  # between two plain lines
 
