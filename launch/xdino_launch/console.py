@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from xdino.train import Listener
+from xdino.job import Listener
 from xdino_eval.results import Row
 
 QUIET_SECONDS = 10.0  # between two plain lines

@@ -8,12 +8,13 @@ from xdino import config as configuration
 from xdino.config import Config
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
+from xdino.job import Evaluator, Listener
 from xdino.metrics import MetricsLog
 from xdino.plan import resolve_device
+from xdino.pretraining import pretrain
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.stopping import StopSignal
-from xdino.train import Evaluator, Listener, pretrain
 from xdino.values import shown
 from xdino_eval import results
 from xdino_eval.during_training import AT_END, knn_callback, linear_at_end

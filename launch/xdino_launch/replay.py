@@ -22,9 +22,9 @@ from xdino import config as configuration
 from xdino.errors import NonFinite, RunFailed, UsageError
 from xdino.learner import Learner
 from xdino.plan import Plan, build_learner, make_plan
+from xdino.pretraining import loader_of, to_device
 from xdino.run_directory import CONFIG_FILE, INITIAL_FILE
 from xdino.schedules import StepSettings
-from xdino.train import to_device
 
 
 @dataclass
@@ -75,7 +75,7 @@ def replay(run: Path, iteration: int | None = None, device: str | None = None) -
     if not 1 <= iteration <= plan.iterations:
         raise UsageError(f"--iteration goes from 1 to {plan.iterations:,}, got {iteration:,}")
     learner = build_learner(plan)
-    learner.asks_every_step = True
+    learner.stepping.asks_every_step = True
     guard = nonfinite.Guard(nonfinite.Policy("stop"))
     done = 0
     if state is not None:
@@ -139,19 +139,8 @@ def _restore(learner: Learner, guard: nonfinite.Guard, state: dict[str, Any], pl
 
 def _loader(plan: Plan, rank: int) -> data.CropLoader:
     train = plan.config.train
-    return data.CropLoader(
-        plan.source,
-        plan.crops,
-        train.batch_size,
-        train.seed,
-        accumulate=train.accumulate,
-        rank=rank,
-        world_size=plan.total_batch // (train.batch_size * train.accumulate),
-        workers=0,
-        max_bad_share=plan.config.data.max_bad_share,
-        early_crops=plan.early_crops,
-        early_iterations=plan.early_iterations,
-    )
+    world_size = plan.total_batch // (train.batch_size * train.accumulate)
+    return loader_of(plan, rank, world_size, workers=0)
 
 
 #: The micro-batches of a step: for each, the batch of every process.
@@ -225,10 +214,10 @@ def _hooks(learner: Learner, settings: StepSettings, found: Replay) -> list[Any]
     def pairs(module: nn.Module, inputs: Any, output: Tensor) -> None:
         with torch.no_grad(), torch.autocast(learner.device.type, enabled=False):
             targets = learner.loss.targets(
-                learner.teacher.head.last_layer(teacher.pop().float()),  # type: ignore[operator]
+                learner.teacher.head.last_layer(teacher.pop().float()),
                 settings.teacher_temp,
             )
-            logits = module.head.last_layer(output.float())  # type: ignore[operator, union-attr]
+            logits = learner.student.head.last_layer(output.float())
             found.pairs += _pairs(logits, targets, learner.loss.student_temp)
 
     def gradient(name: str) -> Any:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdino.chunked_loss import ChunkedLoss, chunked_dino_loss
+from xdino.head import WeightNormLinear
 from xdino.runtime import distributed
 
 
@@ -78,6 +80,31 @@ class DINOLoss(nn.Module):
         """Student `[V, B, K]` and teacher logits `[G, B, K]` -> the loss. Leaves the centre alone."""
         targets = self.targets(teacher_logits, teacher_temp)
         return dino_loss(student_logits, targets, self.student_temp)
+
+    def of_bottlenecks(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        student_layer: WeightNormLinear,
+        teacher_layer: WeightNormLinear,
+        teacher_temp: float,
+    ) -> ChunkedLoss:
+        """The loss that trains: `forward` of the last layers' logits, which never exist whole.
+
+        Args:
+            student: normalised bottleneck `[V, B, d]`, the teacher's views first.
+            teacher: the same of the teacher, `[G, B, d]`.
+            student_layer, teacher_layer: onto the prototypes.
+        """
+        return chunked_dino_loss(
+            student,
+            teacher,
+            student_layer,
+            teacher_layer,
+            self.centre,
+            self.student_temp,
+            teacher_temp,
+        )
 
     @torch.no_grad()
     def update_centre(self, batch_mean: Tensor) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,33 @@ def save_views(
     )
     with written_beside(path) as beside:
         picture.save(beside)
+
+
+class Clock:
+    """Seconds and waiting for data between two logged steps.
+
+    `wait_seconds`: how long was waited so far.
+    """
+
+    def __init__(self, wait_seconds: Callable[[], float]) -> None:
+        self.wait_seconds = wait_seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what went by since the last lap (evaluation, checkpoints)."""
+        self.time, self.waited = time.perf_counter(), self.wait_seconds()
+        self.iteration: int | None = None
+
+    def lap(self, iteration: int) -> tuple[int, float, float]:
+        """Steps, seconds and seconds waited for data since the last lap; 0 steps at the first."""
+        now, waited = time.perf_counter(), self.wait_seconds()
+        lap = (
+            iteration - self.iteration if self.iteration is not None else 0,
+            max(now - self.time, 1e-9),
+            waited - self.waited,
+        )
+        self.time, self.waited, self.iteration = now, waited, iteration
+        return lap
 
 
 def check_writable(run_dir: Path) -> None:

@@ -20,10 +20,11 @@ from xdino.backbones import BackboneSpec, compile_backbone, of_timm, statistics
 from xdino.config import Config, Crops, Head
 from xdino.errors import UsageError, asked
 from xdino.head import DINOHead
-from xdino.learner import AUTOCAST, Learner
+from xdino.learner import Learner
 from xdino.loss import DINOLoss
 from xdino.runtime import distributed, rendezvous
 from xdino.schedules import Schedules
+from xdino.stepping import AUTOCAST
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.values import shown
 

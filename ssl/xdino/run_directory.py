@@ -35,7 +35,7 @@ from xdino.data.loader import BadImage
 from xdino.errors import RunFailed, UsageError, asked, world
 from xdino.metrics import check_writable, read_rows
 from xdino.runtime.atomic import remove_left, write_text, written_beside
-from xdino.runtime.lock import LOCK_FILE
+from xdino.runtime.lock import LOCK_FILE, Lock
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -143,6 +143,20 @@ class RunDirectory:
             "write the file again, or choose another folder"
         )
 
+    def own(self, config: Config, stack: contextlib.ExitStack) -> str | None:
+        """Take the folder until `stack` ends, making it if need be.
+
+        Returns:
+            A notice where a dead process held it.
+
+        Raises:
+            UsageError: another process holds it, or has begun another run in it.
+        """
+        check_writable(self.path)
+        lock = stack.enter_context(Lock(self.path))
+        self.resolve(config)  # once more: another process may have begun a run since
+        return lock.notice
+
     # --- states ---
 
     def kept_states(self) -> list[Path]:
@@ -219,6 +233,17 @@ class RunDirectory:
         except (RunFailed, UsageError, KeyError, TypeError, ValueError):
             return None
 
+    def reached(self, least: int) -> int | None:
+        """The iteration of a good state with its weights; None where there is none, or below `least`."""
+        iteration = self.backbone_iteration()  # written after the state
+        if not self.has_state() or iteration is None or iteration < least:
+            return None
+        try:
+            checkpoint.check_state(self.state_file)
+        except RunFailed:
+            return None
+        return iteration
+
     # --- the rest ---
 
     def create(self, config: Config) -> None:
@@ -249,6 +274,13 @@ class RunDirectory:
         """The rows of metrics.jsonl; lines that hold none are left out."""
         return read_rows(self.path / METRICS_FILE)[0]
 
+    def evaluated(self, iteration: int) -> bool:
+        """Whether metrics.jsonl holds scores of this iteration, but for the probe at the end."""
+        return any(
+            row.get("iteration") == iteration and "loss" not in row and "linear_top1" not in row
+            for row in self.rows()
+        )
+
     def unreadable(self) -> list[BadImage]:
         """The images that earlier starts of this run could not read."""
         found = []
@@ -257,10 +289,11 @@ class RunDirectory:
                 found.append(BadImage(int(row["index"]), str(row["image"]), str(row["reason"])))
         return found
 
-    def add_unreadable(self, images: Iterable[BadImage], iteration: int) -> None:
-        """Add images to the list, by their index; none twice."""
+    def add_unreadable(self, images: Iterable[BadImage], iteration: int) -> str:
+        """Add images to the list, by their index, none twice; a sentence that names them."""
+        bad = sorted(set(images))
         known = {image.index for image in self.unreadable()}
-        new = {image.index: image for image in images if image.index not in known}
+        new = {image.index: image for image in bad if image.index not in known}
         rows = [
             {"index": i, "image": new[i].where, "reason": new[i].why, "iteration": iteration}
             for i in sorted(new)
@@ -269,6 +302,9 @@ class RunDirectory:
             path = self.path / UNREADABLE_FILE
             with world(f"write {path}"), open(path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
+        named = "; ".join(f"{image.where} ({image.why})" for image in bad[:20])
+        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+        return f"skipped {len(bad)} unreadable images (all are in {UNREADABLE_FILE}): {named}{more}"
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

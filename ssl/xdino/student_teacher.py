@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from xdino.head import DINOHead
+
 
 class MultiCropNetwork(nn.Module):
     """A backbone run once per crop resolution, and a head run once on all class tokens.
@@ -17,7 +19,9 @@ class MultiCropNetwork(nn.Module):
     would be another method.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    head: DINOHead
+
+    def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -29,7 +33,7 @@ class MultiCropNetwork(nn.Module):
         """
         B = groups[0].shape[1]
         features = torch.cat([self.backbone(crops.flatten(0, 1)) for crops in groups])  # [V * B, D]
-        out = self.head.embed(features) if embed else self.head(features)  # type: ignore[operator]
+        out = self.head.embed(features) if embed else self.head(features)
         return out.view(-1, B, out.shape[-1])
 
 

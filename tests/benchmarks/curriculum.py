@@ -30,9 +30,10 @@ from rich.table import Table
 from torch import nn
 
 from xdino import config, data
+from xdino.job import Listener
+from xdino.pretraining import pretrain
 from xdino.run_directory import commit
 from xdino.runtime.atomic import written_beside
-from xdino.train import Listener, pretrain
 from xdino_eval.during_training import knn_callback
 from xdino_launch.bench.timing import machine
 from xdino_launch.console import stderr_console, stdout_console

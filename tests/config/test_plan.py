@@ -145,7 +145,7 @@ def test_disk_room_for_two_checkpoints(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    from xdino.train import pretrain
+    from xdino.pretraining import pretrain
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 5))

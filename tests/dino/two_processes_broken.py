@@ -45,7 +45,7 @@ def local_statistics():
     """Of a norm that no process shares with another."""
     norm = nn.InstanceNorm2d(3, track_running_stats=True)
     student.backbone.patch_embed.alone = norm
-    learner._statistics.named["alone.running_mean of the student"] = norm.running_mean
+    learner.stepping.statistics.named["alone.running_mean of the student"] = norm.running_mean
     norm.running_mean.fill_(float("inf"))
     return crops()
 

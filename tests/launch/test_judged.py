@@ -12,7 +12,7 @@ from PIL import Image
 
 from xdino import checkpoint, config
 from xdino.errors import RunFailed, UsageError
-from xdino.train import pretrain
+from xdino.pretraining import pretrain
 from xdino_eval import during_training
 from xdino_launch import local
 

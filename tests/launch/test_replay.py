@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xdino import config, data, train
+from xdino import config, data, pretraining
 from xdino.errors import RunFailed
 from xdino_launch import replay as room
 
@@ -49,7 +49,7 @@ def tiny(images):
 @pytest.fixture
 def break_at(monkeypatch):
     """break_at(5): a NaN in the last view of that step, in the run and in its replay."""
-    plain = train.to_device
+    plain = pretraining.to_device
 
     def use(number, view=-1):
         def to_device(batch, *rest):
@@ -58,7 +58,7 @@ def break_at(monkeypatch):
                 groups[-1][view, 0, 0, 0, 0] = float("nan")
             return groups
 
-        for module in (train, room):
+        for module in (pretraining, room):
             monkeypatch.setattr(module, "to_device", to_device)
 
     return use
@@ -76,7 +76,7 @@ def test_a_recorded_step_is_made_again_from_the_state_before_it(tiny, tmp_path, 
     break_at(4)
     run = tmp_path / "run"
     with pytest.raises(RunFailed, match=r"the loss became nan \(iteration 4\)"):
-        train.pretrain(tiny(), run)
+        pretraining.pretrain(tiny(), run)
     before = contents(run)
     code, out, _ = xdino("replay", run, "--json")
     assert code == 0
@@ -105,7 +105,7 @@ def test_a_recorded_step_is_made_again_from_the_state_before_it(tiny, tmp_path, 
 @pytest.mark.parametrize("iteration", [1, 2, 3, 5])
 def test_a_replayed_step_is_the_run_s_own(tiny, tmp_path, xdino, iteration):
     run = tmp_path / "run"
-    train.pretrain(tiny(train__batch_size=2, train__accumulate=2), run)
+    pretraining.pretrain(tiny(train__batch_size=2, train__accumulate=2), run)
     torch.manual_seed(5)
     code, out, _ = xdino("replay", run, "--iteration", iteration, "--json")
     assert code == 0
@@ -122,17 +122,17 @@ def test_a_replayed_step_is_the_run_s_own(tiny, tmp_path, xdino, iteration):
 
 def test_a_gradient_that_breaks_with_a_finite_loss_is_found(tiny, tmp_path, xdino, monkeypatch):
     run = tmp_path / "run"
-    build = train.build_learner
+    build = pretraining.build_learner
 
     def broken(plan, **how):
         learner = build(plan, **how)
         learner.student.head.mlp[2].weight.register_hook(lambda g: g * float("nan"))
         return learner
 
-    for module in (train, room):
+    for module in (pretraining, room):
         monkeypatch.setattr(module, "build_learner", broken)
     with pytest.raises(RunFailed, match=r"the gradient of head.mlp.2.weight became nan"):
-        train.pretrain(tiny(), run)
+        pretraining.pretrain(tiny(), run)
     found = room.replay(run)
     assert found.what.startswith("the gradient of head.mlp.2.weight became nan")
     assert (found.gradient, found.module) == ("head.mlp.2.weight", None)
@@ -142,7 +142,7 @@ def test_a_gradient_that_breaks_with_a_finite_loss_is_found(tiny, tmp_path, xdin
 def test_a_run_that_went_back_is_replayed_with_its_rates(tiny, tmp_path, break_at):
     break_at(4)
     run = tmp_path / "run"
-    train.pretrain(tiny(train__nonfinite="rollback"), run)
+    pretraining.pretrain(tiny(train__nonfinite="rollback"), run)
     found = room.replay(run, 4)
     assert found.what == "the loss became nan"
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_replayed_is_a_sentence(tiny, tmp_path, xdino):
     code, _, err = xdino("replay", tmp_path)
     assert (code, "is not a run" in err) == (2, True)
     run = tmp_path / "run"
-    train.pretrain(tiny(), run)
+    pretraining.pretrain(tiny(), run)
     code, _, err = xdino("replay", run)
     assert code == 2
     assert "name a step with --iteration" in err

@@ -21,8 +21,9 @@ from PIL import Image
 
 from xdino import config
 from xdino.errors import RunFailed, UsageError
+from xdino.job import Listener
 from xdino.plan import Plan, make_plan
-from xdino.train import Listener, pretrain
+from xdino.pretraining import pretrain
 
 SHOWN = 10  # defects that are printed
 ARCHS = (

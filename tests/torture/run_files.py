@@ -22,8 +22,9 @@ from typing import Any
 import tiny_run
 import torch
 
-from xdino import checkpoint, config, metrics, train
+from xdino import checkpoint, config, metrics, pretraining
 from xdino.errors import RunFailed, UsageError
+from xdino.job import Listener
 from xdino.run_directory import RunDirectory
 from xdino_eval import quality, results
 from xdino_launch.console import results_table
@@ -39,7 +40,7 @@ ROW = results.Row("k-NN", {"k": 20}, 50.0, 90.0, "photos", "t", 10, 5, "a" * 64,
 QUALITY = {"rankme": 2.0, "lidar": 1.0, "feature_std": 0.1, "settings": {}, "alarms": []}
 
 
-class Half(train.Listener):
+class Half(Listener):
     """Stops a run after its first epoch."""
 
     def step(self, row: dict[str, Any]) -> None:
@@ -52,9 +53,9 @@ def make_runs(root: Path) -> tuple[config.Config, dict[str, Path]]:
     images = tiny_run.write_images(root / "images")
     tiny = tiny_run.configuration(images)
     runs = {name: root / name for name in ("finished", "unfinished")}
-    train.pretrain(tiny, runs["finished"])
+    pretraining.pretrain(tiny, runs["finished"])
     with contextlib.suppress(UsageError):
-        train.pretrain(tiny, runs["unfinished"], listener=Half())
+        pretraining.pretrain(tiny, runs["unfinished"], listener=Half())
     for path in runs.values():
         results.append(path / "results.json", [ROW])
         (path / "quality.json").write_text(json.dumps([QUALITY]))
@@ -144,7 +145,7 @@ def changed(value: Any, r: random.Random) -> Any:
 
 
 def continue_run(path: Path, tiny: config.Config) -> None:
-    train.pretrain(tiny, path)
+    pretraining.pretrain(tiny, path)
 
 
 def open_run(path: Path, tiny: config.Config) -> None:

@@ -25,7 +25,8 @@ import tiny_run
 
 from xdino import checkpoint, config
 from xdino.errors import RunFailed, Stopped, UsageError
-from xdino.train import Listener, pretrain
+from xdino.job import Listener
+from xdino.pretraining import pretrain
 
 SMALL = {
     "train.epochs": 6, "train.batch_size": 500, "crops.local_count": 0, "crops.global_size": 12,

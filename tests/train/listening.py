@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xdino.train import Listener
+from xdino.job import Listener
 
 
 class Ear(Listener):

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from xdino import config, train
+from xdino import config, pretraining
 from xdino.errors import RunFailed
 from xdino.runtime import distributed
 
@@ -18,7 +18,7 @@ tree = {
     "optim": {"warmup_epochs": 0},
     "runtime": {"device": "cpu", "workers": 1, "keep_every": 0},
 }
-plain = train.to_device
+plain = pretraining.to_device
 
 
 def to_device(batch, *rest):
@@ -28,12 +28,12 @@ def to_device(batch, *rest):
     return groups
 
 
-train.to_device = to_device
+pretraining.to_device = to_device
 distributed.start(torch.device("cpu"))
 for policy in policies:
     tree["train"]["nonfinite"] = policy
     try:
-        train.pretrain(config.parse(tree), f"{folder}/{policy}")
+        pretraining.pretrain(config.parse(tree), f"{folder}/{policy}")
         print("done")
     except RunFailed as error:
         print(error)

@@ -16,7 +16,7 @@ from xdino.data.loader import BadImage, CropLoader
 from xdino.data.sources import open_source
 from xdino.errors import RunFailed
 from xdino.plan import make_plan
-from xdino.train import pretrain
+from xdino.pretraining import pretrain
 
 from .listening import Ear
 

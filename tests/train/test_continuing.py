@@ -16,10 +16,10 @@ from PIL import Image
 
 from xdino import checkpoint
 from xdino.errors import RunFailed, Stopped, UsageError
+from xdino.pretraining import pretrain
 from xdino.run_directory import RunDirectory
 from xdino.runtime import lock
 from xdino.runtime.lock import Lock
-from xdino.train import pretrain
 
 from .listening import Ear, rows
 

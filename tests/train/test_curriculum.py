@@ -11,8 +11,9 @@ import torch
 from xdino import augment, checkpoint, config, data
 from xdino.augment import photometric
 from xdino.errors import Stopped, UsageError
+from xdino.job import Listener
 from xdino.plan import make_plan
-from xdino.train import Listener, pretrain
+from xdino.pretraining import pretrain
 
 HALF = {"curriculum__share": 0.5, "curriculum__global_size": 16, "curriculum__local_size": 8}
 

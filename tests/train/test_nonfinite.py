@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from xdino import checkpoint, data, nonfinite, train
+from xdino import checkpoint, data, nonfinite, pretraining
 from xdino.errors import NonFinite, RunFailed, Stopped, UsageError
+from xdino.job import Listener
 from xdino.nonfinite import Guard, Policy
-from xdino.train import Listener, pretrain
+from xdino.pretraining import pretrain
 from xdino_launch.replay import replay
 
 WORKER = Path(__file__).with_name("nonfinite_worker.py")
@@ -34,7 +35,7 @@ class Ear(Listener):
 @pytest.fixture
 def break_at(monkeypatch):
     """break_at(2, 5): the pixels of those steps hold a NaN, whenever they come."""
-    plain = train.to_device
+    plain = pretraining.to_device
 
     def use(*numbers):
         def to_device(batch, *rest):
@@ -43,7 +44,7 @@ def break_at(monkeypatch):
                 groups[0][0, 0, 0, 0, 0] = float("nan")
             return groups
 
-        monkeypatch.setattr(train, "to_device", to_device)
+        monkeypatch.setattr(pretraining, "to_device", to_device)
 
     return use
 
@@ -179,7 +180,7 @@ def test_a_rollback_goes_on_from_the_last_state_with_a_lower_rate(tiny, tmp_path
     assert [row.get("skipped", 0) for row in found] == [int(i == broken) for i in range(1, 7)]
     base = 0 if broken == 2 else 3
     assert f"back to iteration {base}" in "".join(ear.notices)
-    plain = train.make_plan(tiny()).schedules
+    plain = pretraining.make_plan(tiny()).schedules
     for row in found:
         if "lr" in row:
             factor = 0.25 if row["iteration"] > base else 1
@@ -236,7 +237,7 @@ def test_a_state_beyond_the_broken_step_begins_the_count_anew():
 @pytest.mark.parametrize("policy", ["stop", "skip 3", "rollback"])
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch, policy):
     """An update that overflows leaves a finite loss behind, and is noticed before it is written."""
-    step = train.Learner.step
+    step = pretraining.Learner.finish
     spoilt = []
 
     def spoil(self, *args, **kwargs):
@@ -249,7 +250,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch
                 self.student.head.mlp[0].weight[0, 0] = float("inf")
         return result
 
-    monkeypatch.setattr(train.Learner, "step", spoil)
+    monkeypatch.setattr(pretraining.Learner, "finish", spoil)
     configuration = tiny(train__nonfinite=policy)
     if policy == "rollback":
         pretrain(configuration, tmp_path)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from xdino import checkpoint, config, train
+from xdino import checkpoint, config, pretraining
 from xdino.errors import RunFailed, Stopped, UsageError
-from xdino.train import pretrain
+from xdino.pretraining import pretrain
 
 from .listening import Ear, rows
 
@@ -260,11 +260,11 @@ def test_every_imagenet_recipe_takes_a_step(size, tmp_path):
         "crops.local_size": "16",
     }
     began = time.perf_counter()
-    plan = train.make_plan(config.load(f"imagenet_{size}", small))
-    learner = train.build_learner(plan)
+    plan = pretraining.make_plan(config.load(f"imagenet_{size}", small))
+    learner = pretraining.build_learner(plan)
     built = time.perf_counter()
-    batch = next(iter(train.data.CropLoader(plan.source, plan.crops, 2, 0).iterate(0, 1)))
-    views = train.to_device(batch, plan.crops, plan.device)
+    batch = next(iter(pretraining.CropLoader(plan.source, plan.crops, 2, 0).iterate(0, 1)))
+    views = pretraining.to_device(batch, plan.crops, plan.device)
     result = learner.step([views], plan.schedules.at(0))
     # The first loss: centred at nothing, student and teacher say nearly the same of every image.
     assert 0 < result.loss < math.log(65536) + 1

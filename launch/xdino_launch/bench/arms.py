@@ -32,12 +32,13 @@ from xdino.backbones import BackboneSpec
 from xdino.data.sources import FileSource
 from xdino.errors import RunFailed, UsageError
 from xdino.head import DINOHead
-from xdino.learner import AUTOCAST, Learner
+from xdino.learner import Learner
 from xdino.loss import DINOLoss
 from xdino.plan import checkpoint_activations
+from xdino.pretraining import to_device
 from xdino.schedules import StepSettings
+from xdino.stepping import AUTOCAST
 from xdino.student_teacher import MultiCropNetwork, make_teacher
-from xdino.train import to_device
 from xdino_eval import knn as nearest_neighbours
 from xdino_launch.bench import reference as published
 from xdino_launch.bench.timing import (
@@ -232,7 +233,7 @@ def our_step(shape: StepShape, precision: str) -> Callable[[], float]:
     loss = DINOLoss(shape.prototypes)
     learner = Learner(student, teacher, loss, precision=precision, device=shape.device)
     chosen = acceleration.choose(
-        shape.kernels, backbone, augment.multi_crop(), learner.device, learner.autocast
+        shape.kernels, backbone, augment.multi_crop(), learner.device, learner.stepping.autocast
     )
     if chosen.why is not None:
         stderr_console().print(chosen.why)

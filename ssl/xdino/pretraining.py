@@ -1,0 +1,302 @@
+"""Pretraining by DINO: the job that `train.run` runs, and the call that starts it.
+
+    path -> bytes -> decoded -> crops (uint8, by resolution) -> device -> photometric -> student, teacher
+    -> loss -> one update of student, centre and teacher
+
+Which images and crops make up a step follows from the seed and its number alone, so the job has no
+place to remember but the networks.
+"""
+
+import dataclasses
+import os
+from collections.abc import Generator, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xdino import checkpoint, metrics, train
+from xdino.augment import MultiCrop
+from xdino.augment.photometric import photometric
+from xdino.config import Config
+from xdino.data import BadImage, CropBatch, CropLoader, fingerprint
+from xdino.errors import RunFailed, UsageError, reason
+from xdino.learner import Learner
+from xdino.plan import Plan, build_learner, check_disk, make_plan
+from xdino.runtime import distributed, transfer
+from xdino.runtime.stopping import StopSignal
+from xdino.schedules import StepSettings
+from xdino.stepping import StepResult
+from xdino.train import Evaluator, Listener
+
+
+def pretrain(
+    config: Config,
+    run_dir: str | Path,
+    evaluator: Evaluator | None = None,
+    listener: Listener | None = None,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """Pretrain, or continue the unfinished run in `run_dir`; arguments and errors as `train.run`.
+
+    `evaluator` is given the teacher's backbone.
+
+    Returns:
+        The path of the pretrained backbone.
+    """
+    train.run(Pretraining(config), run_dir, evaluator, listener, command, stop)
+    return Path(run_dir) / checkpoint.BACKBONE_FILE
+
+
+def to_device(
+    batch: CropBatch, crops: MultiCrop, device: torch.device, fused: bool = False
+) -> list[Tensor]:
+    """uint8 crops by resolution -> normalised views on the device, each `[V_r, B, C, h, w]`.
+
+    `fused`: by the photometric kernels.
+    """
+    groups, first = [], 0
+    for pixels in batch.crops:
+        V, B = pixels.shape[:2]
+        table = batch.table[first : first + V].reshape(-1)
+        views = transfer.to_device(pixels, device).flatten(0, 1)
+        groups.append(photometric(views, table, crops, fused=fused).unflatten(0, (V, B)))
+        first += V
+    return groups
+
+
+def loader_of(plan: Plan, rank: int, world_size: int, **options: Any) -> CropLoader:
+    """The batches of one process of a run; `options` as of `CropLoader`."""
+    return CropLoader(
+        plan.source,
+        plan.crops,
+        plan.config.train.batch_size,
+        plan.config.train.seed,
+        accumulate=plan.config.train.accumulate,
+        rank=rank,
+        world_size=world_size,
+        max_bad_share=plan.config.data.max_bad_share,
+        early_crops=plan.early_crops,
+        early_iterations=plan.early_iterations,
+        **options,
+    )
+
+
+class Pretraining:
+    """`train.Job` of a student that learns from its teacher on unlabelled images."""
+
+    plan: Plan
+    learner: Learner
+    loader: CropLoader
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._batches: Generator[CropBatch, None, None] | None = None
+
+    # --- before anything is written ---
+
+    def make_plan(self, config: Config) -> None:
+        self.config = config
+        self.plan = distributed.together(lambda: make_plan(config, distributed.world_size()))
+        self.fingerprint = fingerprint(self.plan.source)
+        self.iterations, self.steps_per_epoch = self.plan.iterations, self.plan.steps_per_epoch
+        self.device = self.plan.device
+
+    def same_everywhere(self) -> dict[str, Any]:
+        return {
+            "the number of images": len(self.plan.source),
+            "the images' names": self.fingerprint,
+        }
+
+    def check_disk(self, run_dir: Path) -> None:
+        check_disk(self.plan, run_dir)
+
+    def build(self, from_init: bool) -> None:
+        self.learner = distributed.together(lambda: build_learner(self.plan, from_init))
+        self._alarm = self._new_alarm()
+
+    def ask_every_step(self) -> None:
+        self.learner.stepping.asks_every_step = True
+
+    def notices(self) -> Iterator[str]:
+        yield from self.plan.source.notices()
+        if self.learner.kernels.why is not None:
+            yield self.learner.kernels.why
+
+    def facts(self) -> dict[str, Any]:
+        kernels = self.learner.kernels
+        return {
+            "data": self.plan.source.name,
+            "data_fingerprint": self.fingerprint,
+            "precision": self.plan.precision,
+            "fused_kernels": {"network": kernels.network, "views": kernels.views},
+            "compiled": kernels.compiled,
+        }
+
+    def dimensions(self) -> dict[str, Any]:
+        return {
+            "images": len(self.plan.source),
+            "data": self.plan.source.name,
+            "total_batch": self.plan.total_batch,
+            "peak_lr": float(self.plan.schedules.lr.max()),
+            "precision": self.plan.precision,
+        }
+
+    # --- steps ---
+
+    def open(self, known_bad: list[BadImage]) -> None:
+        runtime = self.config.runtime
+        self.loader = loader_of(
+            self.plan,
+            distributed.rank(),
+            distributed.world_size(),
+            workers=min(runtime.workers, os.cpu_count() or 1) if runtime.workers else 0,
+            prefetch=runtime.prefetch,
+            pin_memory=self.device.type == "cuda",
+            known_bad=known_bad,
+        )
+
+    def start(self, iteration: int) -> None:
+        self.close()
+        self._batches = self.loader.iterate(iteration, self.iterations)
+        self._alarm = self._new_alarm()
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+    def step(self, number: int, lr_factor: float, diagnose: bool, run_dir: Path) -> StepResult:
+        self.learner.begin(self._settings(number, lr_factor), self.config.train.accumulate)
+        for batch in self._next_batches():
+            views = to_device(batch, self.plan.crops, self.device, self.learner.kernels.views)
+            if number == 1:
+                self._draw(views, run_dir)
+            self.learner.add(views)
+        return self.learner.finish(diagnose)
+
+    def skip(self, number: int) -> None:
+        for _ in self._next_batches():
+            pass
+
+    def _next_batches(self) -> Iterator[CropBatch]:
+        """The micro-batches of the next step, as they are asked for."""
+        assert self._batches is not None
+        return islice(self._batches, self.config.train.accumulate)
+
+    def _settings(self, number: int, lr_factor: float) -> StepSettings:
+        settings = self.plan.schedules.at(number - 1)
+        return dataclasses.replace(settings, lr=settings.lr * lr_factor)
+
+    def _draw(self, views: list[Tensor], run_dir: Path) -> None:
+        """The first batch as the networks see it."""
+        picture = run_dir / "views.png"
+        if distributed.rank() == 0 and not picture.exists():
+            metrics.save_views(picture, views, self.plan.spec.mean, self.plan.spec.std)
+
+    def check(self) -> None:
+        self.learner.check()
+
+    # --- what is told of them ---
+
+    @property
+    def wait_seconds(self) -> float:
+        return self.loader.wait_seconds
+
+    @property
+    def images_per_step(self) -> int:
+        return self.plan.total_batch
+
+    def columns(self, number: int, lr_factor: float) -> dict[str, float]:
+        settings = self._settings(number, lr_factor)
+        views = self.loader.crops_at(number - 1).views
+        sizes = {"global_size": views[0].size}
+        if len(views) > 2:
+            sizes["local_size"] = views[-1].size
+        return {
+            "lr": settings.lr,
+            "weight_decay": settings.weight_decay,
+            "momentum": settings.momentum,
+            "teacher_temp": settings.teacher_temp,
+            **sizes,
+        }
+
+    def warning(self, number: int, result: StepResult) -> str | None:
+        return self._alarm.look(number, result.loss, result.diagnostics)
+
+    def _new_alarm(self) -> metrics.CollapseAlarm:
+        return metrics.CollapseAlarm(self.config.head.prototypes, after=self.steps_per_epoch)
+
+    def take_bad_report(self) -> list[BadImage]:
+        return self.loader.take_bad_report()
+
+    def images_of(self, number: int) -> dict[str, Any]:
+        loader = self.loader
+        micro = [loader.indices_at(number - 1, i) for i in range(loader.accumulate)]
+        indices = [int(index) for _, found in micro for index in found]
+        sizes = [[size, count] for size, count in loader.crops_at(number - 1).groups]
+        return {
+            "indices": indices,
+            "images": [self.plan.source.describe(index) for index in indices],
+            "seeds": [[loader.seed, micro[0][0], index] for index in indices],
+            "views": [{"size": size, "count": count} for size, count in sizes],
+        }
+
+    def lr(self, number: int) -> float:
+        return self.plan.schedules.at(number - 1).lr
+
+    # --- what is kept ---
+
+    @property
+    def judged(self) -> nn.Module:
+        return self.learner.teacher.backbone
+
+    def state_dict(self, iteration: int) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state_dict(),
+            "sampler": {
+                "seed": self.config.train.seed,
+                "epoch": iteration // self.steps_per_epoch,
+                "step": iteration % self.steps_per_epoch,
+                "images": len(self.plan.source),
+                "fingerprint": self.fingerprint,
+                "total_batch": self.plan.total_batch,
+            },
+            "spec": self.plan.spec.to_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], run_dir: Path) -> None:
+        sampler = state["sampler"]
+        for key, now in (("images", len(self.plan.source)), ("total_batch", self.plan.total_batch)):
+            if sampler[key] != now:
+                raise UsageError(
+                    f"{run_dir} was made with {key.replace('_', ' ')} {sampler[key]}, now it "
+                    f"is {now}: continue it with the same data and the same number of processes"
+                )
+        if sampler.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise UsageError(
+                f"{run_dir} was made with other images than those of {self.plan.source.name}: "
+                "as many, but of other names, sizes or content. Continue it with its own images, "
+                "which may lie anywhere, or choose another folder"
+            )
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise RunFailed(
+                f"{run_dir / checkpoint.STATE_FILE} is not a state of this configuration: "
+                f"{reason(error)}"
+            ) from error
+
+    def export(self, path: Path, iteration: int) -> None:
+        checkpoint.save_backbone(
+            path,
+            self.judged,
+            self.plan.spec,
+            role="teacher",
+            iteration=iteration,
+            iterations=self.iterations,
+            data=self.plan.source.name,
+        )
