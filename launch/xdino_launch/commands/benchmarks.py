@@ -92,10 +92,10 @@ def bench_pipeline(
     data: str | None, reference: str | None, batch: int, images: int, out: str | None, **how: Any
 ) -> None:
     """Milliseconds an image from JPEG to crops, on as many cores as threads."""
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.pipeline import pipeline
+    from xdino_launch.bench.timing import Protocol
 
-    report = rooms.pipeline(data, reference, batch, images, rooms.Protocol(**how))
-    finish_bench(report, out)
+    finish_bench(pipeline(data, reference, batch, images, Protocol(**how)), out)
 
 
 @bench.command("step")
@@ -135,17 +135,18 @@ def bench_step(
     if locals_:
         _takes(arch, "--local-size", (shape["local_size"],), locals_ * batch, True)
     from xdino.acceleration import MODES
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.step import StepShape, step
+    from xdino_launch.bench.timing import Protocol
 
     for mode in kernels.split(","):
         if mode not in MODES:
             raise UsageError(f"--kernels cannot be {values.shown(mode)}: {nearest(mode, MODES)}")
-    report = rooms.step(
-        rooms.StepShape(**shape),
+    report = step(
+        StepShape(**shape),
         tuple(precision.split(",")),
         (reference, xcit) if reference and xcit else None,
         memory,
-        rooms.Protocol(rounds, threads, seconds),
+        Protocol(rounds, threads, seconds),
         tuple(kernels.split(",")),
     )
     finish_bench(report, out)
@@ -169,10 +170,10 @@ def bench_knn(
 ) -> None:
     """Seconds of the k-NN evaluation at k = 10, 20, 100 and 200, and whether both agree."""
     _fits("the bank and the queries", 8 * (bank + queries + classes) * dim, "--bank or --dim")
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.knn import knn
+    from xdino_launch.bench.timing import Protocol
 
-    report = rooms.knn(bank, queries, dim, classes, reference, rooms.Protocol(**how))
-    finish_bench(report, out)
+    finish_bench(knn(bank, queries, dim, classes, reference, Protocol(**how)), out)
 
 
 @bench.command("linear")
@@ -205,11 +206,11 @@ def bench_linear(
     _fits("the images of a batch", 12 * pixels, "--batch or --size")
     if shape["images"]:
         _takes(shape["arch"], "--size", (shape["size"],), shape["batch"], False)
-    from xdino_launch.bench import linear as rooms
-    from xdino_launch.bench.arms import Protocol
+    from xdino_launch.bench.linear import LinearShape, linear
+    from xdino_launch.bench.timing import Protocol
 
     protocol = Protocol(rounds, threads, seconds)
-    finish_bench(rooms.linear(rooms.LinearShape(**shape), data, protocol), out)
+    finish_bench(linear(LinearShape(**shape), data, protocol), out)
 
 
 @bench.command("scaling")
@@ -236,7 +237,8 @@ def bench_scaling(
     _fits("the images of a batch", 12 * batch * max(pixels) ** 2, "--batch or --sizes")
     for name in (arch, against):
         _takes(name, "--sizes", pixels, batch, False)
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.scaling import scaling
+    from xdino_launch.bench.timing import Protocol
 
-    report = rooms.scaling(arch, against, pixels, batch, precision, device, rooms.Protocol(**how))
+    report = scaling(arch, against, pixels, batch, precision, device, Protocol(**how))
     finish_bench(report, out)

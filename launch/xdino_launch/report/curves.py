@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -36,7 +36,7 @@ STYLE = {
 }
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a curve can show it."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 

@@ -105,13 +105,14 @@ class Run:
     @property
     def collapse(self) -> str | None:
         """The trainer's own alarm, where the last logged values call for it."""
-        numbers = [self.last.get(key) for key in ("loss", "teacher_entropy", "kl")]
+        loss, entropy, kl = (self.last.get(key) for key in ("loss", "teacher_entropy", "kl"))
         prototypes = self.value("head.prototypes")
-        if not all(map(is_number, numbers)) or not re.fullmatch(r"[1-9]\d{0,9}", prototypes):
+        if not (is_number(loss) and is_number(entropy) and is_number(kl)):
             return None
-        loss, entropy, kl = numbers
+        if not re.fullmatch(r"[1-9]\d{0,9}", prototypes):
+            return None
         seen = {"teacher_entropy": entropy, "kl": kl}
-        alarm = collapse_warning(loss, seen, int(prototypes))  # type: ignore[arg-type]
+        alarm = collapse_warning(loss, seen, int(prototypes))
         # ln K, worked out, stands in no file.
         return None if alarm is None else re.sub(r" = [\d.]+", "", alarm)
 
