@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed
+from xdino_eval import sheets
 from xdino_eval.attending import Lattice
 from xdino_eval.attention import figures, pca
 from xdino_eval.attention.maps import Maps, mask, mass_threshold
@@ -161,10 +162,10 @@ def test_titles_of_a_portrait_have_room(tmp_path):
     maps = Maps((np.full((2, 40, 4), 1 / 160, np.float32),), ("layer12",))
     sheet, *_ = figures.draw(maps, image, tmp_path, "tall")
     pixels = np.asarray(Image.open(sheet))
-    width = (pixels.shape[1] - figures.GAP) // figures.COLUMNS
+    width = (pixels.shape[1] - sheets.GAP) // figures.COLUMNS
     for column in range(1, figures.COLUMNS + 1):
         left = column * width
-        assert (pixels[: figures.ROW, left : left + figures.GAP] == 255).all()
+        assert (pixels[: sheets.ROW, left : left + sheets.GAP] == 255).all()
 
 
 def test_pictures_say_who_drew_them(tmp_path):
@@ -175,10 +176,10 @@ def test_pictures_say_who_drew_them(tmp_path):
         *figures.draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
         *figures.folder_sheets([("\udcff", [image])], tmp_path),
     ]:
-        assert figures.drawn_here(path)
+        assert sheets.drawn_here(path)
     Image.fromarray(image).save(tmp_path / "photograph.png")
-    assert not figures.drawn_here(tmp_path / "photograph.png")
-    assert not figures.drawn_here(tmp_path)
+    assert not sheets.drawn_here(tmp_path / "photograph.png")
+    assert not sheets.drawn_here(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RunFailed, match="cannot write"):
         figures.draw(maps, image, tmp_path / "file", "a")

@@ -77,13 +77,13 @@ def attention(
         raise UsageError("--layer and --head choose class attention; --pca and --xca have none")
     from pathlib import Path
 
-    from xdino_launch.evaluation import drawing
+    from xdino_launch.evaluation import components, drawing
 
     backbone = drawing.open_backbone(weights, arch, role, device)
     options = drawing.Options(Path(out), size, mass, layer, head, fps, foreground)
     draw = drawing.draw_attention
     if pca:
-        draw = drawing.draw_components
+        draw = components.draw_components
     elif xca:
         draw = drawing.draw_channels
     for path in draw(backbone, images, options):
