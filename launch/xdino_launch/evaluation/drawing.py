@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from xdino import checkpoint
 from xdino.errors import UsageError, world
-from xdino.plan import resolve_device
 from xdino_eval import attending, attention, sheets
 from xdino_eval.attention import figures, video
 from xdino_eval.attention.video import Frame
@@ -41,12 +39,6 @@ class Options:
     @property
     def layers(self) -> list[int] | None:
         return None if self.layer is None else [self.layer]
-
-
-def open_backbone(weights: str, arch: str | None, role: str, device: str) -> nn.Module:
-    """The frozen backbone on its device. Raises UsageError and RunFailed as `load_backbone`."""
-    where = resolve_device(device)
-    return checkpoint.load_backbone(weights, arch, role).to(where)
 
 
 def gathered(backbone: nn.Module, names: Sequence[str], options: Options) -> Work:
