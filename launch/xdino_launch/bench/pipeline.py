@@ -19,16 +19,7 @@ from xdino.data.sources import FileSource
 from xdino.errors import UsageError
 from xdino.train import to_device
 from xdino_launch.bench import reference as published
-from xdino_launch.bench.timing import (
-    Arm,
-    Protocol,
-    Ratio,
-    Report,
-    again,
-    divided,
-    on_cores,
-    timed,
-)
+from xdino_launch.bench.timing import Arm, Protocol, Ratio, Report, again, divided, on_cores, timed
 
 
 def pipeline(

@@ -64,15 +64,8 @@ def scaling(
     ratios = [
         Ratio(f"{against} / {arch}, {s} px", f"{against}, {s} px", f"{arch}, {s} px") for s in sizes
     ]
-    settings = {
-        "arch": arch,
-        "against": against,
-        "sizes": sizes,
-        "batch": batch,
-        "precision": precision,
-        "device": device,
-        "threads": protocol.used_threads,
-    }
+    settings = {"arch": arch, "against": against, "sizes": sizes, "batch": batch}
+    settings |= {"precision": precision, "device": device, "threads": protocol.used_threads}
     unit = "s a forward pass"
     return Report("scaling", settings, unit, values, divided(values, ratios), figures)
 

@@ -25,16 +25,7 @@ from xdino.plan import checkpoint_activations
 from xdino.schedules import StepSettings
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino_launch.bench import reference as published
-from xdino_launch.bench.timing import (
-    Arm,
-    Protocol,
-    Ratio,
-    Report,
-    again,
-    divided,
-    on_cores,
-    timed,
-)
+from xdino_launch.bench.timing import Arm, Protocol, Ratio, Report, again, divided, on_cores, timed
 from xdino_launch.console import stderr_console
 
 CHECKPOINTED = "ours with activation checkpointing"

@@ -8,14 +8,7 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError
-from xdino_launch.commands.options import (
-    SEED,
-    Numbers,
-    OutputOptions,
-    SubjectOptions,
-    Whole,
-    takes,
-)
+from xdino_launch.commands.options import SEED, Numbers, OutputOptions, SubjectOptions, Whole, takes
 
 
 @click.command()

@@ -8,13 +8,7 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
-from xdino_launch.commands.options import (
-    Place,
-    SubjectOptions,
-    Whole,
-    on_one_process,
-    takes,
-)
+from xdino_launch.commands.options import Place, SubjectOptions, Whole, on_one_process, takes
 
 
 @click.command()
