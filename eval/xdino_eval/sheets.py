@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from xdino.runtime.atomic import written_beside
+from xdino.errors import world
 from xdino_eval.image_files import DAMAGED, printable
 from xdino_eval.plotting import matplotlib
 
@@ -142,12 +142,18 @@ def save(picture: Image.Image | np.ndarray, path: Path) -> None:
     Raises:
         RunFailed: it cannot be written.
     """
+    with world(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode(picture, path)
+
+
+def encode(picture: Image.Image | np.ndarray, path: Path) -> None:
+    """As `save`, but errors and folders are the caller's."""
     header = PngImagePlugin.PngInfo()
     for name, value in DRAWN.items():
         header.add_text(name, value)
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    with written_beside(path) as beside:
-        image.save(beside, "PNG", pnginfo=header)
+    image.save(path, "PNG", pnginfo=header)
 
 
 def drawn_here(path: Path) -> bool:

@@ -168,6 +168,21 @@ def test_titles_of_a_portrait_have_room(tmp_path):
         assert (pixels[: sheets.ROW, left : left + sheets.GAP] == 255).all()
 
 
+def test_captions_are_cut_and_frames_tell_apart():
+    white = np.full((40, 60, 3), 255, np.uint8)
+    long = sheets.Tile([white], "x" * 500, "#ff0000", "solid")
+    tiles = [long, None, sheets.Tile([white, white], "b", "#0000ff", "dashed")]
+    drawn = np.asarray(sheets.sheet(tiles, columns=2, side=60, note="word " * 40))
+    assert drawn.shape[1] == 2 * (sheets.CAPTION + sheets.GAP) + sheets.GAP
+    top, left = sheets.GAP + sheets.ROW, sheets.GAP
+    assert (drawn[top, left : left + 60] == (255, 0, 0)).all(), "solid"
+    second = drawn[top + 40 + 2 * sheets.ROW, left : left + 60]
+    blue = (second == (0, 0, 255)).all(-1)
+    assert 20 < blue.sum() < 40, "dashed"
+    assert (second[~blue] == 255).all()
+    assert (drawn[-2 * sheets.ROW :] < 255).any(), "the note stands below"
+
+
 def test_pictures_say_who_drew_them(tmp_path):
     image = np.zeros((20, 20, 3), np.uint8)
     maps = Maps((np.full((1, 4, 4), 1 / 16, np.float32),))

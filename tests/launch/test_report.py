@@ -139,6 +139,7 @@ def test_every_number_stands_in_a_file_of_the_run(make_run, tmp_path):
     assert SHA not in page.text
     assert "RankMe is 5.12 of 64" in page.text
     assert "cannot" not in page.text
+    assert "is not measured" not in page.text
 
 
 def test_the_file_needs_nothing_else(make_run, tmp_path):

@@ -17,12 +17,12 @@ from PIL import Image
 
 from xdino.data.sources import Source
 from xdino.errors import UsageError, world
-from xdino.runtime.atomic import write_text
+from xdino.runtime.atomic import write_text, written_beside
 from xdino_eval.features import Features
 from xdino_eval.image_files import printable
 from xdino_eval.knn.search import EXACT, How, read, searcher, unpack, without
 from xdino_eval.knn.vote import normalise
-from xdino_eval.sheets import Tile, as_rgb, save, sheet
+from xdino_eval.sheets import Tile, as_rgb, encode, sheet
 
 RIGHT, WRONG, UNKNOWN = "#1f5fa8", "#c8551b", "#999999"  # told apart by colour-blind people too
 PAGE, COLUMNS = 8, 21  # queries on a sheet, and pictures side by side at most
@@ -135,7 +135,8 @@ def write(
     written = [folder / SHEET.format(number) for number in range(1, len(pages) + 1)]
     with world(f"write neighbour sheets to {folder}"):
         for path, page in zip(written, pages, strict=True):
-            save(_sheet(page, bank_source, query_source), path)
+            with written_beside(path) as beside:
+                encode(_sheet(page, bank_source, query_source), beside)
         for old in set(folder.glob("neighbours-[0-9][0-9][0-9]-sheet.png")) - set(written):
             old.unlink()
         told = {**facts, "queries": [asdict(query) for query in found]}
