@@ -17,11 +17,12 @@ from torch import nn
 from xdino import checkpoint, config, data, metrics
 from xdino.errors import world
 from xdino.run_directory import INITIAL_FILE
-from xdino_eval import attention, knn, results
+from xdino_eval import attention, knn, results, sheets
 from xdino_eval.attention import figures
 from xdino_eval.features import Features, extract, pixels
 from xdino_eval.linear import logistic
 from xdino_eval.results import Row
+from xdino_eval.sheets import Tile
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import stderr_console, stdout_console
 from xdino_launch.evaluation.subject import features_name
@@ -87,7 +88,7 @@ def _features(
 def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
     """Attention on one held-out image of each class, and one sheet of all of them."""
     labels = np.asarray(val.labels)
-    sheet = []
+    pages: list[Tile | None] = []
     for label, name in enumerate(val.classes or ()):
         image = val.read(int(np.flatnonzero(labels == label)[0]))
         maps = attention.class_attention_maps(backbone, image)
@@ -97,15 +98,9 @@ def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
         )
         stem = name.lower().replace(" ", "-").replace("/", "-")
         files = figures.draw(maps, large[..., None], out, stem)
-        sheet.append(Image.open(files[0]).convert("RGB"))
-    width = max(page.width for page in sheet)
-    total = Image.new("RGB", (width, sum(page.height for page in sheet)), "white")
-    top = 0
-    for page in sheet:
-        total.paste(page, (0, top))
-        top += page.height
+        pages.append(Tile([np.asarray(Image.open(files[0]))]))
     path = out / "all.png"
-    figures.save(total, path)
+    sheets.save(sheets.sheet(pages, columns=1), path)
     return path
 
 

@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed
+from xdino_eval import sheets
 from xdino_eval.attending import Lattice
 from xdino_eval.attention import figures, pca
 from xdino_eval.attention.maps import Maps, mask, mass_threshold
@@ -161,10 +162,25 @@ def test_titles_of_a_portrait_have_room(tmp_path):
     maps = Maps((np.full((2, 40, 4), 1 / 160, np.float32),), ("layer12",))
     sheet, *_ = figures.draw(maps, image, tmp_path, "tall")
     pixels = np.asarray(Image.open(sheet))
-    width = (pixels.shape[1] - figures.GAP) // figures.COLUMNS
+    width = (pixels.shape[1] - sheets.GAP) // figures.COLUMNS
     for column in range(1, figures.COLUMNS + 1):
         left = column * width
-        assert (pixels[: figures.ROW, left : left + figures.GAP] == 255).all()
+        assert (pixels[: sheets.ROW, left : left + sheets.GAP] == 255).all()
+
+
+def test_captions_are_cut_and_frames_tell_apart():
+    white = np.full((40, 60, 3), 255, np.uint8)
+    long = sheets.Tile([white], "x" * 500, "#ff0000", "solid")
+    tiles = [long, None, sheets.Tile([white, white], "b", "#0000ff", "dashed")]
+    drawn = np.asarray(sheets.sheet(tiles, columns=2, side=60, note="word " * 40))
+    assert drawn.shape[1] == 2 * (sheets.CAPTION + sheets.GAP) + sheets.GAP
+    top, left = sheets.GAP + sheets.ROW, sheets.GAP
+    assert (drawn[top, left : left + 60] == (255, 0, 0)).all(), "solid"
+    second = drawn[top + 40 + 2 * sheets.ROW, left : left + 60]
+    blue = (second == (0, 0, 255)).all(-1)
+    assert 20 < blue.sum() < 40, "dashed"
+    assert (second[~blue] == 255).all()
+    assert (drawn[-2 * sheets.ROW :] < 255).any(), "the note stands below"
 
 
 def test_pictures_say_who_drew_them(tmp_path):
@@ -175,10 +191,10 @@ def test_pictures_say_who_drew_them(tmp_path):
         *figures.draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
         *figures.folder_sheets([("\udcff", [image])], tmp_path),
     ]:
-        assert figures.drawn_here(path)
+        assert sheets.drawn_here(path)
     Image.fromarray(image).save(tmp_path / "photograph.png")
-    assert not figures.drawn_here(tmp_path / "photograph.png")
-    assert not figures.drawn_here(tmp_path)
+    assert not sheets.drawn_here(tmp_path / "photograph.png")
+    assert not sheets.drawn_here(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RunFailed, match="cannot write"):
         figures.draw(maps, image, tmp_path / "file", "a")

@@ -60,7 +60,7 @@ def test_a_film_that_is_closed_early_does_not_hang(tmp_path):
     shots = [noise.integers(0, 256, (48, 76, 3), dtype=np.uint8) for _ in range(10)]
     path = write(tmp_path / "a.webm", shots)
     code = (
-        "import sys; from xdino_eval import video; film = video.Video(sys.argv[1])\n"
+        "import sys; from xdino_eval.attention import video; film = video.Video(sys.argv[1])\n"
         "for _ in range(400): assert next(film.frames()).shape == (48, 76, 3)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=300)  # takes seconds

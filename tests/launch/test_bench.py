@@ -12,9 +12,19 @@ import torch
 from PIL import Image
 
 from xdino_launch import cli
-from xdino_launch.bench import arms as bench
 from xdino_launch.bench import linear
-from xdino_launch.bench.timing import Arm, Interval, Ratio, again, divided, interval, measure
+from xdino_launch.bench.step import StepShape, Work, step_ratios
+from xdino_launch.bench.timing import (
+    Arm,
+    Interval,
+    Protocol,
+    Ratio,
+    again,
+    divided,
+    interval,
+    measure,
+    on_cores,
+)
 
 STEP = (
     "step", "--batch", "2", "--prototypes", "64", "--global-size", "32", "--local-size", "16",
@@ -115,7 +125,7 @@ def test_step(run):
 
 def test_a_step_is_compared_in_its_own_precision_and_with_the_first():
     def names(memory: bool) -> list[str]:
-        return [ratio.name for ratio in bench._step_ratios(("fp32", "bf16"), memory)]
+        return [ratio.name for ratio in step_ratios(("fp32", "bf16"), memory)]
 
     assert names(memory=False) == [
         "published, fp32 / ours, fp32",
@@ -127,8 +137,8 @@ def test_a_step_is_compared_in_its_own_precision_and_with_the_first():
 
 
 def test_memory_is_measured_in_a_process_of_its_own():
-    shape = bench.StepShape(batch=2, prototypes=2**14, global_size=32, local_size=16)
-    found = bench._peak_megabytes(shape, "fp32", None, bench.Protocol())
+    shape = StepShape(batch=2, prototypes=2**14, global_size=32, local_size=16)
+    found = Work(shape, "fp32").peak_megabytes(threads=1)
     # The last layer alone: weights, gradient, two moments and the teacher's, 256 floats a row.
     assert found > 5 * 2**14 * 256 * 4 / 1e6
 
@@ -156,9 +166,7 @@ def test_both_arms_of_linear_see_the_same_images(tmp_path):
     shape = linear.LinearShape(images=5, size=32, batch=4, lrs=2, features=0, classes=2)
     with ExitStack() as stack:
         source = linear._source(shape, None, stack)
-        arms = linear._over_images(
-            shape, source, torch.device("cpu"), bench.Protocol(rounds=1), stack
-        )
+        arms = linear._over_images(shape, source, torch.device("cpu"), Protocol(rounds=1), stack)
         read: list[int] = []
         take = source.read
         source.read = lambda index: (read.append(index), take(index))[1]
@@ -181,7 +189,7 @@ def test_scaling(run):
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()
-    with bench.on_cores(2, pinned=True):
+    with on_cores(2, pinned=True):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == before
 

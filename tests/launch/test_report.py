@@ -13,10 +13,12 @@ from PIL import Image
 
 from xdino import config
 from xdino.errors import UsageError
-from xdino_eval import quality, results
+from xdino_eval import results
 from xdino_launch import cli
 from xdino_launch.report import page as report
-from xdino_launch.report.page import draw_curves, series, write_report
+from xdino_launch.report.curves import POINTS, draw_curves, series
+from xdino_launch.report.page import write_report
+from xdino_launch.report.run import Run
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SHA = "0123456789abcdef" * 4
@@ -66,7 +68,7 @@ class Page(HTMLParser):
         return {tag for tag, _ in self.tags}
 
 
-def row(top1: float, top5: float, **more) -> results.Row:
+def row(top1: float | None, top5: float | None, **more) -> results.Row:
     return results.Row(
         **{
             "protocol": "k-NN", "settings": {"k": 20, "temperature": 0.07}, "top1": top1,
@@ -102,9 +104,10 @@ def make_run(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 41, "lo'
         (path / "metrics.jsonl").write_text(text)
         results.append(path / "results.json", [row(78.1, 98.4), row(100.0, 100.0, val_size=7)])
-        entry = quality.Quality(5.125, 2.5, 0.0625, {"images": 19}, ["RankMe is 5.12 of 64"],
-                                "photos", "centre crop 28", SHA, "teacher, iteration 40")  # fmt: skip
-        quality.append(path / quality.FILE, entry)
+        results.append(path / "results.json", [row(
+            None, None, protocol="quality", settings={"images": 19}, notes=["RankMe is 5.12 of 64"],
+            metrics={"rankme": 5.125, "lidar": 2.5, "feature_std": 0.0625},
+        )])  # fmt: skip
         pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         for picture in ("views.png", "attention/a-sheet.png", "attention/b-sheet.png"):
             Image.fromarray(pixels).save(path / picture)
@@ -136,6 +139,7 @@ def test_every_number_stands_in_a_file_of_the_run(make_run, tmp_path):
     assert SHA not in page.text
     assert "RankMe is 5.12 of 64" in page.text
     assert "cannot" not in page.text
+    assert "is not measured" not in page.text
 
 
 def test_the_file_needs_nothing_else(make_run, tmp_path):
@@ -160,7 +164,7 @@ def test_the_file_needs_nothing_else(make_run, tmp_path):
 
 
 def test_hostile_names_stay_text(make_run, tmp_path):
-    path = make_run("<b>&amp;$x$_", data__path=json.dumps(HOSTILE))
+    path = make_run("<s>&amp;$x$_", data__path=json.dumps(HOSTILE))
     other = make_run("_other", data__path="plain")
     results.append(
         path / "results.json",
@@ -173,11 +177,11 @@ def test_hostile_names_stay_text(make_run, tmp_path):
         + '\n{"iteration": "x", "loss": 1.0}\n7\n'
     )
     html, page = read([path, other], tmp_path / "r.html")
-    assert not {"script", "b", "u"} & page.names
+    assert not {"script", "s", "u"} & page.names
     assert "example.com" in page.text
     assert all("example.com" not in a.get("src", "") for _, a in page.tags)
     assert page.text.count(HOSTILE) >= 8
-    assert "<b>&amp;$x$_" in page.text
+    assert "<s>&amp;$x$_" in page.text
     assert "<script" not in html
     assert "<i>'-sheet.png cannot be read as a picture." in page.text
 
@@ -275,8 +279,6 @@ ROW = {"protocol": "k-NN", "settings": {}, "top1": 50.0, "top5": None, "data": "
         ("metrics.jsonl", '{"iteration": 1, "loss": NaN}\n'),
         ("metrics.jsonl", '{"iteration": 1, "loss": 1' + "0" * 4000 + "}\n"),
         ("metrics.jsonl", '{"iteration": 1, "kl": "much"}\n'),
-        ("quality.json", "[3]"),
-        ("quality.json", '[{"rankme": 1, "lidar": 1, "feature_std": 1, "settings": 3}]'),
         ("backbone.safetensors", "no weights"),
     ],
 )
@@ -287,23 +289,23 @@ def test_damage_is_said_on_a_page_of_the_rest(make_run, tmp_path, name, content)
     said = [words for words in page.pieces if words.startswith(f"one: {name} ")]
     assert len(said) == 1
     for other, told in (("config.yaml", "xcit_nano"), ("results.json", "98.4"),
-                        ("environment.json", "2031-05-06"), ("quality.json", "5.125")):  # fmt: skip
+                        ("environment.json", "2031-05-06"), ("results.json", "5.125")):  # fmt: skip
         assert other == name or told in page.text
 
 
 def test_a_whole_run_has_no_damage(make_run):
-    assert report.Run.open(make_run("one")).damage == []
+    assert Run.open(make_run("one")).damage == []
 
 
 def test_folders_and_pipes_in_the_place_of_files(make_run, tmp_path):
     path = make_run("one")
-    names = ("results.json", "environment.json", "metrics.jsonl", "quality.json", "views.png")
+    names = ("results.json", "environment.json", "metrics.jsonl", "views.png")
     for name in names:
         (path / name).unlink()
         (path / name).mkdir()
     os.mkfifo(path / "attention" / "c-sheet.png")
     _, page = read([path], tmp_path / "r.html")
-    assert page.text.count("Is a directory") == 4
+    assert page.text.count("Is a directory") == 3
     assert "views.png cannot be read as a picture" in page.text
     assert "c-sheet.png cannot be read as a picture" in page.text
 
@@ -356,7 +358,7 @@ def test_a_long_curve_keeps_its_extremes():
     log = [{"iteration": i, "loss": 1.0} for i in range(50_000)]
     log[12_345]["loss"], log[777]["loss"], log[5]["loss"] = 9.0, -9.0, float("inf")
     x, y = series(log, "loss")
-    assert len(x) <= report.POINTS + 2
+    assert len(x) <= POINTS + 2
     assert (x[0], x[-1], y.max(), y.min()) == (0, 49_999, 9, -9)
     assert np.isfinite(y).all()
     assert len(series([], "loss")[0]) == 0

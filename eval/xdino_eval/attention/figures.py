@@ -1,42 +1,34 @@
-"""Pictures of attention, of principal components and of channel matrices; contact sheets.
+"""Pictures of attention and of channel matrices, and sheets of them.
 
 Nothing is computed here that is scored: maps are stretched smoothly and coloured, for the eye.
 Colours run from weight 0 to the map's 99th percentile, but never to less than `LEAST_TOP` times the
 weight that each patch has when all have the same (the map's mean). So what is nearly flat looks
 flat: attention that says nothing must not be drawn as vivid structure. Sheets say the upper end.
 
-Every PNG says that it was drawn here (`drawn_here`), so that no command takes its own pictures for
-photographs.
-
 Letters: H x W pixels, h x w patches, d channels of a head.
 """
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch.nn import functional as F
 
 from xdino.errors import world
 from xdino_eval import plotting
 from xdino_eval.attending import Lattice
 from xdino_eval.attention.maps import MASS, Maps, mask
-from xdino_eval.image_files import DAMAGED, printable
 from xdino_eval.plotting import Figure, FigureCanvasAgg, matplotlib
+from xdino_eval.sheets import DRAWN, Tile, as_rgb, save, sheet, wrapped
 
 COLOURS = matplotlib.colormaps["inferno"]
 COLUMNS = 4
-BLANK = np.full((1, 1, 3), 255, dtype=np.uint8)
-LARGE, TILE = 320, 176  # pixels, the longer side of a picture on an image's and a folder's sheet
-ROW, GAP = 18, 12  # pixels of a line of text, and between pictures
-PAGE = 60  # images on a page of a folder's sheet
+LARGE, SMALL = 320, 176  # pixels, a picture's longer side on an image's and on a folder's sheet
+PAGE, ACROSS = 60, 9  # images on a page of a folder's sheet, and pictures side by side
 LEAST_TOP = 3.0  # times the uniform weight, at the bright end of a map's colours at least
-DRAWN = {"Software": "xdino"}  # in the header of every picture from here
 
 
 @dataclass(frozen=True)
@@ -103,37 +95,38 @@ def draw(
     """
     out_dir = Path(out_dir)
     photograph = as_rgb(image)
-    sheet: list[tuple[str, np.ndarray]] = []
+    tiles: list[Tile | None] = []
     written: list[Path] = []
 
     def put(name: str, picture: np.ndarray) -> None:
         written.append(out_dir / f"{stem}-{name}.png")
-        save(Image.fromarray(picture), written[-1])
+        save(picture, written[-1])
 
     for i, heads in enumerate(maps.layers):
         name = maps.name(i)
-        tiles = []
+        each: list[Tile | None] = []
         for number, attention in enumerate(heads, 1) if head is None else ():
             one = view(attention, photograph, maps.lattice, mass)
             put(f"{name}-head{number}", one.heat)
             put(f"{name}-head{number}-mask", black_white(one.mask))
-            tiles.append((f"head {number}, to {times_uniform(attention):.1f}x", one.heat))
+            top = times_uniform(attention)
+            each.append(Tile([one.heat], f"head {number}, to {top:.1f}x"))
         mean = one_map(heads, head)
         main = view(mean, photograph, maps.lattice, mass)
         prefix, what = ("", "mean of heads") if head is None else (f"head{head}-", f"head {head}")
         put(f"{name}-{prefix or 'mean'}".rstrip("-"), main.heat)
         put(f"{name}-{prefix}overlay", main.overlay)
         put(f"{name}-{prefix}mask", black_white(main.mask))
-        sheet += [
-            ("image", photograph),
-            (f"{_title(name)}: {what}, to {times_uniform(mean):.1f}x", main.heat),
-            (f"{what}, laid over", main.overlay),
-            (f"{mass:.0%} of its mass", dimmed(photograph, main.mask)),
-            *tiles,
-            *[("", BLANK)] * (-len(tiles) % COLUMNS),
+        tiles += [
+            Tile([photograph], "image"),
+            Tile([main.heat], f"{_title(name)}: {what}, to {times_uniform(mean):.1f}x"),
+            Tile([main.overlay], f"{what}, laid over"),
+            Tile([dimmed(photograph, main.mask)], f"{mass:.0%} of its mass"),
+            *each,
+            *[None] * (-len(each) % COLUMNS),
         ]
     path = out_dir / f"{stem}-sheet.png"
-    contact_sheet(sheet, path, SCALE)
+    save(sheet(tiles, COLUMNS, LARGE, SCALE), path)
     return [path, *written]
 
 
@@ -151,56 +144,6 @@ def _title(name: str) -> str:
     return name.replace("block", "block ")
 
 
-def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], path: Path, note: str = "") -> None:
-    """Write (title, uint8 [H, W, 3]) pictures as rows of `COLUMNS`; an untitled one is a gap.
-
-    All are as large as the first; a column is as wide as the longest title needs. `note` stands
-    below.
-    """
-    first = _shrunk(pictures[0][1], LARGE)
-    font = ImageFont.load_default(14)
-    titles = max(math.ceil(font.getlength(title)) for title, _ in pictures)
-    width, height = max(first.width, titles) + GAP, first.height + 2 * ROW
-    rows = math.ceil(len(pictures) / COLUMNS)
-    lines = _lines(note, lambda line: font.getlength(line) > COLUMNS * width - GAP)
-    size = (COLUMNS * width + GAP, rows * height + GAP + len(lines) * ROW)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (title, picture) in enumerate(pictures):
-        if title:
-            left, top = GAP + i % COLUMNS * width, GAP + i // COLUMNS * height
-            pen.text((left, top), title, fill="black", font=font)
-            sheet.paste(_shrunk(picture, LARGE), (left, top + ROW))
-    for i, line in enumerate(lines):
-        pen.text(
-            (GAP, GAP + rows * height + (i - 1) * ROW + GAP // 2), line, fill="#444444", font=font
-        )
-    save(sheet, path)
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that says it was drawn here; its folder is made.
-
-    Raises:
-        RunFailed: it cannot be written.
-    """
-    header = PngImagePlugin.PngInfo()
-    for name, value in DRAWN.items():
-        header.add_text(name, value)
-    with world(f"write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, "PNG", pnginfo=header)
-
-
-def drawn_here(path: Path) -> bool:
-    """Whether a file is a picture that was drawn here, by its header."""
-    if path.suffix.lower() != ".png" or not path.is_file():
-        return False
-    with contextlib.suppress(*DAMAGED), Image.open(path, formats=["PNG"]) as image:
-        return all(image.info.get(name) == value for name, value in DRAWN.items())
-    return False
-
-
 def folder_sheets(
     rows: Iterable[tuple[str, Sequence[np.ndarray]]], out_dir: Path, stem: str = "sheet"
 ) -> Iterator[Path]:
@@ -210,55 +153,15 @@ def folder_sheets(
         rows: (name, uint8 [H, W, 3] pictures of one image, as many for each).
         stem: of the files' names: "sheet.png", then "sheet-2.png" and so on.
     """
-    cells: list[Image.Image] = []
-    pages = 0
-
-    def page() -> Path:
-        nonlocal pages
-        pages += 1
-        path = out_dir / (f"{stem}.png" if pages == 1 else f"{stem}-{pages}.png")
-        save(_page(cells), path)
-        cells.clear()
-        return path
-
-    for name, pictures in rows:
-        cells.append(_cell(name, pictures))
-        if len(cells) == PAGE:
-            yield page()
-    if cells:
-        yield page()
-
-
-def _cell(name: str, pictures: Sequence[np.ndarray]) -> Image.Image:
-    """The pictures of one image in a row, its name below."""
-    small = [_shrunk(picture, TILE) for picture in pictures]
-    cell = Image.new("RGB", (len(small) * (TILE + 4), TILE + ROW), "white")
-    for i, tile in enumerate(small):
-        cell.paste(tile, (i * (TILE + 4) + (TILE - tile.width) // 2, (TILE - tile.height) // 2))
-    pen, name = ImageDraw.Draw(cell), printable(name)
-    while len(name) > 4 and pen.textlength(name) > cell.width:
-        name = "..." + name[4:]  # the end of a path tells images apart
-    pen.text((0, TILE + 3), name, fill="black")
-    return cell
-
-
-def _shrunk(picture: np.ndarray, side: int) -> Image.Image:
-    """With its longer side at `side` pixels; made larger, it shows its own pixels."""
-    height, width = picture.shape[:2]
-    scale = side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    return Image.fromarray(picture).resize(size, method)
-
-
-def _page(cells: Sequence[Image.Image]) -> Image.Image:
-    width, height = cells[0].size
-    columns = max(1, min(len(cells), round(1600 / width)))
-    rows = math.ceil(len(cells) / columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * height + GAP), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (GAP + i % columns * (width + GAP), GAP + i // columns * height))
-    return sheet
+    named = iter(rows)
+    for number in itertools.count(1):
+        tiles = [Tile(pictures, name) for name, pictures in itertools.islice(named, PAGE)]
+        if not tiles:
+            return
+        columns = max(1, min(len(tiles), round(ACROSS / len(tiles[0].pictures))))
+        path = out_dir / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        save(sheet(tiles, columns, SMALL), path)
+        yield path
 
 
 def draw_channels(matrices: Sequence[np.ndarray], out_dir: Path | str, stem: str) -> list[Path]:
@@ -305,27 +208,11 @@ def _channel_figure(
             if column == 0:
                 axes.set_ylabel(f"block {number}\nquery channel", fontsize=8)
     figure.colorbar(shown, ax=list(grid.flat), label="attention weight", shrink=min(1, 3 / rows))
-    lines = _lines(NOTE, lambda line: len(line) > size[0] * 14)
+    lines = wrapped(NOTE, lambda line: len(line) > size[0] * 14)
     figure.suptitle("\n".join(lines), fontsize=8)
     with world(f"write {path}"), plotting.quiet():
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(path, metadata=DRAWN)
-
-
-def _lines(words: str, too_long: Callable[[str], bool]) -> list[str]:
-    lines: list[str] = []
-    for word in words.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and not too_long(longer):
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, C] -> uint8 [H, W, 3]: the first three channels, or the first as grey."""
-    return image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
 
 
 def black_white(keep: np.ndarray) -> np.ndarray:

@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from xdino.data.sources import Source
 from xdino.errors import UsageError, world
 from xdino.runtime.atomic import write_text, written_beside
-from xdino_eval.attention.figures import DRAWN
 from xdino_eval.features import Features
 from xdino_eval.image_files import printable
 from xdino_eval.knn.keys import unpack, without_self
 from xdino_eval.knn.search import EXACT, SearchOptions, searcher
 from xdino_eval.knn.tables import normalise, read
-from xdino_eval.plotting import Axes, Figure, FigureCanvasAgg, Rectangle, quiet
-from xdino_eval.transform import resize_shorter
+from xdino_eval.sheets import Tile, as_rgb, encode, sheet
 
 RIGHT, WRONG, UNKNOWN = "#1f5fa8", "#c8551b", "#999999"  # told apart by colour-blind people too
-PAGE = 8  # queries on a sheet
-SIDE = 128  # pixels of a picture's shorter side
+PAGE, COLUMNS = 8, 21  # queries on a sheet, and pictures side by side at most
+SIDE, CAPTION = 128, 190  # pixels of a picture's longer side, and of what stands above it
+NOTE = "blue: the query's class · orange, dashed: another"
 FILE = "neighbours.json"
 SHEET = "neighbours-{:03}-sheet.png"
 
@@ -136,9 +136,8 @@ def write(
     written = [folder / SHEET.format(number) for number in range(1, len(pages) + 1)]
     with world(f"write neighbour sheets to {folder}"):
         for path, page in zip(written, pages, strict=True):
-            with written_beside(path) as beside, quiet():
-                canvas = FigureCanvasAgg(sheet(page, bank_source, query_source))
-                canvas.print_png(str(beside), metadata=DRAWN)
+            with written_beside(path) as beside:
+                encode(_sheet(page, bank_source, query_source), beside)
         for old in set(folder.glob("neighbours-[0-9][0-9][0-9]-sheet.png")) - set(written):
             old.unlink()
         told = {**facts, "queries": [asdict(query) for query in found]}
@@ -146,37 +145,24 @@ def write(
     return [*written, folder / FILE]
 
 
-def sheet(page: Sequence[Found], bank_source: Source, query_source: Source) -> Figure:
-    """A row a query, itself first."""
-    columns = 1 + max(len(query.neighbours) for query in page)
-    size = 1.35 * columns, 1.6 * len(page) + 0.2
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.supxlabel("blue: the query's class · orange, dashed: another", fontsize=7)
-    grid = figure.subplots(len(page), columns, squeeze=False)
-    for row, query in zip(grid, page, strict=True):
-        for axes in row:
-            axes.set_axis_off()
-        _show(row[0], query_source.read(query.index), query.label or "query", "black", "-", "bold")
-        for axes, near in zip(row[1:], query.neighbours, strict=False):
-            colour, line = {True: (RIGHT, "-"), False: (WRONG, "--"), None: (UNKNOWN, "-")}[
-                near.right
-            ]
-            title = " ".join([f"{near.similarity:.3f}", *([near.label] if near.label else [])])
-            _show(axes, bank_source.read(near.index), title, colour, line)
-    return figure
+def _sheet(page: Sequence[Found], bank_source: Source, query_source: Source) -> Image.Image:
+    """A row a query, itself first; several where it has very many neighbours."""
+    columns = min(COLUMNS, 1 + max(len(query.neighbours) for query in page))
+    shown: list[Tile | None] = []
+    for query in page:
+        shown += tiles(query, bank_source, query_source)
+        shown += [None] * (-len(shown) % columns)
+    return sheet(shown, columns, SIDE, NOTE, CAPTION)
 
 
-def _show(
-    axes: Axes, image: np.ndarray, title: str, colour: str, line: str, weight: str = "normal"
-) -> None:
-    small = image if min(image.shape[:2]) <= SIDE else resize_shorter(image, SIDE)
-    rgb = small if small.shape[2] == 3 else np.repeat(small[..., :1], 3, axis=2)
-    axes.imshow(rgb, interpolation="nearest")
-    title = printable(title)
-    shown = title if len(title) <= 22 else f"{title[:21]}…"
-    # "$" would begin a formula
-    axes.set_title(shown, fontsize=7, fontweight=weight, color=colour, parse_math=False)
-    axes.add_patch(
-        Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, clip_on=False, linewidth=3,
-                  edgecolor=colour, linestyle=line)
-    )  # fmt: skip
+def tiles(query: Found, bank_source: Source, query_source: Source) -> list[Tile]:
+    """The query and its neighbours as pictures."""
+    found = [
+        Tile([as_rgb(query_source.read(query.index))], query.label or "query", frame="solid"),
+    ]
+    for near in query.neighbours:
+        colour = {True: RIGHT, False: WRONG, None: UNKNOWN}[near.right]
+        caption = " ".join([f"{near.similarity:.3f}", *([near.label] if near.label else [])])
+        frame = "dashed" if near.right is False else "solid"
+        found.append(Tile([as_rgb(bank_source.read(near.index))], caption, colour, frame))
+    return found

@@ -35,8 +35,7 @@ from xdino_eval.linear.sgd import (
 )
 from xdino_eval.linear.stacked_heads import Batches, threads_for, train_heads
 from xdino_eval.transform import EvalTransform
-from xdino_launch.bench.arms import Protocol
-from xdino_launch.bench.timing import Arm, Ratio, Report, again, divided, on_cores, timed
+from xdino_launch.bench.timing import Arm, Protocol, Ratio, Report, again, divided, timed
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ def linear(shape: LinearShape, folder: str | None, protocol: Protocol) -> Report
     device = torch.device(shape.device)
     facts: dict[str, object] = {}
     with ExitStack() as stack:
-        stack.enter_context(on_cores(protocol.used_threads))
         arms: list[Arm] = []
         if shape.features:
             arms += _over_features(shape, device, protocol, facts)

@@ -201,23 +201,10 @@ def build_xcit(xcit: Any, arch: str, drop_path: float = 0.0) -> nn.Module:
     return network
 
 
-def published_step(
-    dino: Dino,
-    xcit: Any,
-    arch: str,
-    prototypes: int,
-    groups: Sequence[Tensor],
-    drop_path: float,
-    lr: float,
-    precision: str,
-    device: torch.device,
-) -> Callable[[], float]:
-    """One optimisation step of the published `train_one_epoch`, in its order, after the warm-up.
-
-    groups: crops by resolution, each [V_r, B, C, h, w]. The result runs a step and returns the
-    loss. Mixed precision is autocast; "fp16" has the published gradient scaler, "bf16" needs none.
-    """
-    crops = [view for group in groups for view in group]  # V of [B, C, h, w]
+def published_networks(
+    dino: Dino, xcit: Any, arch: str, prototypes: int, drop_path: float, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    """The published student and teacher, with equal weights."""
 
     def wrapped(drop_path: float) -> nn.Module:
         backbone = build_xcit(xcit, arch, drop_path)
@@ -229,6 +216,25 @@ def published_step(
     student, teacher = wrapped(drop_path), wrapped(0.0)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
+    return student, teacher
+
+
+def published_step(
+    dino: Dino,
+    networks: tuple[nn.Module, nn.Module],
+    prototypes: int,
+    groups: Sequence[Tensor],
+    lr: float,
+    precision: str,
+) -> Callable[[], float]:
+    """One optimisation step of the published `train_one_epoch`, in its order, after the warm-up.
+
+    groups: crops by resolution, each [V_r, B, C, h, w]. The result runs a step and returns the
+    loss. Mixed precision is autocast; "fp16" has the published gradient scaler, "bf16" needs none.
+    """
+    student, teacher = networks
+    crops = [view for group in groups for view in group]  # V of [B, C, h, w]
+    device = crops[0].device
     loss_of = dino.main.DINOLoss(prototypes, len(crops), 0.04, 0.04, 0, 2).to(device)
     optimizer = torch.optim.AdamW(dino.utils.get_params_groups(student))
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None

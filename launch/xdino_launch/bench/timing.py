@@ -26,6 +26,7 @@ from rich.table import Table
 
 from xdino.run_directory import commit
 from xdino.runtime.atomic import written_beside
+from xdino_launch.console import counter, stderr_console
 
 CLAIM_ROUNDS = 9  # fewer rounds are a look, not a measurement
 METHOD = (
@@ -204,6 +205,25 @@ def measure(
         if seconds is not None and time.monotonic() - began > seconds:
             break
     return values
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How often and with what: rounds, threads (0: all cores), seconds after which to stop."""
+
+    rounds: int = 9
+    threads: int = 1
+    seconds: float | None = None
+
+    @property
+    def used_threads(self) -> int:
+        return self.threads or cores()
+
+    def measure(self, arms: Sequence[Arm], warm_up: bool = True) -> dict[str, list[float]]:
+        """Each arm's values, one a round, on as many threads."""
+        tell = counter(stderr_console(), "rounds")
+        with on_cores(self.used_threads):
+            return measure(arms, self.rounds, warm_up, self.seconds, tell)
 
 
 def divided(

@@ -2,14 +2,34 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from xdino import values
 from xdino.errors import UsageError, nearest
-from xdino_launch.commands.options import Commands, Number, Place, Whole, device_option, numbers
+from xdino_launch.commands.options import (
+    Commands,
+    Number,
+    Numbers,
+    Place,
+    Whole,
+    device_option,
+    given,
+    option,
+    takes,
+)
+
+if TYPE_CHECKING:
+    from xdino_launch.bench.timing import Protocol, Report
+
+
+def threads_option(default: int) -> Callable[..., Any]:
+    return click.option(
+        "--threads", default=default, show_default=True, type=Whole(0, 1024), help="0: all."
+    )
 
 
 @click.group(cls=Commands)
@@ -17,23 +37,40 @@ def bench() -> None:
     """Time this code, and a checkout of the published code beside it: arms in turn, with an A/A."""
 
 
-def bench_options(threads: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What every benchmark takes; `threads` is the default (0: all cores)."""
-    options = [
-        click.option("--rounds", default=9, show_default=True, type=Whole(1, 10_000)),
-        click.option(
-            "--threads", default=threads, show_default=True, type=Whole(0, 1024), help="0: all."
-        ),
-        click.option("--seconds", type=Number(0, 1e9), help="Begin no round after these."),
-        click.option("--out", type=Place(file=True), help="Write a JSON file."),
-    ]
+@dataclass(frozen=True)
+class TimingOptions:
+    """What every benchmark takes."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
+    rounds: int = option("--rounds", default=9, show_default=True, type=Whole(1, 10_000))
+    threads: int = given(threads_option(1))
+    seconds: float | None = option(
+        "--seconds", type=Number(0, 1e9), help="Begin no round after these."
+    )
+    out: str | None = option("--out", type=Place(file=True), help="Write a JSON file.")
 
-    return decorate
+    def protocol(self) -> "Protocol":
+        from xdino_launch.bench.timing import Protocol
+
+        return Protocol(self.rounds, self.threads, self.seconds)
+
+    def tell(self, report: "Report") -> None:
+        """A benchmark's tables on standard output, and everything in `out`."""
+        from xdino_launch.bench.timing import CLAIM_ROUNDS, write
+        from xdino_launch.console import stderr_console, stdout_console
+
+        for table in report.tables():
+            stdout_console().print(table)
+        for name, fact in report.facts.items():
+            click.echo(f"{name}: {fact}")
+        if report.rounds < CLAIM_ROUNDS:
+            stderr_console().print(f"fewer than {CLAIM_ROUNDS} rounds: a look, not a measurement")
+        if self.out is not None:
+            write(report, Path(self.out), sys.argv[1:])
+
+
+@dataclass(frozen=True)
+class TimingOnAllCores(TimingOptions):
+    threads: int = given(threads_option(0))
 
 
 def reference_option(name: str = "reference", of: str = "dino") -> Callable[..., Any]:
@@ -65,40 +102,25 @@ def _takes(arch: str, option: str, sizes: tuple[int, ...], batch: int, training:
     feasibility.check_sizes(network, arch, 3, trials, real=spec.build)
 
 
-def finish_bench(report: Any, out: str | None) -> None:
-    """A benchmark's tables on standard output, and everything in `out`."""
-    from xdino_launch.bench.timing import CLAIM_ROUNDS, write
-    from xdino_launch.console import stderr_console, stdout_console
-
-    for table in report.tables():
-        stdout_console().print(table)
-    for name, fact in report.facts.items():
-        click.echo(f"{name}: {fact}")
-    if report.rounds < CLAIM_ROUNDS:
-        stderr_console().print(f"fewer than {CLAIM_ROUNDS} rounds: a look, not a measurement")
-    if out is not None:
-        write(report, Path(out), sys.argv[1:])
-
-
 @bench.command("pipeline")
+@takes(timing=TimingOptions)
 @click.option(
     "--data", type=Place(), help="Folder of images; without it, tiles of two photographs."
 )
 @reference_option()
 @click.option("--batch", default=16, show_default=True, type=Whole(1, 10**7))
 @click.option("--images", default=64, show_default=True, type=Whole(1, 10**7), help="A round.")
-@bench_options(threads=1)
 def bench_pipeline(
-    data: str | None, reference: str | None, batch: int, images: int, out: str | None, **how: Any
+    timing: TimingOptions, data: str | None, reference: str | None, batch: int, images: int
 ) -> None:
     """Milliseconds an image from JPEG to crops, on as many cores as threads."""
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.pipeline import pipeline
 
-    report = rooms.pipeline(data, reference, batch, images, rooms.Protocol(**how))
-    finish_bench(report, out)
+    timing.tell(pipeline(data, reference, batch, images, timing.protocol()))
 
 
 @bench.command("step")
+@takes(timing=TimingOptions)
 @click.option("--arch", default="xcit_nano_12_p16", show_default=True)
 @click.option("--batch", default=8, show_default=True, type=Whole(1, 10**7), help="Images.")
 @click.option("--prototypes", default=65536, show_default=True, type=Whole(2, 10**7))
@@ -111,17 +133,13 @@ def bench_pipeline(
 @click.option("--memory", is_flag=True, help="Peak memory instead of time, in child processes.")
 @reference_option()
 @reference_option("xcit", "xcit")
-@bench_options(threads=1)
 def bench_step(
+    timing: TimingOptions,
     precision: str,
     kernels: str,
     memory: bool,
     reference: str | None,
     xcit: str | None,
-    rounds: int,
-    threads: int,
-    seconds: float | None,
-    out: str | None,
     **shape: Any,
 ) -> None:
     """Seconds of an optimisation step on fixed crops, or the memory that it takes."""
@@ -135,47 +153,41 @@ def bench_step(
     if locals_:
         _takes(arch, "--local-size", (shape["local_size"],), locals_ * batch, True)
     from xdino.acceleration import MODES
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.step import StepShape, step
 
     for mode in kernels.split(","):
         if mode not in MODES:
             raise UsageError(f"--kernels cannot be {values.shown(mode)}: {nearest(mode, MODES)}")
-    report = rooms.step(
-        rooms.StepShape(**shape),
+    report = step(
+        StepShape(**shape),
         tuple(precision.split(",")),
         (reference, xcit) if reference and xcit else None,
         memory,
-        rooms.Protocol(rounds, threads, seconds),
+        timing.protocol(),
         tuple(kernels.split(",")),
     )
-    finish_bench(report, out)
+    timing.tell(report)
 
 
 @bench.command("knn")
+@takes(timing=TimingOnAllCores)
 @click.option("--bank", default=100_000, show_default=True, type=Whole(1, 10**7))
 @click.option("--queries", default=5_000, show_default=True, type=Whole(1, 10**7))
 @click.option("--dim", default=384, show_default=True, type=Whole(1, 10**7))
 @click.option("--classes", default=1_000, show_default=True, type=Whole(1, 10**7))
 @reference_option()
-@bench_options(threads=0)
 def bench_knn(
-    bank: int,
-    queries: int,
-    dim: int,
-    classes: int,
-    reference: str | None,
-    out: str | None,
-    **how: Any,
+    timing: TimingOptions, bank: int, queries: int, dim: int, classes: int, reference: str | None
 ) -> None:
     """Seconds of the k-NN evaluation at k = 10, 20, 100 and 200, and whether both agree."""
     _fits("the bank and the queries", 8 * (bank + queries + classes) * dim, "--bank or --dim")
-    from xdino_launch.bench import arms as rooms
+    from xdino_launch.bench.knn import knn
 
-    report = rooms.knn(bank, queries, dim, classes, reference, rooms.Protocol(**how))
-    finish_bench(report, out)
+    timing.tell(knn(bank, queries, dim, classes, reference, timing.protocol()))
 
 
 @bench.command("linear")
+@takes(timing=TimingOptions)
 @click.option("--data", type=Place(), help="Labelled images; without it, noise.")
 @click.option("--arch", default="xcit_nano_12_p16", show_default=True)
 @click.option("--images", default=256, show_default=True, type=Whole(0, 10**7), help="0: none.")
@@ -188,15 +200,7 @@ def bench_knn(
 @click.option("--batch", default=128, show_default=True, type=Whole(1, 10**7), help="Images.")
 @click.option("--lrs", default=13, show_default=True, type=Whole(2, 10**7), help="Of the grid.")
 @device_option("cpu")
-@bench_options(threads=1)
-def bench_linear(
-    data: str | None,
-    rounds: int,
-    threads: int,
-    seconds: float | None,
-    out: str | None,
-    **shape: Any,
-) -> None:
+def bench_linear(timing: TimingOptions, data: str | None, **shape: Any) -> None:
     """Seconds an epoch of one linear probe and of a grid, over images and over cached features."""
     features, dim, classes = shape["features"], shape["dim"], shape["classes"]
     heads = 3 * shape["lrs"] * dim * classes
@@ -205,38 +209,38 @@ def bench_linear(
     _fits("the images of a batch", 12 * pixels, "--batch or --size")
     if shape["images"]:
         _takes(shape["arch"], "--size", (shape["size"],), shape["batch"], False)
-    from xdino_launch.bench import linear as rooms
-    from xdino_launch.bench.arms import Protocol
+    from xdino_launch.bench.linear import LinearShape, linear
 
-    protocol = Protocol(rounds, threads, seconds)
-    finish_bench(rooms.linear(rooms.LinearShape(**shape), data, protocol), out)
+    timing.tell(linear(LinearShape(**shape), data, timing.protocol()))
 
 
 @bench.command("scaling")
+@takes(timing=TimingOptions)
 @click.option("--arch", default="xcit_small_12_p16", show_default=True)
 @click.option("--against", default="vit_small_patch16_224", show_default=True, help="Of timm.")
-@click.option("--sizes", default="224,384,512,768,1024", show_default=True, help="Pixels.")
+@click.option(
+    "--sizes",
+    default="224,384,512,768,1024",
+    show_default=True,
+    type=Numbers(values.whole, least=16),
+    help="Pixels.",
+)
 @click.option("--batch", default=1, show_default=True, type=Whole(1, 10**7))
 @click.option("--precision", default="fp32", show_default=True)
 @device_option("cpu")
-@bench_options(threads=1)
 def bench_scaling(
+    timing: TimingOptions,
     arch: str,
     against: str,
-    sizes: str,
+    sizes: tuple[int, ...],
     batch: int,
     precision: str,
     device: str,
-    out: str | None,
-    **how: Any,
 ) -> None:
     """Forward time against image size: the exponent in tokens, and a transformer beside it."""
-    pixels = numbers(sizes, "sizes", values.whole, least=16)
-    assert pixels is not None
-    _fits("the images of a batch", 12 * batch * max(pixels) ** 2, "--batch or --sizes")
+    _fits("the images of a batch", 12 * batch * max(sizes) ** 2, "--batch or --sizes")
     for name in (arch, against):
-        _takes(name, "--sizes", pixels, batch, False)
-    from xdino_launch.bench import arms as rooms
+        _takes(name, "--sizes", sizes, batch, False)
+    from xdino_launch.bench.scaling import scaling
 
-    report = rooms.scaling(arch, against, pixels, batch, precision, device, rooms.Protocol(**how))
-    finish_bench(report, out)
+    timing.tell(scaling(arch, against, sizes, batch, precision, device, timing.protocol()))

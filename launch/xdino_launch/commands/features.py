@@ -7,36 +7,33 @@ from typing import Any
 
 import click
 
-from xdino.errors import UsageError
 from xdino_launch.commands.options import (
-    BATCH,
     SEED,
+    BackboneOptions,
     Place,
+    SubjectOptions,
     Whole,
-    device_option,
-    evaluation_options,
+    batch_option,
     on_one_process,
-    subject_options,
+    precision_option,
+    takes,
     workers_option,
 )
 
 
 @click.command()
-@evaluation_options
+@takes(judged=SubjectOptions)
+@click.option("--out", required=True, type=Place(Path, file=True), help="FILE.safetensors")
 @on_one_process
-def features(**options: Any) -> None:
-    """Write the frozen features of train/ and val/ to a safetensors file (--out)."""
-    if not options["out"]:
-        raise UsageError("features needs --out FILE.safetensors")
-    from xdino_launch.evaluation.subject import Subject, save_features
+def features(judged: SubjectOptions, out: Path) -> None:
+    """Write the frozen features of train/ and val/ to a safetensors file."""
+    from xdino_launch.evaluation.subject import save_features
 
-    subject = Subject.open(**subject_options(options))
-    path = save_features(subject, Path(options["out"]))
-    click.echo(str(path))
+    click.echo(str(save_features(judged.open(), out)))
 
 
 @click.command()
-@click.argument("weights", type=Place())
+@takes(judged=BackboneOptions)
 @click.option(
     "--data",
     required=True,
@@ -48,15 +45,12 @@ def features(**options: Any) -> None:
 @click.option("--lidar-images", default=1_000, show_default=True, type=Whole(2, 10**6))
 @click.option("--views", default=50, show_default=True, type=Whole(2, 1000), help="For LiDAR.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
-@click.option("--arch", help="Architecture, where the file does not say.")
-@click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
 @click.option("--out", type=Place(file=True), help="Append to this file, else to the run's.")
-@click.option("--batch-size", default=128, type=BATCH, show_default=True)
+@batch_option()
 @workers_option()
-@device_option()
-@click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"]))
+@precision_option()
 @on_one_process
-def quality(weights: str, data: str, split: str, out: str | None, **how: Any) -> None:
+def quality(judged: BackboneOptions, data: str, split: str, out: str | None, **how: Any) -> None:
     """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed."""
     from xdino_eval.quality.measures import Quality, judge
     from xdino_launch.console import counter, stderr_console
@@ -66,4 +60,7 @@ def quality(weights: str, data: str, split: str, out: str | None, **how: Any) ->
     def tell(found: Quality) -> None:
         click.echo(json.dumps(asdict(found), indent=2))
 
-    judge(weights, data, split, Path(out) if out else None, progress=progress, tell=tell, **how)
+    judge(
+        judged.weights, data, split, Path(out) if out else None, arch=judged.arch, role=judged.role,
+        device=judged.device, progress=progress, tell=tell, **how,
+    )  # fmt: skip

@@ -7,14 +7,7 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError
-from xdino_launch.commands.options import (
-    SEED,
-    Whole,
-    evaluation_options,
-    finish,
-    numbers,
-    subject_options,
-)
+from xdino_launch.commands.options import SEED, Numbers, OutputOptions, SubjectOptions, Whole, takes
 
 if TYPE_CHECKING:
     from xdino_eval.knn import Draws
@@ -23,15 +16,32 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@evaluation_options
-@click.option("--k", "ks", default="10,20,100,200", show_default=True, help="Neighbours.")
-@click.option("--temperature", default="0.07", show_default=True, help="One or several, with --k.")
+@takes(judged=SubjectOptions, output=OutputOptions)
+@click.option(
+    "--k",
+    "ks",
+    default="10,20,100,200",
+    show_default=True,
+    type=Numbers(values.whole, least=1, what="numbers of neighbours"),
+    help="Neighbours.",
+)
+@click.option(
+    "--temperature",
+    default="0.07",
+    show_default=True,
+    type=Numbers(above=0),
+    help="One or several, with --k.",
+)
 @click.option(
     "--leave-one-out",
     is_flag=True,
     help="Judge every image of train/, or of one folder of class folders, by the others.",
 )
-@click.option("--shots", help="Banks of so many images a class, e.g. 1,5,10: means over draws.")
+@click.option(
+    "--shots",
+    type=Numbers(values.whole, least=1, what="numbers of images"),
+    help="Banks of so many images a class, e.g. 1,5,10: means over draws.",
+)
 @click.option("--repeats", default=5, show_default=True, type=Whole(1, 10_000), help="Of --shots.")
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Of --shots.")
 @click.option(
@@ -47,53 +57,49 @@ if TYPE_CHECKING:
     help="Keep the features on disk (--cache, else a temporary folder) and so many rows in memory.",
 )
 def knn(
-    ks: str,
-    temperature: str,
+    judged: SubjectOptions,
+    output: OutputOptions,
+    ks: tuple[int, ...],
+    temperature: tuple[float, ...],
     leave_one_out: bool,
-    shots: str | None,
+    shots: tuple[int, ...] | None,
     repeats: int,
     seed: int,
     search: str,
     bank_block: int | None,
-    **options: Any,
 ) -> None:
     """Weighted k-NN of the frozen features: train/ votes on val/.
 
     A row for every k and temperature. Under torchrun every process extracts and searches its
     share, and the numbers are those of one process.
     """
-    parsed = numbers(ks, "k", values.whole, least=1, what="numbers of neighbours")
-    temperatures = numbers(temperature, "temperature", above=0)
-    few = numbers(shots, "shots", values.whole, least=1, what="numbers of images")
-    if few and leave_one_out:
+    if shots and leave_one_out:
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"
         )
     from xdino.plan import resolve_device
     from xdino.runtime import distributed
     from xdino_eval.knn import Draws, SearchOptions
-    from xdino_launch.evaluation.subject import Subject, open_one_split
+    from xdino_launch.evaluation.subject import open_one_split
 
-    device = resolve_device(options["device"])
+    device = resolve_device(judged.device)
     how = {
-        "ks": parsed,
-        "temperature": temperatures,
+        "ks": ks,
+        "temperature": temperature,
         "options": SearchOptions.from_name(search, device, bank_block),
     }
-    draws = Draws(few, repeats, seed) if few else None
+    draws = Draws(shots, repeats, seed) if shots else None
     joined = distributed.start(device)
     try:
         subject = distributed.together(
-            lambda: Subject.open(
-                **subject_options(options), splits=open_one_split if leave_one_out else None
-            )
+            lambda: judged.open(splits=open_one_split if leave_one_out else None)
         )
         distributed.together(subject.check_alike)
         rows = _score(subject, how, leave_one_out, draws)
 
         def tell() -> None:
             if distributed.rank() == 0:
-                finish(rows, options["weights"], options["out"], options["as_json"])
+                output.tell(rows, judged.weights)
 
         distributed.together(tell)
     finally:

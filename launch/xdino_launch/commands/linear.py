@@ -9,19 +9,19 @@ from xdino.errors import UsageError
 from xdino_launch.commands.options import (
     ABOVE_0,
     SEED,
+    Numbers,
+    OutputOptions,
     Place,
+    SubjectOptions,
     Whole,
-    evaluation_options,
-    finish,
     numbers,
     on_one_process,
-    results_file,
-    subject_options,
+    takes,
 )
 
 
 @click.command()
-@evaluation_options
+@takes(judged=SubjectOptions, output=OutputOptions)
 @click.option(
     "--protocol",
     default="logistic",
@@ -33,9 +33,15 @@ from xdino_launch.commands.options import (
 )
 @click.option("--epochs", default=100, show_default=True, type=Whole(1, 100_000), help="Of SGD.")
 @click.option("--lr", default=0.001, show_default=True, type=ABOVE_0, help="Of SGD, for batch 256.")
-@click.option("--lrs", help="Grid: learning rates, for batch 256; 13 from 1e-5 to 0.1 by default.")
-@click.option("--wds", help="Grid: weight decays; 0 by default.")
-@click.option("--features", help="Grid: any of class,patches,both; class by default.")
+@click.option(
+    "--lrs",
+    type=Numbers(above=0),
+    help="Grid: learning rates, for batch 256; 13 from 1e-5 to 0.1 by default.",
+)
+@click.option("--wds", type=Numbers(), help="Grid: weight decays; 0 by default.")
+@click.option(
+    "--features", type=Numbers(str), help="Grid: any of class,patches,both; class by default."
+)
 @click.option("--c", "cs", default="default", help="Logistic: default, dino (45), or values.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--save-head", type=Place(file=True), help="Keep the probe in this file.")
@@ -58,19 +64,20 @@ from xdino_launch.commands.options import (
 @on_one_process
 def linear(
     ctx: click.Context,
+    judged: SubjectOptions,
+    output: OutputOptions,
     protocol: str,
     epochs: int,
     lr: float,
-    lrs: str | None,
-    wds: str | None,
-    features: str | None,
+    lrs: tuple[float, ...] | None,
+    wds: tuple[float, ...] | None,
+    features: tuple[str, ...] | None,
     cs: str,
     seed: int,
     save_head: str | None,
     probe: str | None,
     split: str | None,
     predictions: str | None,
-    **options: Any,
 ) -> None:
     """A linear probe of the frozen features, trained on train/, scored on val/.
 
@@ -78,43 +85,38 @@ def linear(
     saved probe (--save-head, by any protocol) is used on other images by --apply.
     """
     if probe is not None:
-        _apply(ctx, probe, split, predictions, options)
+        _apply(ctx, judged, output, probe, split, predictions)
         return
     for name, value in {"--split": split, "--predictions": predictions}.items():
         if value is not None:
             raise UsageError(f"{name} belongs to --apply HEAD, a probe that --save-head kept")
-    chosen = {"--lrs": lrs, "--wds": wds, "--features": features}
-    for name, value in chosen.items():
-        if value is not None and not protocol.startswith("grid"):
+    for name, chosen in {"--lrs": lrs, "--wds": wds, "--features": features}.items():
+        if chosen is not None and not protocol.startswith("grid"):
             raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
     from xdino_eval.linear.grid import Grid
     from xdino_eval.linear.logistic import GRIDS
     from xdino_eval.linear.sgd import Sgd
     from xdino_launch.evaluation.probing import train
-    from xdino_launch.evaluation.subject import Subject
 
-    given: dict[str, Any] = {
-        "lrs": numbers(lrs, "lrs", above=0),
-        "weight_decays": numbers(wds, "wds"),
-        "features": numbers(features, "features", str),
-    }
+    given: dict[str, Any] = {"lrs": lrs, "weight_decays": wds, "features": features}
     many = Grid(**{name: values for name, values in given.items() if values is not None})
     strengths = cs if cs in GRIDS else numbers(cs, "c", above=0)
-    how = Sgd(epochs=epochs, batch_size=options["batch_size"], lr=lr, seed=seed)
-    subject = Subject.open(**subject_options(options))
-    kept = results_file(options["weights"], options["out"])
+    how = Sgd(epochs=epochs, batch_size=judged.batch_size, lr=lr, seed=seed)
+    subject = judged.open()
+    kept = output.file(judged.weights)
     keep_in = kept.parent if kept else None
     row, done = train(subject, protocol, how, many, strengths or "default", keep_in, save_head)
-    finish([row], options["weights"], options["out"], options["as_json"])
+    output.tell([row], judged.weights)
     done.settled()
 
 
 def _apply(
     ctx: click.Context,
+    judged: SubjectOptions,
+    output: OutputOptions,
     probe: str,
     split: str | None,
     predictions: str | None,
-    options: dict[str, Any],
 ) -> None:
     """`--apply`: options that only training has are refused."""
     training = ("protocol", "epochs", "lr", "lrs", "wds", "features", "cs", "seed", "save_head")
@@ -124,8 +126,8 @@ def _apply(
             raise UsageError(f"--apply trains nothing: leave out --{option}")
     from xdino_launch.evaluation.probing import use
 
-    rows = use(subject_options(options), probe, split, predictions)
+    rows = use(judged.open, probe, split, predictions)
     if predictions is not None:
         click.echo(f"predictions: {predictions}", err=True)
     if rows:
-        finish(rows, options["weights"], options["out"], options["as_json"])
+        output.tell(rows, judged.weights)

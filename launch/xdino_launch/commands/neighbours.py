@@ -8,26 +8,21 @@ from typing import Any
 import click
 
 from xdino.errors import UsageError
-from xdino_launch.commands.options import (
-    Place,
-    Whole,
-    on_one_process,
-    subject_and,
-    subject_options,
-)
+from xdino_launch.commands.options import Place, SubjectOptions, Whole, on_one_process, takes
 
 
 @click.command()
-@subject_and(
-    click.option(
-        "--out", type=Place(), help="Folder for the sheets; of a run, its neighbours/ by default."
-    )
+@takes(judged=SubjectOptions)
+@click.option(
+    "--out", type=Place(), help="Folder for the sheets; of a run, its neighbours/ by default."
 )
 @click.option("--queries", type=Whole(1, 100_000), help="Images of val/ to ask for; default: 16.")
 @click.option("--images", multiple=True, type=Place(), help="Ask for these files instead.")
 @click.option("--k", default=8, show_default=True, type=Whole(1, 1000), help="Neighbours.")
 @on_one_process
-def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: Any) -> None:
+def neighbours(
+    judged: SubjectOptions, out: str | None, queries: int | None, images: tuple[str, ...], k: int
+) -> None:
     """Draw images beside their nearest neighbours in train/: blue frames are of their class.
 
     Labels are shown where there are any. Without val/ the images of train/ are asked for among
@@ -35,10 +30,10 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
     """
     if queries and images:
         raise UsageError("--queries draws from the data and --images names files: not both")
-    if not (options["out"] or Path(options["weights"]).is_dir()):
+    if not (out or Path(judged.weights).is_dir()):
         raise UsageError("neighbours needs --out FOLDER where WEIGHTS is not a run")
-    folder = Path(options["out"] or Path(options["weights"]) / "neighbours")
-    _refuse_within(folder, Path(options["data"]).expanduser())
+    folder = Path(out or Path(judged.weights) / "neighbours")
+    _refuse_within(folder, Path(judged.data).expanduser())
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
         raise UsageError(f"there is no image file {missing[0]}")
@@ -47,9 +42,9 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
     from xdino.data.loader import epoch_order
     from xdino.data.sources import FileSource, Source
     from xdino_eval.knn import neighbours as rooms
-    from xdino_launch.evaluation.subject import Subject, features_name, open_any_splits
+    from xdino_launch.evaluation.subject import features_name, open_any_splits
 
-    subject = Subject.open(**subject_options(options), splits=open_any_splits)
+    subject = judged.open(splits=open_any_splits)
     if images:
         files = [os.fsencode(Path(name).absolute()) for name in images]
         asked: Source = FileSource("the given images", Path.cwd(), files, subject.train.channels)

@@ -7,14 +7,20 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from xdino import values
 from xdino.errors import UsageError, asked, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from xdino_eval.results import Row
+    from xdino_launch.evaluation.subject import Subject
 
 
 class Whole(click.IntRange):
@@ -73,6 +79,22 @@ class Place(click.ParamType):
         return self.kind(value)
 
 
+class Numbers(click.ParamType):
+    """ "10,20" -> (10, 20), each finite and within the bounds; see `numbers`."""
+
+    def __init__(self, kind: Callable[[str], Any] = values.number, **bounds: Any) -> None:
+        self.kind, self.bounds = kind, bounds
+        self.name = "names" if kind is str else "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        assert param is not None
+        return numbers(value, param.opts[0].lstrip("-"), self.kind, **self.bounds)
+
+
 ABOVE_0 = Number(0, 1e30, min_open=True)
 BATCH = Whole(1, 2**20)
 PIXELS = Whole(1, 2**13)
@@ -103,6 +125,14 @@ def workers_option() -> Callable[..., Any]:
     return click.option("--workers", default=min(8, os.cpu_count() or 1), type=WORKERS)
 
 
+def batch_option(default: int = 128) -> Callable[..., Any]:
+    return click.option("--batch-size", default=default, type=BATCH, show_default=True)
+
+
+def precision_option() -> Callable[..., Any]:
+    return click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"]))
+
+
 class Commands(click.Group):
     """A group that names the nearest command when there is no such one."""
 
@@ -113,54 +143,6 @@ class Commands(click.Group):
             hint = nearest(args[0], self.list_commands(ctx))
             raise UsageError(f'there is no command "{args[0]}": {hint}')
         return super().resolve_command(ctx, args)
-
-
-def subject_and(*output: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a backbone and the data it is judged on, with those of where results go."""
-    options = [
-        click.argument("weights", type=Place()),
-        click.option(
-            "--data",
-            required=True,
-            type=Place(),
-            help="Folder or tars with train/ and val/, or a named source.",
-        ),
-        click.option("--arch", help="Architecture, where the file does not say."),
-        click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
-        *output,
-        click.option("--size", type=PIXELS, help="Centre crop in pixels."),
-        click.option("--resize", type=PIXELS, help="Shorter side before it, in pixels."),
-        click.option("--mean", help="Per channel, comma-separated, 0..1."),
-        click.option("--std", help="Per channel, comma-separated, 0..1."),
-        click.option("--batch-size", default=128, type=BATCH, show_default=True),
-        click.option(
-            "--max-pixels",
-            type=Whole(1, 2**40),
-            help="Of an image; a larger one is skipped and named. Default: as in pretraining.",
-        ),
-        workers_option(),
-        device_option(),
-        click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
-        click.option(
-            "--cache",
-            type=Place(),
-            help="Keep features in this folder for the next command; files count by name, size and time.",
-        ),
-    ]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-evaluation_options = subject_and(
-    click.option("--out", type=Place(file=True), help="Append to this results.json."),
-    click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
-)
-"""What every evaluation of a backbone on labelled data takes."""
 
 
 def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
@@ -188,16 +170,14 @@ def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def numbers(
-    text: str | None,
+    text: str,
     name: str,
     kind: Callable[[str], Any] = values.number,
     least: float = -math.inf,
     above: float = -math.inf,
     what: str = "numbers",
-) -> tuple[Any, ...] | None:
+) -> tuple[Any, ...]:
     """ "10,20" -> (10, 20), each finite and within the bounds."""
-    if text is None:
-        return None
     try:
         found = tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -212,39 +192,124 @@ def numbers(
     return found
 
 
-def results_file(weights: str, out: str | None) -> Path | None:
-    """Where rows are kept: --out, else results.json of a run's folder, else nowhere."""
-    if out:
-        return Path(out)
-    return Path(weights) / "results.json" if Path(weights).is_dir() else None
+# --- groups of options ------------------------------------------------------------------------
 
 
-def finish(rows: Sequence[Any], weights: str, out: str | None, as_json: bool) -> None:
-    """Where rows go: standard output, then results.json of the run or --out.
+def given(option: Callable[..., Any]) -> Any:
+    """A field of a group, filled by an option or an argument of click's."""
+    return field(metadata={"click": option})
 
-    In this order, so that a disk that refuses them loses none.
+
+def option(*names: str, **how: Any) -> Any:
+    """A field of a group, filled by an option of its own."""
+    return given(click.option(*names, **how))
+
+
+def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command groups of options, each as the one value that a dataclass makes of them.
+
+    >>> @takes(output=OutputOptions)
+    ... def command(output: OutputOptions, **others): ...
     """
-    from xdino_eval import results
-    from xdino_launch.console import results_table, stdout_console
 
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        stdout_console().print(results_table(rows))
-    sys.stdout.flush()
-    target = results_file(weights, out)
-    if target is not None:
-        results.append(target, rows)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(*arguments: Any, **options: Any) -> None:
+            made = {
+                name: group(**{f.name: options.pop(f.name) for f in fields(group)})
+                for name, group in groups.items()
+            }
+            command(*arguments, **made, **options)
+
+        for each in reversed([f for group in groups.values() for f in fields(group)]):
+            each.metadata["click"](wrapped)
+        return wrapped
+
+    return decorate
 
 
-def subject_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation options that say what is judged and on what, parsed."""
-    names = (
-        *("weights", "arch", "role", "data", "max_pixels", "size", "resize"),
-        *("batch_size", "workers", "device", "precision", "cache"),
-    )
-    subject = {name: options[name] for name in names}
-    return subject | {
-        "mean": numbers(options["mean"], "mean"),
-        "std": numbers(options["std"], "std", above=0),
-    }
+@dataclass(frozen=True)
+class WeightsOptions:
+    """Whose weights."""
+
+    weights: str = given(click.argument("weights", type=Place()))
+    arch: str | None = option("--arch", help="Architecture, where the file does not say.")
+    role: str = option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
+
+
+@dataclass(frozen=True)
+class BackboneOptions(WeightsOptions):
+    """A frozen backbone, and where it runs."""
+
+    device: str = given(device_option())
+
+    def backbone(self) -> "nn.Module":
+        """Raises UsageError and RunFailed as `load_backbone`."""
+        from xdino.checkpoint import load_backbone
+        from xdino.plan import resolve_device
+
+        where = resolve_device(self.device)
+        return load_backbone(self.weights, self.arch, self.role).to(where)
+
+    def signed(self, rows: "Sequence[Row]", backbone: "nn.Module") -> "list[Row]":
+        """The rows with the weights they speak of."""
+        from xdino_eval.results import features_name, signed
+
+        facts: Any = backbone.weights
+        return signed(rows, facts["sha256"], features_name(facts))
+
+
+LABELLED = "Folder or tars with train/ and val/, or a named source."
+CHANNELS = "Per channel, comma-separated, 0..1."
+LIMIT = "Of an image; a larger one is skipped and named. Default: as in pretraining."
+CACHE = "Keep features in this folder for the next command; files count by name, size and time."
+
+
+@dataclass(frozen=True)
+class SubjectOptions(BackboneOptions):
+    """What is judged, on which images, and how they are shown to it."""
+
+    data: str = option("--data", required=True, type=Place(), help=LABELLED)
+    size: int | None = option("--size", type=PIXELS, help="Centre crop in pixels.")
+    resize: int | None = option("--resize", type=PIXELS, help="Shorter side before it, in pixels.")
+    mean: tuple[float, ...] | None = option("--mean", type=Numbers(), help=CHANNELS)
+    std: tuple[float, ...] | None = option("--std", type=Numbers(above=0), help=CHANNELS)
+    batch_size: int = given(batch_option())
+    max_pixels: int | None = option("--max-pixels", type=Whole(1, 2**40), help=LIMIT)
+    workers: int = given(workers_option())
+    precision: str = given(precision_option())
+    cache: str | None = option("--cache", type=Place(), help=CACHE)
+
+    def open(self, splits: Any = None) -> "Subject":
+        """Raises UsageError and RunFailed as `Subject.open`."""
+        from xdino_launch.evaluation.subject import Subject
+
+        return Subject.open(**asdict(self), splits=splits)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where rows of results go."""
+
+    out: str | None = option("--out", type=Place(file=True), help="Append to this results.json.")
+    as_json: bool = option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+
+    def file(self, weights: str) -> Path | None:
+        """--out, else results.json of a run's folder, else nowhere."""
+        if self.out:
+            return Path(self.out)
+        return Path(weights) / "results.json" if Path(weights).is_dir() else None
+
+    def tell(self, rows: "Sequence[Row]", weights: str) -> None:
+        """Rows to standard output, then to the file: a disk that refuses them loses none."""
+        from xdino_eval import results
+        from xdino_launch.console import results_table, stdout_console
+
+        if self.as_json:
+            click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        else:
+            stdout_console().print(results_table(rows))
+        sys.stdout.flush()
+        target = self.file(weights)
+        if target is not None:
+            results.append(target, rows)

@@ -1,22 +1,24 @@
 """`xdino retrieval`, `xdino copydetection` and `xdino davis`: the rest of DINO's evaluations."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xdino_launch.commands.options import (
-    BATCH,
     PIXELS,
+    BackboneOptions,
     Number,
+    OutputOptions,
     Place,
     Whole,
-    device_option,
-    finish,
+    batch_option,
+    given,
     on_one_process,
+    option,
+    precision_option,
+    takes,
     workers_option,
 )
 
@@ -27,54 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgement(BackboneOptions):
     """What these commands judge, and how: the options that all of them take."""
 
-    weights: str
-    arch: str | None
-    role: str
-    device: str
-    precision: str
-    as_json: bool
-
-    def backbone(self) -> "nn.Module":
-        """Frozen, where it shall run."""
-        from xdino.checkpoint import load_backbone
-        from xdino.plan import resolve_device
-
-        where = resolve_device(self.device)
-        return load_backbone(self.weights, self.arch, self.role).to(where)
+    precision: str = given(precision_option())
+    as_json: bool = option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 
     def tell(self, row: "Row", backbone: "nn.Module", out: str | None) -> None:
         """A row, signed, to where rows go."""
-        from xdino_eval.results import signed
-        from xdino_launch.evaluation.subject import features_name
-
-        facts: Any = backbone.weights
-        rows = signed([row], facts["sha256"], features_name(facts))
-        finish(rows, self.weights, out, self.as_json)
-
-
-def judging(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `Judgement`; the command gets them as its first argument."""
-
-    @on_one_process
-    @functools.wraps(command)
-    def wrapped(**options: Any) -> None:
-        own = {field.name: options.pop(field.name) for field in fields(Judgement)}
-        command(Judgement(**own), **options)
-
-    listed = [
-        click.argument("weights", type=Place()),
-        click.option("--arch", help="Architecture, where the file does not say."),
-        click.option("--role", default="teacher", type=click.Choice(["teacher", "student"])),
-        click.option("--json", "as_json", is_flag=True, help="JSON on standard output."),
-        device_option(),
-        click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"])),
-    ]
-    for option in reversed(listed):
-        wrapped = option(wrapped)
-    return wrapped
+        OutputOptions(out, self.as_json).tell(self.signed([row], backbone), self.weights)
 
 
 OUT = click.option("--out", type=Place(file=True), help="Append to this results.json.")
@@ -87,7 +50,7 @@ def progress(verb: str) -> Any:
 
 
 @click.command()
-@judging
+@takes(judgement=Judgement)
 @click.option("--data", required=True, type=Place(), help="Folder that holds the sets.")
 @click.option("--dataset", default="roxford5k", show_default=True, help="roxford5k or rparis6k.")
 @click.option("--size", default=224, show_default=True, type=PIXELS, help="Longer side.")
@@ -95,6 +58,7 @@ def progress(verb: str) -> Any:
 @click.option("--crop-queries", is_flag=True, help="Query boxes alone, as the benchmark has it.")
 @workers_option()
 @OUT
+@on_one_process
 def retrieval(
     judgement: Judgement,
     data: str,
@@ -127,14 +91,15 @@ def retrieval(
 
 
 @click.command()
-@judging
+@takes(judgement=Judgement)
 @click.option("--data", required=True, type=Place(), help="Copydays folder.")
 @click.option("--distractors", type=Place(Path), help="Images among the originals.")
 @click.option("--whitening", type=Place(Path), help="Images to learn whitening on.")
 @click.option("--size", default=320, show_default=True, type=PIXELS, help="Both sides.")
-@click.option("--batch-size", default=16, type=BATCH, show_default=True)
+@batch_option(16)
 @workers_option()
 @OUT
+@on_one_process
 def copydetection(
     judgement: Judgement,
     data: str,
@@ -164,7 +129,7 @@ def copydetection(
 
 
 @click.command()
-@judging
+@takes(judgement=Judgement)
 @click.option("--data", required=True, type=Place(Path), help="DAVIS-2017 folder.")
 @click.option("--out", required=True, type=Place(Path), help="Folder for masks.")
 @click.option("--split", default="val", show_default=True, help="ImageSets/2017/SPLIT.txt")
@@ -178,6 +143,7 @@ def copydetection(
 )
 @click.option("--temperature", default=0.1, show_default=True, type=Number(0.02, 1e6))
 @click.option("--results", type=Place(file=True), help="Append to this results.json.")
+@on_one_process
 def davis(
     judgement: Judgement,
     data: Path,

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import click
 
-from xdino_launch.commands.options import Place, on_one_process
+from xdino_launch.commands.options import Place, WeightsOptions, on_one_process, takes
 
 
 @click.command()
-@click.argument("weights", type=Place())
-@click.option("--out", required=True, type=Place(file=True), help="FILE.safetensors, or FILE.onnx")
+@takes(judged=WeightsOptions)
+@click.option(
+    "--out", required=True, type=Place(Path, file=True), help="FILE.safetensors, or FILE.onnx"
+)
 @click.option(
     "--format",
     "format",
@@ -17,10 +19,8 @@ from xdino_launch.commands.options import Place, on_one_process
     show_default=True,
     type=click.Choice(["published", "timm", "onnx"]),
 )
-@click.option("--arch", help="Architecture, where the file does not say.")
-@click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
 @on_one_process
-def export(weights: str, out: str, format: str, arch: str | None, role: str) -> None:
+def export(judged: WeightsOptions, out: Path, format: str) -> None:
     """Write a backbone for others to use.
 
     As safetensors under the published parameter names or timm's, or as an ONNX graph (needs
@@ -34,4 +34,5 @@ def export(weights: str, out: str, format: str, arch: str | None, role: str) -> 
     def say(sentence: str) -> None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
-    click.echo(str(export_backbone(weights, Path(out), format, arch, role, say)))
+    weights, arch, role = judged.weights, judged.arch, judged.role
+    click.echo(str(export_backbone(weights, out, format, arch, role, say)))

@@ -1,6 +1,6 @@
 """`xdino linear`: one of the protocols on a frozen backbone, or a saved probe on other images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,13 @@ def train(
 
 
 def use(
-    options: dict[str, Any], file: str, split: str | None, predictions: str | None
+    open_subject: Callable[..., Subject], file: str, split: str | None, predictions: str | None
 ) -> list[Row]:
     """Apply the probe in `file` to the images of a split.
 
     Args:
-        options: of `Subject.open`. split: "train" or "val"; None: val where there is one, else
-            all images. predictions: a CSV file to write, a line an image.
+        open_subject: `Subject.open`, to be told `splits`. split: "train" or "val"; None: val where
+            there is one, else all images. predictions: a CSV file to write, a line an image.
 
     Returns:
         The row, or none where the images have no labels.
@@ -84,7 +84,7 @@ def use(
         source = open_one(name, split, channels, labels_needed=predictions is None)
         return source, source
 
-    subject = Subject.open(**options, splits=twice)
+    subject = open_subject(splits=twice)
     source = subject.val
     check_width(probe, subject, file)
     found = subject.features_of(split or "val", source, tokens=(probe.features,))

@@ -1,0 +1,165 @@
+"""Pictures put together on sheets, each under its caption; PNG files that say who drew them.
+
+Attention, principal components, neighbours and the demo all come on sheets from here. Every PNG says
+that it was drawn here (`drawn_here`), so that no command takes its own pictures for photographs.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from xdino.errors import world
+from xdino_eval.image_files import DAMAGED, printable
+from xdino_eval.plotting import matplotlib
+
+ROW, GAP, BESIDE = 18, 12, 4  # pixels: a line of text, between tiles, between pictures of a tile
+CAPTION = 360  # pixels that a caption may take where its pictures are narrower
+FRAME, DASH = 3, 6  # pixels: a frame's width, and a dash of it
+DRAWN = {"Software": "xdino"}  # in the header of every picture from here
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Pictures side by side, uint8 [H, W, 3] each, under a caption.
+
+    `colour`: of the caption and of the frame; `frame`: "solid", "dashed" or none.
+    """
+
+    pictures: Sequence[np.ndarray]
+    caption: str = ""
+    colour: str = "black"
+    frame: str = ""
+
+
+def sheet(
+    tiles: Sequence[Tile | None],
+    columns: int,
+    side: int | None = None,
+    note: str = "",
+    widest: int = CAPTION,
+) -> Image.Image:
+    """All tiles in rows of `columns`, None a gap; `note` stands below.
+
+    Columns are as wide as the widest tile, or as the longest caption up to `widest` needs; what is
+    longer loses its middle, for a path's end tells images apart.
+
+    Args:
+        side: pixels of each picture's longer side; None: as they are.
+    """
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
+    shown = {i: [_shrunk(p, side) for p in tile.pictures] for i, tile in enumerate(tiles) if tile}
+    width = max(sum(p.width for p in row) + BESIDE * (len(row) - 1) for row in shown.values())
+    captions = [printable(tile.caption) if tile else "" for tile in tiles]
+    longest = math.ceil(max(map(font.getlength, captions)))
+    width = max(width, min(longest, widest))
+    heights = [
+        max((p.height for i in range(top, top + columns) for p in shown.get(i, ())), default=0)
+        + 2 * ROW * any(captions)
+        for top in range(0, len(tiles), columns)
+    ]
+    across = columns * (width + GAP) + GAP
+    lines = wrapped(note, lambda line: font.getlength(line) > across - 2 * GAP)
+    out = Image.new("RGB", (across, sum(heights) + GAP + len(lines) * ROW), "white")
+    pen = ImageDraw.Draw(out)
+    for i, row in shown.items():
+        tile = tiles[i]
+        assert tile is not None
+        left, top = GAP + i % columns * (width + GAP), GAP + sum(heights[: i // columns])
+        if any(captions):
+            caption = _cut(captions[i], lambda text: font.getlength(text) <= width)
+            pen.text((left, top), caption, fill=tile.colour, font=font)
+            top += ROW
+        for picture in row:
+            out.paste(picture, (left, top))
+            if tile.frame:
+                _frame(pen, (left, top, *picture.size), tile.colour, tile.frame == "dashed")
+            left += picture.width + BESIDE
+    for i, line in enumerate(reversed(lines), 1):
+        pen.text((GAP, out.height - i * ROW - GAP // 2), line, fill="#444444", font=font)
+    return out
+
+
+def _shrunk(picture: np.ndarray, side: int | None) -> Image.Image:
+    """With its longer side at `side` pixels; made larger, it shows its own pixels."""
+    height, width = picture.shape[:2]
+    scale = 1.0 if side is None else side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    return Image.fromarray(picture).resize(size, method)
+
+
+def _cut(text: str, fits: Callable[[str], bool]) -> str:
+    """The text, without so much of its middle that it fits."""
+    kept = len(text)
+    cut = text
+    while kept > 1 and not fits(cut):
+        kept -= 1
+        cut = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return cut
+
+
+def _frame(
+    pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: str, dashed: bool
+) -> None:
+    """A frame just inside of (left, top, width, height)."""
+    left, top, width, height = box
+    step = 2 * DASH if dashed else DASH
+    for x in range(left, left + width, step):
+        end = min(x + DASH, left + width) - 1
+        pen.rectangle((x, top, end, top + FRAME - 1), fill=colour)
+        pen.rectangle((x, top + height - FRAME, end, top + height - 1), fill=colour)
+    for y in range(top, top + height, step):
+        end = min(y + DASH, top + height) - 1
+        pen.rectangle((left, y, left + FRAME - 1, end), fill=colour)
+        pen.rectangle((left + width - FRAME, y, left + width - 1, end), fill=colour)
+
+
+def wrapped(words: str, too_long: Callable[[str], bool]) -> list[str]:
+    """The words in lines."""
+    lines: list[str] = []
+    for word in words.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and not too_long(longer):
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [H, W, 3]: the first three channels, or the first as grey."""
+    return image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+
+
+def save(picture: Image.Image | np.ndarray, path: Path) -> None:
+    """Write a PNG that says it was drawn here; its folder is made.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    with world(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode(picture, path)
+
+
+def encode(picture: Image.Image | np.ndarray, path: Path) -> None:
+    """As `save`, but errors and folders are the caller's."""
+    header = PngImagePlugin.PngInfo()
+    for name, value in DRAWN.items():
+        header.add_text(name, value)
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image.save(path, "PNG", pnginfo=header)
+
+
+def drawn_here(path: Path) -> bool:
+    """Whether a file is a picture that was drawn here, by its header."""
+    if path.suffix.lower() != ".png" or not path.is_file():
+        return False
+    with contextlib.suppress(*DAMAGED), Image.open(path, formats=["PNG"]) as image:
+        return all(image.info.get(name) == value for name, value in DRAWN.items())
+    return False

@@ -1,0 +1,243 @@
+"""The files of a run, read for its report: what is damaged is said, and the rest is used.
+
+Values stay as they are written in their file, so that every number of a report can be found again.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from xdino.checkpoint import BACKBONE_FILE, HEADER_KEY
+from xdino.errors import RunFailed, UsageError, asked, reason
+from xdino.metrics import METRICS_FILE, collapse_warning, read_rows
+from xdino.run_directory import CONFIG_FILE
+from xdino_eval.results import Row
+from xdino_launch.report.curves import KEYS, is_number
+
+ABSENT = "–"  # noqa: RUF001
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """`config`: dotted keys to values as they are written. `damage`: what could not be read, a
+    sentence each."""
+
+    path: Path
+    name: str
+    config: dict[str, str]
+    facts: dict[str, Any]
+    starts: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    rows: list[Row]
+    damage: list[str]
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Read everything but the pictures.
+
+        Raises:
+            UsageError: no folder, or one that is no run.
+        """
+        with asked(f"{path} cannot be read"):
+            if not path.is_dir():
+                raise UsageError(f"there is no run folder {path}")
+            if not (path / CONFIG_FILE).exists():
+                raise UsageError(f"{path} is not a run: it has no {CONFIG_FILE}")
+        damage: list[str] = []
+        return cls(
+            path=path,
+            name=path.resolve().name,
+            config=_config(path / CONFIG_FILE, damage),
+            facts=_facts(path / BACKBONE_FILE, damage),
+            starts=_starts(path / "environment.json", damage),
+            metrics=_metrics(path / METRICS_FILE, damage),
+            rows=_rows(path / "results.json", damage),
+            damage=damage,
+        )
+
+    def value(self, key: str) -> str:
+        return self.config.get(key, ABSENT)
+
+    @property
+    def reached(self) -> str:
+        """How far it is, in words."""
+        if "iterations" in self.facts:
+            here, end = self.facts.get("iteration"), self.facts["iterations"]
+            return f"iteration {here} of {end}, {'finished' if here == end else 'unfinished'}"
+        if self.metrics:
+            return f"iteration {self.metrics[-1]['iteration']}, no backbone yet"
+        return "not begun"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What it is, in the words of its configuration and its first start."""
+        first = self.starts[0] if self.starts else {}
+        device = f"{first['device']}, {first.get('precision', '')}" if "device" in first else ABSENT
+        return {
+            "network": self.value("model.arch"),
+            "pretrained on": self.value("data.path"),
+            "epochs": self.value("train.epochs"),
+            "images a micro-batch": self.value("train.batch_size"),
+            "seed": self.value("train.seed"),
+            "reached": self.reached,
+            "on": device.removesuffix(", "),
+            "code": short(str(first.get("commit", ABSENT))),
+        }
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last value of everything that was logged."""
+        return {key: value for row in self.metrics for key, value in row.items()}
+
+    @property
+    def has_quality(self) -> bool:
+        """Whether the label-free measures are among its rows."""
+        return any(name.lower() == "rankme" for row in self.rows for name in row.metrics)
+
+    @property
+    def collapse(self) -> str | None:
+        """The trainer's own alarm, where the last logged values call for it."""
+        loss, entropy, kl = (self.last.get(key) for key in ("loss", "teacher_entropy", "kl"))
+        prototypes = self.value("head.prototypes")
+        if not (is_number(loss) and is_number(entropy) and is_number(kl)):
+            return None
+        if not re.fullmatch(r"[1-9]\d{0,9}", prototypes):
+            return None
+        seen = {"teacher_entropy": entropy, "kl": kl}
+        alarm = collapse_warning(loss, seen, int(prototypes))
+        # ln K, worked out, stands in no file.
+        return None if alarm is None else re.sub(r" = [\d.]+", "", alarm)
+
+
+def short(digest: str) -> str:
+    """The beginning of a hash; anything else as it is."""
+    head, plus, changes = digest.partition("+")
+    is_hash = len(head) >= 32 and set(head) <= set("0123456789abcdef")
+    return (head[:12] if is_hash else head) + plus + changes
+
+
+def plain(value: Any) -> str:
+    """A value as its file has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --- file by file -----------------------------------------------------------------------------
+
+
+def _json(path: Path, kind: type[T], damage: list[str]) -> T | None:
+    """What a JSON file holds, where it is a `kind`; None without the file, or with a damaged one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        damage.append(f"{path.name} is damaged and left out: {reason(error)}")
+        return None
+    if isinstance(value, kind):
+        return value
+    named = "list" if kind is list else "object"
+    damage.append(f"{path.name} is damaged and left out: it is no {named}")
+    return None
+
+
+def _config(path: Path, damage: list[str]) -> dict[str, str]:
+    """Dotted keys -> values, both as they are written: 1.0e-06 stays 1.0e-06."""
+    try:
+        told = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(told)):
+            raise ValueError("it refers to itself (an alias), which no run writes")
+        tree = yaml.load(told, Loader=yaml.BaseLoader)
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no sections")
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        damage.append(f"{path.name} is damaged and left out: {' '.join(str(error).split())}")
+        return {}
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, below in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), below)
+        else:
+            flat[prefix] = ", ".join(map(plain, value)) if isinstance(value, list) else plain(value)
+
+    walk("", tree)
+    return flat
+
+
+def _facts(path: Path, damage: list[str]) -> dict[str, Any]:
+    """What the backbone's header says: iteration, iterations, data; nothing without a backbone."""
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+        facts = header.get("facts", {}) if isinstance(header, dict) else None
+        if not isinstance(facts, dict):
+            raise ValueError("its header says nothing of a run")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        damage.append(f"{path.name} is damaged: {reason(error)}")
+        return {}
+    return facts
+
+
+def _starts(path: Path, damage: list[str]) -> list[dict[str, Any]]:
+    starts = (_json(path, dict, damage) or {"starts": []}).get("starts")
+    if not isinstance(starts, list):
+        damage.append(f"{path.name} is damaged: it lists no starts")
+        return []
+    whole = [start for start in starts if isinstance(start, dict)]
+    if len(whole) < len(starts):
+        damage.append(f"{path.name} is damaged: a start in it is no object")
+    return whole
+
+
+def _metrics(path: Path, damage: list[str]) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a line that was cut short when the run was killed is left out."""
+    try:
+        rows, bad = read_rows(path)
+        ended = not path.exists() or path.read_bytes()[-1:] == b"\n"
+    except (RunFailed, OSError) as error:
+        damage.append(f"{path.name} is left out: {error}")
+        return []
+    if bad > (not ended):
+        damage.append(f"{path.name} holds lines that are no rows: they are left out")
+    wild = [key for key in KEYS if any(not is_number(row.get(key, 0)) for row in rows)]
+    if wild:
+        damage.append(
+            f"{path.name} holds values that no curve can show (not finite, too large, or no "
+            f"numbers): {', '.join(wild)}"
+        )
+    return rows
+
+
+_ROW = TypeAdapter(Row)
+
+
+def _rows(path: Path, damage: list[str]) -> list[Row]:
+    """The rows of results.json that are whole."""
+    rows = []
+    entries = _json(path, list, damage) or []
+    for entry in entries:
+        try:
+            _ROW.validate_json(json.dumps(entry), strict=True)
+            rows.append(Row(**entry))
+        except (ValidationError, TypeError):  # fields of other kinds; missing or unknown ones
+            continue
+    if len(rows) < len(entries):
+        damage.append(f"{path.name} holds entries that are no whole rows: they are left out")
+    return rows
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The runs' names, or their paths where the names are the same."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
