@@ -482,7 +482,7 @@ def _open(data: str, split: str | None, channels: int | None, labelled: bool) ->
         prefix = {"val": "t10k"}.get(split or "train", "train")
         return _open_idx(data, Path(folder).expanduser(), prefix, split or "train", channels)
     if data == "fashion_mnist_sample":
-        folder = Path(__file__).parent / "assets" / "fashion_mnist_sample"
+        folder = Path(__file__).parents[1] / "assets" / "fashion_mnist_sample"
         return _open_idx(data, folder, split or "train", split or "train", channels)
     path = Path(data).expanduser()
     try:
