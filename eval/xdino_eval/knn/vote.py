@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xdino import rng
 from xdino.errors import UsageError
 from xdino.runtime import distributed
 from xdino_eval.accuracy import class_indices, ranks
@@ -50,9 +51,6 @@ from xdino_eval.results import Row
 KS = (10, 20, 100, 200)
 VOTES = 2048  # queries that vote at a time: bounds the votes to 16 MB for 1,000 classes
 SAMPLE = 1000  # queries on which an index is compared with the exact search
-_STREAM = (
-    3  # second half of the Philox key of few-shot draws; `xdino.data` and `augment` use others
-)
 
 Grid = dict[tuple[int, float], tuple[float, float]]
 """(k, temperature) -> top-1 and top-5 in per cent."""
@@ -368,10 +366,8 @@ def few_shot(
 
 def drawn(labels: np.ndarray, shots: int, seed: int, repeat: int) -> np.ndarray:
     """`shots` images of every class: ascending rows, int64 [shots * K], of labels int64 [N]."""
-    generator = np.random.Philox(
-        key=np.array([seed, _STREAM], np.uint64), counter=np.array([0, 0, repeat, 0], np.uint64)
-    )
-    order = np.lexsort((generator.random_raw(len(labels)), labels))
+    draws = rng.raw(rng.Stream.FEW_SHOT, seed, repeat, len(labels))
+    order = np.lexsort((draws, labels))
     _, first, count = np.unique(labels[order], return_index=True, return_counts=True)
     place = np.arange(len(labels)) - np.repeat(first, count)  # within the class
     return np.sort(order[place < shots])
