@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 from torch import nn
 
+from xdino import rng
 from xdino.data.sources import Source
 from xdino.errors import UsageError
 from xdino_eval.features import Features, device_of, extract, labels_of
@@ -127,5 +128,5 @@ def fixed_subset(number: int, limit: int | None) -> np.ndarray:
     """At most `limit` of the indices 0..number-1, ascending, int64; always the same ones."""
     if limit is None or limit >= number:
         return np.arange(number)
-    chosen = np.random.Generator(np.random.Philox(0)).choice(number, limit, replace=False)
+    chosen = rng.subset().choice(number, limit, replace=False)
     return np.sort(chosen)

@@ -180,17 +180,16 @@ def test_without_numba_one_warning_and_the_eager_path(monkeypatch):
 @pytest.mark.slow
 def test_a_read_only_installation_without_a_home_still_compiles(tmp_path):
     """numba writes beside the module, else to the user's cache; with neither it only compiles."""
-    package = Path(room.__file__).parent
     copy = tmp_path / "lib" / "xdino"
-    copy.mkdir(parents=True)
-    for module in package.glob("*.py"):
-        shutil.copy(module, copy)
-    for file in ("__pycache__", "home"):  # folders cannot be made where files stand, even by root
-        (copy if file == "__pycache__" else tmp_path).joinpath(file).write_text("")
+    package = Path(room.__file__).parents[1]
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    # Folders cannot be made where files stand, even by root.
+    for file in (copy / "augment" / "__pycache__", tmp_path / "home"):
+        file.write_text("")
     code = (
         "import numpy as np, torch, warnings; warnings.simplefilter('error', RuntimeWarning)\n"
         "from xdino.augment import draw_batch, multi_crop\n"
-        "from xdino import photometric as room\n"
+        "from xdino.augment import photometric as room\n"
         "spec = multi_crop()\n"
         "pixels = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)\n"
         "room.photometric(pixels, draw_batch(spec, 0, 0, np.arange(4))[0], spec)\n"
@@ -203,4 +202,4 @@ def test_a_read_only_installation_without_a_home_still_compiles(tmp_path):
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(copy / "photometric.py"), "True"]
+    assert done.stdout.split() == [str(copy / "augment" / "photometric.py"), "True"]

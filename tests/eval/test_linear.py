@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torchvision.transforms import functional as TF
 
+from xdino import rng
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import linear
 from xdino_eval.features import Features
 from xdino_eval.linear import logistic
-from xdino_eval.linear.probe_augment import augment, crop_parameters, draw
+from xdino_eval.linear.probe_augment import augment, crop_parameters
 from xdino_eval.linear.sgd import OverImages, Sgd, held_out
 from xdino_eval.transform import EvalTransform
 
@@ -48,8 +49,8 @@ def test_crop_is_torchvisions_on_pil():
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     flips = 0
     for index in range(40):
-        ours = augment(image, 32, draw(1, 2, 0, index))
-        left, top, right, bottom = crop_parameters(50, 70, draw(1, 2, 0, index))
+        ours = augment(image, 32, rng.probe_image(1, 2, index))
+        left, top, right, bottom = crop_parameters(50, 70, rng.probe_image(1, 2, index))
         picture = Image.fromarray(image)
         theirs = TF.resized_crop(picture, top, left, bottom - top, right - left, [32, 32])
         flipped = not np.array_equal(ours, np.asarray(theirs))
@@ -62,7 +63,7 @@ def test_crop_is_torchvisions_on_pil():
 def test_crop_parameters_stay_inside_their_ranges():
     areas, aspects = [], []
     for index in range(3000):
-        left, top, right, bottom = crop_parameters(200, 300, draw(0, 0, 0, index))
+        left, top, right, bottom = crop_parameters(200, 300, rng.probe_image(0, 0, index))
         assert 0 <= left < right <= 300
         assert 0 <= top < bottom <= 200
         areas.append((right - left) * (bottom - top) / 60000)
@@ -72,7 +73,7 @@ def test_crop_parameters_stay_inside_their_ranges():
     assert 0.73 < min(aspects) < 0.77
     assert 1.3 < max(aspects) < 1.36
     for height, width in ((1, 400), (400, 1), (1, 1)):
-        left, top, right, bottom = crop_parameters(height, width, draw(0, 0, 0))
+        left, top, right, bottom = crop_parameters(height, width, rng.probe_image(0, 0, 0))
         assert (right > left, bottom > top) == (True, True)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xdino import rng
 from xdino.errors import UsageError
 from xdino.runtime import distributed
 from xdino_eval.features import Features
@@ -23,9 +24,6 @@ from xdino_eval.knn.search import EXACT, SearchOptions
 from xdino_eval.knn.tables import JoinedTable, Table, UnitTable, normalise
 from xdino_eval.knn.vote import KS, SAMPLE, Split, check, scores, warn_of_small_bank
 from xdino_eval.results import Row
-
-# Second half of the Philox key of few-shot draws; `xdino.data` and `augment` use others.
-STREAM = 3
 
 Pieces = Features | Sequence[Features]
 """The features of a split, in one piece or in several, one after the other."""
@@ -140,10 +138,8 @@ def few_shot(
 
 def sample_shots(labels: np.ndarray, shots: int, seed: int, repeat: int) -> np.ndarray:
     """`shots` images of every class: ascending rows, int64 [shots * K], of labels int64 [N]."""
-    generator = np.random.Philox(
-        key=np.array([seed, STREAM], np.uint64), counter=np.array([0, 0, repeat, 0], np.uint64)
-    )
-    order = np.lexsort((generator.random_raw(len(labels)), labels))
+    draws = rng.raw(rng.Stream.FEW_SHOT, seed, repeat, len(labels))
+    order = np.lexsort((draws, labels))
     _, first, count = np.unique(labels[order], return_index=True, return_counts=True)
     place = np.arange(len(labels)) - np.repeat(first, count)  # within the class
     return np.sort(order[place < shots])

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from xdino import rng
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
 from xdino.runtime import transfer
@@ -23,7 +24,9 @@ from xdino_eval.features import Batch, Features, autocast, read_batches
 from xdino_eval.transform import EvalTransform, resample
 
 
-def crop_parameters(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_parameters(
+    height: int, width: int, draws: np.random.Generator
+) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) in pixels of a RandomResizedCrop with torchvision's defaults.
 
     8 to 100 % of the area and an aspect of 3/4 to 4/3, uniform in its logarithm; ten tries, then
@@ -31,30 +34,22 @@ def crop_parameters(height: int, width: int, rng: np.random.Generator) -> tuple[
     """
     low, high = 3 / 4, 4 / 3
     for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1.0)
-        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
+        area = height * width * draws.uniform(0.08, 1.0)
+        aspect = math.exp(draws.uniform(math.log(low), math.log(high)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
             return left, top, left + w, top + h
     w, h = min(width, round(height * high)), min(height, round(width / low))
     top, left = (height - h) // 2, (width - w) // 2
     return left, top, left + w, top + h
 
 
-def augment(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def augment(image: np.ndarray, size: int, draws: np.random.Generator) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [s, s, C]: a random resized crop (PIL bilinear), flipped or not."""
-    box = crop_parameters(image.shape[0], image.shape[1], rng)
+    box = crop_parameters(image.shape[0], image.shape[1], draws)
     crop = resample(image, (size, size), Image.Resampling.BILINEAR, box)
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
-
-
-def draw(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Generator:
-    """The random numbers of one image in one epoch (stream 0), or of an epoch's order (stream 1).
-
-    Counter-based: what an image gets depends on nothing that was drawn before it.
-    """
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, index]))
+    return crop[:, ::-1] if draws.random() < 0.5 else crop
 
 
 @dataclass(frozen=True)
@@ -86,9 +81,9 @@ class AugmentedImages:
         seed, size = self.seed, self.transform.size
 
         def crop(image: np.ndarray, index: int) -> np.ndarray:
-            return augment(image, size, draw(seed, epoch, 0, index))
+            return augment(image, size, rng.probe_image(seed, epoch, index))
 
-        order = self.indices[draw(seed, epoch, 1).permutation(len(self.indices))]
+        order = self.indices[rng.probe_order(seed, epoch).permutation(len(self.indices))]
         batches = read_batches(self.source, crop, order, self.batch_size, self.workers, self.device)
         before: tuple[Batch, transfer.Arriving] | None = None
         for batch in batches:

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from xdino import rng
 from xdino.data.sources import Source, fingerprint
 from xdino.errors import RunFailed, UsageError
 from xdino_eval.features import Features, Progress, device_of, evaluating, extract
 from xdino_eval.linear.probe import Probe, Trained, Trial, check
-from xdino_eval.linear.probe_augment import AugmentedImages, draw
+from xdino_eval.linear.probe_augment import AugmentedImages
 from xdino_eval.linear.probe_state import Unfinished
 from xdino_eval.transform import EvalTransform
 
@@ -265,7 +266,7 @@ def shuffled(
     table: Tensor, target: Tensor, how: Sgd, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the rows of features [N, D] and classes [N], in the order of `epoch`."""
-    order = torch.from_numpy(draw(how.seed, epoch, 1).permutation(len(table)))
+    order = torch.from_numpy(rng.probe_order(how.seed, epoch).permutation(len(table)))
     for rows in order.to(table.device).split(how.batch_size):
         yield table[rows], target[rows]
 
@@ -284,7 +285,7 @@ def held_out(classes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Args:
         classes: int64 [N], in 0..K-1.
     """
-    shuffled = draw(seed, 0, 1).permutation(len(classes))
+    shuffled = rng.probe_held_out(seed).permutation(len(classes))
     by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
     mask = np.zeros(len(classes), dtype=bool)
     mask[by_class[np.arange(0.5 / fraction, len(classes), 1 / fraction).astype(int)]] = True

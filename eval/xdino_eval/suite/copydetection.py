@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xdino.data.sources import SUFFIXES, FileSource
+from xdino.data.decode import SUFFIXES
+from xdino.data.sources import FileSource
 from xdino.errors import UsageError
 from xdino_eval import image_files
 from xdino_eval.accuracy import average_precision

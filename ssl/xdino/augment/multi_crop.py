@@ -21,6 +21,8 @@ from threading import Thread
 import numpy as np
 import torch
 
+from xdino import rng
+
 ATTEMPTS = 10  # boxes tried per view before the central fallback, as torchvision does
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's "L"
@@ -42,7 +44,6 @@ TABLE_DTYPE = np.dtype(
     ]
 )
 _UNIFORMS = 2 * ATTEMPTS + 16  # uniform numbers that one view takes, used or not
-_STREAM = 1  # the second half of the Philox key: these draws share no number with other streams
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,8 @@ def draw_batch(crops: MultiCrop, seed: int, epoch: int, indices: np.ndarray) -> 
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
-    generator = np.random.Philox(key=np.array([seed, _STREAM], np.uint64))
-    state = generator.state
     count = len(crops.views) * _UNIFORMS
-    raw = np.empty((len(indices), count), np.uint64)
-    for row, index in enumerate(indices):  # setting the counter costs a tenth of a new generator
-        state["state"]["counter"][:] = (0, index, epoch, 0)
-        generator.state = state
-        raw[row] = generator.random_raw(count)
+    raw = rng.raw_of_images(rng.Stream.CROPS, seed, epoch, indices, count)
     uniform = (raw >> np.uint64(11)) * 2.0**-53  # as numpy's Generator.random; never 1
     uniform = uniform.reshape(len(indices), len(crops.views), _UNIFORMS).transpose(1, 0, 2)
     return _fill(crops, uniform)

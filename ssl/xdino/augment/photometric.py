@@ -12,7 +12,6 @@ takes the eager path. `photometric_fused` is for CUDA: Triton kernels. Tests hol
 Letters: N crops (of one size), C channels, h w of a crop.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -90,7 +89,7 @@ def photometric_fused(
     """`photometric` in two Triton kernels; the plain path where they do not support `spec`."""
     from xdino.kernels import photometric as fused  # imports triton, which not every machine has
 
-    reach = _reach(max(spec.blur_radius[1], float(table["blur"].max(initial=0))))
+    reach = int(_reach(np.append(table["blur"], spec.blur_radius[1]).astype(np.float64)).max())
     if not fused.supports(spec.channels, reach):
         return photometric(crops, table, spec, dtype)
     shape = len(table), fused.TAPS + reach + 1
@@ -110,18 +109,11 @@ def photometric_fused(
     mean, std = np.array(spec.mean), np.array(spec.std)
     packed[:, fused.SCALE : fused.SCALE + spec.channels] = 1 / (255 * std)
     packed[:, fused.SHIFT : fused.SHIFT + spec.channels] = mean / std
-    blurred = np.flatnonzero(table["blur"] > 0)
-    if len(blurred):
-        kernels = blur_kernels(table["blur"][blurred].astype(np.float64))
-        packed[blurred, fused.TAPS : fused.TAPS + kernels.shape[1]] = kernels
+    kernels, _ = _kernels_of(table["blur"])
+    packed[:, fused.TAPS : fused.TAPS + kernels.shape[1]] = kernels
     with torch.inference_mode(False), torch.no_grad():
         rows = transfer.to_device(rows, crops.device)
         return fused.views(crops, rows, spec.solarize_threshold, reach, dtype)
-
-
-def _reach(radius: float) -> int:
-    """Pixels that a blur of this radius reads on each side (`blur_kernels`)."""
-    return 3 * (math.floor((math.sqrt(4 * radius**2 + 1) - 1) / 2) + 1)
 
 
 @lru_cache(maxsize=1)
@@ -152,11 +144,12 @@ def _check_shapes(crops: Tensor, table: np.ndarray, spec: MultiCrop) -> None:
 
 def _kernels_of(radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Blur kernels float32 [N, R + 1] and how far each goes, int64 [N]; a radius of 0 goes 0."""
-    blurred, whole = radius > 0, _whole_taps(radius.astype(np.float64))
-    reach = np.where(blurred, 3 * (whole + 1), 0).astype(np.int64)
-    kernels = np.zeros((len(radius), reach.max() + 1), np.float32)
+    radius = radius.astype(np.float64)
+    blurred = radius > 0
+    reach = np.where(blurred, _reach(radius), 0)
+    kernels = np.zeros((len(radius), reach.max(initial=0) + 1), np.float32)
     if blurred.any():
-        kernels[blurred] = blur_kernels(radius[blurred].astype(np.float64))
+        kernels[blurred] = blur_kernels(radius[blurred])
     return kernels, reach
 
 
@@ -346,12 +339,17 @@ def _whole_taps(radius: np.ndarray) -> np.ndarray:
     return np.floor((np.sqrt(4 * radius**2 + 1) - 1) / 2)
 
 
+def _reach(radius: np.ndarray) -> np.ndarray:
+    """Pixels that three boxes read on each side: int64."""
+    return 3 * (_whole_taps(radius).astype(np.int64) + 1)
+
+
 def _blur(parts: _Parts, radius: np.ndarray) -> None:
     """Blur in place where `radius` [n] (pixels) is above 0; each reach apart: most are short."""
-    whole = _whole_taps(radius)
-    for taps in np.unique(whole[radius > 0]):
-        chosen = (radius > 0) & (whole == taps)
-        kernels = np.zeros((len(radius), 3 * int(taps) + 4))
+    reach = _reach(radius)
+    for far in np.unique(reach[radius > 0]):
+        chosen = (radius > 0) & (reach == far)
+        kernels = np.zeros((len(radius), far + 1))
         kernels[chosen] = blur_kernels(radius[chosen])
         parts.apply(chosen, _blur_both_ways, *kernels.T)
 

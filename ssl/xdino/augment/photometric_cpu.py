@@ -44,32 +44,18 @@ _OPTIONS: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 
-# uint8 [N, h, w, C], float32 [N, C, h, w], first, last, table, kernels, reach, threshold, scale, shift
 _SIGNATURE = numba.void(
-    numba.uint8[:, :, :, ::1],
-    numba.float32[:, :, :, ::1],
-    numba.int64,
-    numba.int64,
-    numba.from_dtype(TABLE_DTYPE)[::1],
-    numba.float32[:, ::1],
-    numba.int64[::1],
-    numba.float32,
-    numba.float32[::1],
-    numba.float32[::1],
-)
+    numba.uint8[:, :, :, ::1], numba.float32[:, :, :, ::1],  # crops [N, h, w, C], out [N, C, h, w]
+    numba.int64, numba.int64, numba.from_dtype(TABLE_DTYPE)[::1],  # first, last, table
+    numba.float32[:, ::1], numba.int64[::1],  # kernels, reach
+    numba.float32, numba.float32[::1], numba.float32[::1],  # threshold, scale, shift
+)  # fmt: skip
 
 
 def apply(
-    crops: np.ndarray,
-    table: np.ndarray,
-    kernels: np.ndarray,
-    reach: np.ndarray,
-    threshold: float,
-    scale: np.ndarray,
-    shift: np.ndarray,
-    out: np.ndarray,
-    threads: int = 1,
-) -> None:
+    crops: np.ndarray, table: np.ndarray, kernels: np.ndarray, reach: np.ndarray,
+    threshold: float, scale: np.ndarray, shift: np.ndarray, out: np.ndarray, threads: int = 1,
+) -> None:  # fmt: skip
     """Flip, jitter, grayscale, blur, solarise: out = level * scale - shift.
 
     Every crop is worked on by itself, so the result does not depend on `threads`.
@@ -232,15 +218,9 @@ def _store(planes: np.ndarray, tile: np.ndarray, top: int, count: int) -> None:
 
 @_compiled
 def _finish(
-    target: np.ndarray,
-    levels: np.ndarray,
-    at: int,
-    flip: bool,
-    solarize: bool,
-    threshold: np.float32,
-    scale: np.float32,
-    shift: np.float32,
-) -> None:
+    target: np.ndarray, levels: np.ndarray, at: int,
+    flip: bool, solarize: bool, threshold: np.float32, scale: np.float32, shift: np.float32,
+) -> None:  # fmt: skip
     """Solarise, normalise and flip a row: levels [w] from place `at` on -> target [w].
 
     The flip comes last because all other operations give the same result on a mirrored crop.
@@ -263,19 +243,10 @@ def _finish(
 
 @_compiled
 def _weigh(
-    target: np.ndarray,
-    centre: np.ndarray,
-    a1: np.ndarray,
-    b1: np.ndarray,
-    a2: np.ndarray,
-    b2: np.ndarray,
-    a3: np.ndarray,
-    b3: np.ndarray,
-    k0: np.float32,
-    k1: np.float32,
-    k2: np.float32,
-    k3: np.float32,
-) -> None:
+    target: np.ndarray, centre: np.ndarray,
+    a1: np.ndarray, b1: np.ndarray, a2: np.ndarray, b2: np.ndarray, a3: np.ndarray, b3: np.ndarray,
+    k0: np.float32, k1: np.float32, k2: np.float32, k3: np.float32,
+) -> None:  # fmt: skip
     """The centre and the three nearest pairs of taps: all there is for radii below sqrt(2)."""
     for x in range(len(target)):
         pairs = k1 * (a1[x] + b1[x]) + k2 * (a2[x] + b2[x]) + k3 * (a3[x] + b3[x])
@@ -285,16 +256,9 @@ def _weigh(
 @_compiled
 def _add_pairs(
     target: np.ndarray,
-    a1: np.ndarray,
-    b1: np.ndarray,
-    a2: np.ndarray,
-    b2: np.ndarray,
-    a3: np.ndarray,
-    b3: np.ndarray,
-    k1: np.float32,
-    k2: np.float32,
-    k3: np.float32,
-) -> None:
+    a1: np.ndarray, b1: np.ndarray, a2: np.ndarray, b2: np.ndarray, a3: np.ndarray, b3: np.ndarray,
+    k1: np.float32, k2: np.float32, k3: np.float32,
+) -> None:  # fmt: skip
     """Three more pairs. With more at a time the compiler gives up on vectors: too many aliases."""
     for x in range(len(target)):
         target[x] += k1 * (a1[x] + b1[x]) + k2 * (a2[x] + b2[x]) + k3 * (a3[x] + b3[x])
@@ -338,18 +302,9 @@ def _widen(target: np.ndarray, plane: np.ndarray, top: int, count: int, R: int) 
 
 @_compiled
 def _blur(
-    plane: np.ndarray,
-    band: int,
-    wide: np.ndarray,
-    across: np.ndarray,
-    kernel: np.ndarray,
-    R: int,
-    flip: bool,
-    solarize: bool,
-    threshold: np.float32,
-    scale: np.float32,
-    shift: np.float32,
-) -> None:
+    plane: np.ndarray, band: int, wide: np.ndarray, across: np.ndarray, kernel: np.ndarray, R: int,
+    flip: bool, solarize: bool, threshold: np.float32, scale: np.float32, shift: np.float32,
+) -> None:  # fmt: skip
     """Blur and finish a plane [h, w] in place, `band` rows at a time.
 
     wide, across: room for band + 2 R rows of w + 2 R.
@@ -376,16 +331,9 @@ def _blur(
 
 @_compiled
 def _band(
-    tile: np.ndarray,
-    pixels: np.ndarray,
-    planes: np.ndarray,
-    top: int,
-    count: int,
-    row: np.record,
-    first: int,
-    last: int,
-    mean: np.float32,
-) -> int:
+    tile: np.ndarray, pixels: np.ndarray, planes: np.ndarray, top: int, count: int,
+    row: np.record, first: int, last: int, mean: np.float32,
+) -> int:  # fmt: skip
     """Load rows and apply the jitter's turns from `first` up to `last`; -> pixels of the tile.
 
     They come from the crop's bytes, or from `planes` where earlier turns have left them.
@@ -422,17 +370,9 @@ def _mean_level(
 
 @_entry
 def _apply(
-    crops: np.ndarray,
-    out: np.ndarray,
-    first: int,
-    last: int,
-    table: np.ndarray,
-    kernels: np.ndarray,
-    reach: np.ndarray,
-    threshold: np.float32,
-    scale: np.ndarray,
-    shift: np.ndarray,
-) -> None:
+    crops: np.ndarray, out: np.ndarray, first: int, last: int, table: np.ndarray,
+    kernels: np.ndarray, reach: np.ndarray, threshold: np.float32, scale: np.ndarray, shift: np.ndarray,
+) -> None:  # fmt: skip
     """`apply` to crops first to last."""
     _, h, w, C = crops.shape
     band = min(max(1, _TILE // w), h)  # rows

@@ -2,7 +2,8 @@
 
 from xdino.data.decode import UnreadableImage, decode
 from xdino.data.loader import BadImage, CropBatch, CropLoader, epoch_order, steps_per_epoch
-from xdino.data.sources import Source, fingerprint, open_source, open_splits
+from xdino.data.source import Source, fingerprint
+from xdino.data.sources import open_source, open_splits
 
 __all__ = [
     "BadImage",

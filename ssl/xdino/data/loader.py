@@ -25,38 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xdino import rng
 from xdino.augment.multi_crop import MultiCrop, boxes, crop, draw_batch, serial_threads
-from xdino.data.decode import UnreadableImage, decode
-from xdino.data.sources import Source, fingerprint, open_source, open_splits
+from xdino.data.decode import UnreadableImage
+from xdino.data.source import Source
 from xdino.errors import RunFailed, UsageError
-
-__all__ = [
-    "BadImage",
-    "CropBatch",
-    "CropLoader",
-    "Source",
-    "UnreadableImage",
-    "decode",
-    "epoch_order",
-    "fingerprint",
-    "open_source",
-    "open_splits",
-    "steps_per_epoch",
-]
-
-_STREAM = 2  # second half of the Philox key; augment's draws use another
 
 
 @lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `n` images in an epoch: int64 [n], a permutation, read-only.
 
-    Sorts raw Philox numbers: unlike numpy's own shuffling, these are the same in every version.
+    Sorts raw numbers: unlike numpy's own shuffling, these are the same in every version.
     """
-    generator = np.random.Philox(
-        key=np.array([seed, _STREAM], np.uint64), counter=np.array([0, 0, epoch, 0], np.uint64)
-    )
-    order = np.argsort(generator.random_raw(n), kind="stable")
+    order = np.argsort(rng.raw(rng.Stream.ORDER, seed, epoch, n), kind="stable")
     order.flags.writeable = False
     return order
 

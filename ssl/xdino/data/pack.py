@@ -29,8 +29,11 @@ import simplejpeg
 from PIL import Image
 
 from xdino.data.decode import HEAD, SUFFIXES, UnreadableImage, decode, recognised
-from xdino.data.sources import FileSource, Source, fingerprint, open_source, splits_of
-from xdino.data.tars import PACK_MEMBER, is_hidden
+from xdino.data.files import FileSource
+from xdino.data.listing import is_hidden
+from xdino.data.source import Source, fingerprint
+from xdino.data.sources import open_source, splits_of
+from xdino.data.tars import PACK_MEMBER
 from xdino.errors import RunFailed, UsageError, asked, reason
 from xdino.runtime.atomic import written_beside
 

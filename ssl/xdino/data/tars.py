@@ -16,19 +16,17 @@ import contextlib
 import io
 import json
 import os
-import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xdino.data.decode import HEAD, SUFFIXES, recognised
+from xdino.data.listing import ByteStrings, count_suffix, is_hidden, printable
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
 
@@ -45,57 +43,6 @@ _COMPRESSED = {
     b"\xfd7zXZ": "unxz",
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
-_SPLIT_WORDS = {"train": "train(ing)?", "val": "val(id|idation)?", "test": "test(ing)?|eval"}
-
-# What operating systems and storage boxes leave in folders, by lower-case name: "._x" and other
-# hidden names are left out besides.
-_SYSTEM = {
-    b"@eadir", b"#recycle", b"#snapshot", b"$recycle.bin", b"system volume information",
-    b"lost+found", b"__macosx", b"thumbs.db", b"desktop.ini", b"ehthumbs.db", b"icon\r",
-}  # fmt: skip
-
-
-def is_hidden(name: bytes) -> bool:
-    """Whether a file or folder is the system's, not the person's."""
-    return name.startswith(b".") or name.lower() in _SYSTEM
-
-
-def printable(name: bytes) -> str:
-    r"""A file's name as text that every terminal and file takes: \xff for what is no UTF-8."""
-    text = name.decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def count_suffix(counts: dict[str, int], suffix: str) -> None:
-    """Count a file; where every file has a suffix of its own, as "a.001", "a.002", most in one."""
-    suffix = suffix or "none"
-    if suffix not in counts and len(counts) >= 100:
-        suffix = "others"
-    counts[suffix] = counts.get(suffix, 0) + 1
-
-
-class ByteStrings(Sequence[bytes]):
-    """Many short strings as one run of bytes: 1.28 million paths are 50 MB, not 150."""
-
-    def __init__(self, blob: bytes, ends: np.ndarray) -> None:
-        self.blob, self.ends = blob, ends  # int64 [N + 1], from 0
-
-    @classmethod
-    def of(cls, parts: Iterable[bytes]) -> "ByteStrings":
-        blob, ends = bytearray(), [0]
-        for part in parts:
-            blob += part
-            ends.append(len(blob))
-        return cls(bytes(blob), np.array(ends, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (self.blob[start:end] for start, end in pairwise(self.ends.tolist()))
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.blob[self.ends[index] : self.ends[index + 1]]
 
 
 @dataclass(frozen=True)
@@ -117,28 +64,6 @@ class TarIndex:
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def tars_in(folder: Path) -> list[Path]:
-    """The tar files directly in `folder`, sorted."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() == ".tar"
-        and not is_hidden(os.fsencode(path.name))
-        and path.is_file()
-    )
-
-
-def split_said(path: Path) -> str | None:
-    """The split that a tar's name speaks of: "train", "val", "test" or None.
-
-    "train-0001.tar", "val00.tar" and "imagenet1k-validation-00.tar" speak of one. The first word
-    that does decides: "train-without-val.tar" is train.
-    """
-    word = "|".join(f"(?P<{split}>{words})" for split, words in _SPLIT_WORDS.items())
-    said = re.search(rf"(?:^|[-_.\d])(?:{word})(?=[-_.\d])", path.name, re.IGNORECASE)
-    return said.lastgroup if said else None
 
 
 def open_index(path: Path) -> TarIndex:

@@ -1,0 +1,34 @@
+"""The configuration of a run: frozen, strict, and the only place where defaults live.
+
+A recipe is a YAML file of sections with keys below them; whatever it leaves out has its default from
+`schema`. `parsing` checks a tree of keys, `recipe_files` finds and reads recipes. Texts, in a recipe as
+on the command line, are read by the type of their key (`xdino.values`).
+"""
+
+from xdino.config.parsing import differing_keys, parse, spelt, to_tree, to_yaml, unfused
+from xdino.config.recipe_files import load, recipes, recipes_dir
+from xdino.config.schema import (
+    FREE,
+    KEYS,
+    MAX_PIXELS,
+    Config,
+    Crops,
+    Curriculum,
+    Data,
+    Evaluate,
+    Head,
+    Loss,
+    Model,
+    Optim,
+    Runtime,
+    Teacher,
+    Train,
+    dotted_keys,
+    in_epochs,
+)  # fmt: skip
+
+__all__ = [
+    "FREE", "KEYS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate", "Head", "Loss",
+    "Model", "Optim", "Runtime", "Teacher", "Train", "differing_keys", "dotted_keys", "in_epochs",
+    "load", "parse", "recipes", "recipes_dir", "spelt", "to_tree", "to_yaml", "unfused",
+]  # fmt: skip

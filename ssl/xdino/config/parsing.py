@@ -1,0 +1,190 @@
+"""A tree of keys and values -> a checked configuration, and back.
+
+Every mistake is reported at once, each with the nearest valid name.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from xdino.config.schema import FREE, KEYS, Config, in_epochs
+from xdino.errors import UsageError, nearest
+from xdino.values import read, shown
+
+_ADAPTER = TypeAdapter(Config)
+
+# What others call the same; a recipe or a command may say either.
+SPELLINGS = {
+    "optimizer": "optim",
+    "optimiser": "optim",
+    "center_momentum": "centre_momentum",
+    "global_solarise": "global_solarize",
+    "greyscale": "grayscale",
+}
+
+
+def spelt(key: str) -> str:
+    """A dotted key as it is written here.
+
+    >>> spelt("optimizer.lr"), spelt("loss.center_momentum")
+    ('optim.lr', 'loss.centre_momentum')
+    """
+    return ".".join(SPELLINGS.get(part, part) for part in key.split("."))
+
+
+def parse(tree: Mapping[str, Any], where: str = "the configuration") -> Config:
+    """A nested mapping -> a checked configuration. Texts are read by the types of their keys.
+
+    Raises:
+        UsageError: every unknown key and invalid value, in one message.
+    """
+    resolved, problems = _resolved(tree)
+    try:
+        config = _ADAPTER.validate_python(resolved)
+    except ValidationError as error:
+        # One sentence a key: a union reports each of its members.
+        problems += dict.fromkeys(_sentence(e) for e in error.errors())
+    else:
+        if not problems:
+            problems = list(_contradictions(config))
+            if not problems:
+                return config
+    raise UsageError(f"{where}: " + "; ".join(problems))
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    """The nearest valid name for an unknown key: in its section, or the same key elsewhere."""
+    section, leaf = str(location[0]), str(location[-1])
+    if len(location) == 1:
+        known, _, key = spelt(section).partition(".")
+        written_flat = key in KEYS.get(known, {})
+        return f"write {key} below {known}:" if written_flat else nearest(section, KEYS)
+    elsewhere = [f"{other}.{leaf}" for other, keys in KEYS.items() if leaf in keys]
+    return f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(leaf, KEYS.get(section, {}))
+
+
+def _sentence(error: Any) -> str:
+    location = tuple(part for part in error["loc"] if isinstance(part, str | int))
+    key = ".".join(str(part) for part in location[:2])
+    kind, value = error["type"], error["input"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key} is not a known key: {_suggest(location)}"
+    if kind == "dataclass_type":
+        return f"{key} is a section and needs keys below it, got {shown(value)}"
+    return f"{key}: {error['msg'].removeprefix('Value error, ').lower()}, got {shown(value)}"
+
+
+def _resolved(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Texts read by the types of their keys, and a sentence for each that cannot be."""
+    resolved: dict[str, Any] = {}
+    problems: list[str] = []
+    for given, below in tree.items():
+        section = spelt(str(given))
+        if section in resolved:
+            problems.append(f"{section} is given twice, once as {given}")
+        elif section in KEYS and isinstance(below, Mapping):
+            resolved[section] = _resolved_section(section, below, problems)
+        else:
+            resolved[section] = {} if below is None else below
+    return resolved, problems
+
+
+def _resolved_section(
+    section: str, below: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    seen: dict[str, str] = {}
+    for leaf, value in below.items():
+        key = spelt(str(leaf))
+        if key in seen:
+            problems.append(f"{section}.{key} is given twice, as {seen[key]} and {leaf}")
+            continue
+        seen[key] = str(leaf)
+        try:
+            kind = KEYS[section].get(key)
+            leaves[key] = value if kind is None else read(kind, value)
+        except ValueError as error:
+            comma = "" if str(error).startswith("cannot") else ":"
+            problems.append(f"{section}.{key}{comma} {error}")
+    return leaves
+
+
+def _contradictions(config: Config) -> Iterable[str]:
+    epochs = config.train.epochs
+    for key, duration in (
+        ("optim.warmup_epochs", config.optim.warmup_epochs),
+        ("loss.warmup_teacher_temp_epochs", config.loss.warmup_teacher_temp_epochs),
+    ):
+        if in_epochs(duration, epochs) > epochs:
+            yield (
+                f"{key} is {duration}, longer than the run of {epochs} epochs (train.epochs): "
+                'shorten it or give a share such as "10%"'
+            )
+    for key in ("global_scale", "local_scale"):
+        low, high = getattr(config.crops, key)
+        if low > high:
+            yield f"crops.{key} must rise, got {low} to {high}"
+    for section in ("crops", "curriculum"):
+        sizes = getattr(config, section)
+        used = section == "crops" or config.curriculum.share > 0
+        if used and config.crops.local_count and sizes.local_size > sizes.global_size:
+            yield (
+                f"{section}.local_size is {sizes.local_size}, larger than {section}.global_size, "
+                f"{sizes.global_size}: local crops are the small ones"
+            )
+    for key in ("global_size", "local_size"):
+        early, late = getattr(config.curriculum, key), getattr(config.crops, key)
+        if config.curriculum.share > 0 and early > late:
+            yield (
+                f"curriculum.{key} is {early}, larger than crops.{key}, {late}: the curriculum "
+                "begins with small crops"
+            )
+    if (config.crops.mean is None) != (config.crops.std is None):
+        yield "crops.mean and crops.std must be given together"
+    runtime = config.runtime
+    for key in unfused(config):
+        if runtime.kernels == "fused":
+            yield (
+                f"runtime.kernels fused and {key} cancel each other: the fused kernels have their "
+                f"own way through the network. Leave {key} off, or set runtime.kernels to plain"
+            )
+    project = runtime.wandb_project
+    if runtime.wandb != "off" and (
+        not project or len(project) > 128 or set(project) & set('/\\#?%:"')
+    ):
+        yield (
+            f"runtime.wandb_project cannot be {shown(project)}: wandb takes 1 to 128 characters "
+            "without / \\ # ? % : and quotes"
+        )
+
+
+def unfused(config: Config) -> list[str]:
+    """The options that were switched on and need the plain path through the network."""
+    keys = ("activation_checkpointing", "compile")
+    return [f"runtime.{key}" for key in keys if getattr(config.runtime, key)]
+
+
+# Back into keys and values
+
+
+def to_tree(config: Config) -> dict[str, dict[str, Any]]:
+    """The whole configuration as plain types."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def differing_keys(a: Config, b: Config) -> list[str]:
+    """Dotted keys whose values differ, but for those that may change when a run is continued."""
+    left, right = to_tree(a), to_tree(b)
+    return [
+        f"{section}.{key} ({left[section][key]} against {right[section][key]})"
+        for section in left
+        if section != "runtime"
+        for key in left[section]
+        if left[section][key] != right[section][key] and f"{section}.{key}" not in FREE
+    ]

@@ -1,0 +1,164 @@
+"""Recipes: where they lie, how their YAML is read, and what the command line puts on top.
+
+YAML guesses types: there `on` is true, `010` is eight, `1:30` is ninety, `1e-3` is text, and a folder
+called `photos #1` loses its number. Here a scalar is the text that it is, and its key decides (see
+`values`). Of YAML a recipe keeps what it is read for: sections, keys, lists, quotes and comments.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xdino.config.parsing import parse, spelt
+from xdino.config.schema import Config
+from xdino.errors import UsageError, asked, nearest
+from xdino.values import Quoted, shown
+
+LARGEST_FILE = 100_000  # bytes of a recipe; the shipped ones have 1,500
+DEEPEST = 3  # the file, its sections, a list: nothing in a recipe lies deeper
+
+
+def recipes_dir() -> Path:
+    """Where recipes live: inside the installed wheel, or the checkout's `configs/`."""
+    inside = Path(__file__).parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[3] / "configs"
+
+
+def recipes() -> list[str]:
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def load(name: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """A recipe's name or a YAML path, with dotted overrides ("optim.lr" -> "1e-3") on top.
+
+    Raises:
+        UsageError: no such recipe or file, not YAML, or anything `parse` objects to.
+    """
+    tree = _recipe(name)
+    for given, value in (overrides or {}).items():
+        key, _, leaf = spelt(given).partition(".")
+        section = next((known for known in tree if spelt(known) == key), key)
+        below = tree.get(section) or {}
+        if not isinstance(below, dict):
+            continue  # a text where keys belong: `parse` says so
+        kept = {old: text for old, text in below.items() if spelt(old) != leaf}
+        tree[section] = kept | {leaf: value} if leaf else value
+    return parse(tree, str(name))
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The sections of a recipe or a file, as texts."""
+    path = Path(name)
+    with asked(f"cannot read {shown(name)}"):
+        is_file = path.suffix in (".yaml", ".yml") or path.is_file()
+        held = path / "config.yaml"
+        is_run = not is_file and held.is_file()
+    if is_file:
+        return _read(path)
+    if name in recipes():
+        return _read(recipes_dir() / f"{name}.yaml")
+    if name.startswith("--"):
+        raise UsageError(f"name a recipe before the options, got {name}")
+    if is_run:
+        raise UsageError(f"{name} is a folder; the run in it has {held}")
+    raise UsageError(f"no recipe is called {shown(name)}: {nearest(name, recipes())}")
+
+
+# YAML
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file of sections with keys below them; every scalar is text, an absent one None.
+
+    Raises:
+        UsageError: it cannot be read, is no YAML or not of this shape, says something twice, or
+            holds anchors or tags, for which a recipe has no use. The message names the line.
+    """
+    tree = _Reader(path).document()
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold sections with keys below them")
+    bare = [key for key, below in tree.items() if below is not None and not isinstance(below, dict)]
+    if bare:
+        section, dot, leaf = bare[0].partition(".")
+        hint = f": write {leaf} below {section}:" if dot else ""
+        raise UsageError(f"{path} must hold sections with keys below them{hint}")
+    return tree
+
+
+class _Reader:
+    """Events of the parser, one after the other, into a tree."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events: Iterator[yaml.Event] = yaml.parse(_text_of(path), Loader=yaml.SafeLoader)
+
+    def next(self) -> yaml.Event:
+        try:
+            event = next(self.events)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UsageError(f"{self.path} is not YAML: {' '.join(str(error).split())}") from None
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise self.wrong(event, "anchors and aliases (& and *) are not for recipes")
+        if (tag := getattr(event, "tag", None)) not in (None, "!"):
+            raise self.wrong(event, f"tags ({shown(tag)}) are not for recipes")
+        return event
+
+    def wrong(self, event: yaml.Event, what: str) -> UsageError:
+        return UsageError(f"{self.path}, line {_line(event)}: {what}")
+
+    def document(self) -> Any:
+        tree: Any = {}
+        while not isinstance(event := self.next(), yaml.StreamEndEvent):
+            if isinstance(event, yaml.DocumentStartEvent):
+                if tree:
+                    raise self.wrong(event, "a second document begins; a recipe is one")
+                tree = self.node(self.next(), 1) or {}
+        return tree
+
+    def node(self, event: yaml.Event, depth: int) -> Any:
+        if isinstance(event, yaml.ScalarEvent):
+            if event.style is not None:
+                return Quoted(event.value)
+            return event.value or None
+        if depth > DEEPEST:
+            raise self.wrong(event, "too deep; a recipe has sections and keys below them")
+        if isinstance(event, yaml.SequenceStartEvent):
+            values = []
+            while not isinstance(event := self.next(), yaml.SequenceEndEvent):
+                values.append(self.node(event, depth + 1))
+            return values
+        return self.mapping(depth)
+
+    def mapping(self, depth: int) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        while not isinstance(event := self.next(), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise self.wrong(event, "a key must be a word")
+            key, line = event.value, _line(event)
+            if key in lines:
+                raise self.wrong(event, f"{key} is there already, in line {lines[key]}")
+            tree[key], lines[key] = self.node(self.next(), depth + 1), line
+        return tree
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 0
+
+
+def _text_of(path: Path) -> str:
+    with asked(f"cannot read {path}"):
+        if path.is_dir():
+            raise UsageError(f"cannot read {path}: it is a folder")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot read {path}: it is no ordinary file")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise UsageError(f"{path} is larger than {LARGEST_FILE:,} bytes: that is no recipe")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no text in UTF-8: that is no recipe") from None

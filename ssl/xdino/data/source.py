@@ -1,0 +1,161 @@
+"""What every source of images is, and the fingerprint that tells one from another.
+
+A source is a numbered row of images. It knows names and labels and reads one image at a time;
+order, crops and batches are `loader`'s business. A source is complete or refused: a missing file or
+a truncated archive is an error with the mend in it, never a smaller data set.
+"""
+
+import abc
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from itertools import takewhile
+
+import numpy as np
+from PIL import Image
+
+from xdino import rng
+from xdino.config import MAX_PIXELS
+from xdino.data.decode import allow_pixels, decode
+from xdino.data.listing import ByteStrings, left_out_sentence, printable
+from xdino.errors import UsageError
+
+_SAMPLED, _PIECE = 64, 1 << 16  # images whose first and last bytes a fingerprint reads
+
+
+class Source(abc.ABC):
+    """N images. `labels`: int64 [N] indices into `classes`, or None.
+
+    `batch_reads` is how many images make one task of a worker: few where reading one takes
+    milliseconds, many where handing over a task costs as much as the image.
+    left_out: how many files were not taken for images, by suffix.
+    """
+
+    batch_reads = 4
+    max_pixels = MAX_PIXELS  # of an image; a larger one is unreadable
+    shrunk_to: int | None = None  # shorter side in pixels, where images are not the original ones
+
+    def __init__(
+        self,
+        name: str,
+        channels: int,
+        labels: np.ndarray | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
+        if channels not in (1, 3):
+            raise UsageError(f"channels must be 1 or 3, got {channels}")
+        self.name, self.channels = printable(os.fsencode(name)), channels
+        self.labels, self.classes = labels, classes
+        self.left_out: dict[str, int] = {}
+        self.remarks: list[str] = []
+
+    def notices(self) -> list[str]:
+        """What a person should hear once about what was read: sentences, none as a rule."""
+        left_out = [left_out_sentence(self.name, self.left_out)] if self.left_out else []
+        return self.remarks + left_out
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, index: int) -> np.ndarray:
+        """uint8 [H, W, C]. Raises UnreadableImage or OSError for an image that cannot be read."""
+
+    def encoded(self, index: int) -> bytes:
+        """Image `index` as an image file's bytes: those that are stored, else lossless PNG."""
+        image = self.read(index)
+        return png(image if image.shape[2] == 3 else image[..., 0])
+
+    def member(self, index: int) -> bytes:
+        """The name of image `index` below the source's root, folders and suffix included."""
+        return f"{index:08}.png".encode()
+
+    @abc.abstractmethod
+    def describe(self, index: int) -> str:
+        """How a person finds image `index`: its path, or its number in the file that holds it.
+
+        In letters that can be printed and written anywhere; `FileSource.path` opens files.
+        """
+
+    @abc.abstractmethod
+    def _content(self) -> Iterator[bytes]:
+        """What tells this source from another, wherever it lies, for `fingerprint`."""
+
+    def stamps(self) -> bytes:
+        """Names, sizes and times of change; of arrays their content. Changes with any of the files.
+
+        Unlike a fingerprint it also changes when equal files are written again.
+        """
+        return b"\0".join(self._content())
+
+
+class StoredSource(Source):
+    """Images that lie somewhere as image files' bytes."""
+
+    @abc.abstractmethod
+    def encoded(self, index: int) -> bytes: ...
+
+    @abc.abstractmethod
+    def _ends(self, index: int, most: int) -> bytes:
+        """The first and the last bytes of image `index`, at most `most` of each."""
+
+    def read(self, index: int) -> np.ndarray:
+        return decode(self.encoded(index), self.channels, self.max_pixels)
+
+    def _check_size(self, size: int) -> None:
+        if size > (1 << 28) + 16 * self.max_pixels:  # more than any format needs for them
+            raise OSError(f"{size:,} bytes are more than {self.max_pixels:,} pixels need")
+
+    def _described(self, names: ByteStrings, sizes: np.ndarray) -> Iterator[bytes]:
+        """Names below the folder they share, sizes and a sample of the contents."""
+        shared = _shared_folder(names)
+        told = hashlib.blake2b(b"\0".join(name[shared:] for name in names), digest_size=32)
+        told.update(np.ascontiguousarray(sizes, np.dtype("<i8")).tobytes())
+        yield told.digest()
+        # What is sampled follows from names and sizes, so that it is the same on any machine.
+        for index in rng.sample(told.digest(), _SAMPLED, len(names)).tolist():
+            try:
+                yield self._ends(index, _PIECE)
+            except OSError:
+                yield b"unreadable"
+
+
+def png(image: np.ndarray) -> bytes:
+    """uint8 [H, W] or [H, W, 3] -> a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def limit_pixels(source: Source, max_pixels: int) -> None:
+    """From now on images of `source` with more than `max_pixels` pixels are unreadable."""
+    source.max_pixels = max_pixels
+    allow_pixels(max_pixels)
+
+
+# Fingerprints
+
+
+def fingerprint(source: Source) -> str:
+    """16 hexadecimal digits: the same for the same images, names and labels on any machine.
+
+    Files count by their names below the folder that they share, by their sizes, and by the
+    beginnings and ends of a sample of them. Where they lie, and when they were written, is nothing.
+    """
+    digest = hashlib.blake2b(str(len(source)).encode(), digest_size=8)
+    for part in source._content():
+        digest.update(part)
+    if source.labels is not None:
+        digest.update(source.labels.tobytes())
+        digest.update("\0".join(source.classes or ()).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _shared_folder(names: ByteStrings) -> int:
+    """The length of the folders, with their last slash, that all names start with."""
+    if not len(names):
+        return 0
+    low, high = min(names), max(names)  # what these two start with, all do
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
+    return low.rfind(b"/", 0, sum(1 for _ in same)) + 1

@@ -1,0 +1,56 @@
+"""Random numbers: each kind of draw has its own row of them, and the rows never change."""
+
+import numpy as np
+
+from xdino import rng
+from xdino.augment import draw_batch, multi_crop
+from xdino.data import epoch_order
+from xdino_eval.during_training import fixed_subset
+from xdino_eval.knn.vote import drawn
+from xdino_eval.linear.sgd import held_out
+
+LABELS = np.repeat(np.arange(3), 10)
+
+
+def test_every_stream_gives_what_it_has_always_given():
+    """Written down before they stood in one place: a run that goes on draws what it would have."""
+    first = {
+        rng.Stream.CROPS: [13842265018121420432, 11257523566242097324],
+        rng.Stream.ORDER: [2406238767389017420, 6231312613656076686],
+        rng.Stream.FEW_SHOT: [14202272653433690070, 11169665451076001206],
+    }
+    assert rng.raw_of_images(rng.Stream.CROPS, 3, 5, np.array([4, 9]), 2)[1].tolist() == first[1]
+    for stream in (rng.Stream.ORDER, rng.Stream.FEW_SHOT):
+        assert rng.raw(stream, 3, 5, 2).tolist() == first[stream]
+    assert set(first) == set(rng.Stream)
+    assert rng.probe_image(4, 2, 9).random(2).tolist() == [0.861258484163283, 0.09187847492831491]
+    assert rng.probe_order(4, 2).permutation(8).tolist() == [2, 1, 4, 7, 5, 3, 0, 6]
+    key = bytes.fromhex("d161d71145abeec5ef15abcf0459cec6")
+    assert rng.sample(key, 6, 1000).tolist() == [115, 495, 521, 753, 840, 850]
+    assert rng.sample(key, 9, 9).tolist() == list(range(9))
+
+
+def test_what_is_drawn_from_them():
+    assert epoch_order(10, 3, 5).tolist() == [0, 5, 7, 1, 9, 8, 4, 2, 3, 6]
+    table = draw_batch(multi_crop(), 2**64 - 1, 7, np.array([0, 1281166]))
+    assert table["position"][0, 0].tolist() == [0.622845612718167, 0.25580199532708137]
+    assert table["area"][3, 1, :2].tolist() == [0.287240465239093, 0.1991485399840171]
+    assert drawn(LABELS, 2, 5, 1).tolist() == [2, 4, 15, 16, 21, 29]
+    assert fixed_subset(1000, 6).tolist() == [14, 134, 257, 386, 471, 934]
+    assert np.flatnonzero(held_out(LABELS, 0.2, 6)).tolist() == [0, 6, 15, 17, 21, 29]
+
+
+def test_no_two_streams_share_a_number():
+    """One key each, so that no counter, however far it runs, meets another's."""
+    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 3
+    rows = [rng.raw(stream, 7, 2, 1000) for stream in rng.Stream]
+    rows += list(rng.raw_of_images(rng.Stream.CROPS, 7, 3, np.arange(5), 200))
+    assert len(np.unique(np.concatenate(rows))) == sum(map(len, rows))
+
+
+def test_the_probes_rows_are_apart():
+    drawn = [rng.probe_image(7, epoch, index) for epoch in range(3) for index in range(3)]
+    drawn += [rng.probe_order(7, epoch) for epoch in range(3)]
+    first = [generator.random() for generator in drawn]
+    assert len(set(first)) == len(first)
+    assert rng.probe_held_out(7).random() == rng.probe_order(7, 0).random()  # by name, see there
