@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from xdino.backbone import Backbone
+
 
 class MultiCropNetwork(nn.Module):
     """A backbone run once per crop resolution, and a head run once on all class tokens.
@@ -17,7 +19,7 @@ class MultiCropNetwork(nn.Module):
     would be another method.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -33,7 +35,7 @@ class MultiCropNetwork(nn.Module):
         return out.view(-1, B, out.shape[-1])
 
 
-def make_teacher(student: MultiCropNetwork, backbone: nn.Module) -> MultiCropNetwork:
+def make_teacher(student: MultiCropNetwork, backbone: Backbone) -> MultiCropNetwork:
     """A copy of the student around `backbone` (the same network without drop path), never trained.
 
     It stays in training mode: its BatchNorms normalise by their own batch, and their running

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xdino import augment, checkpoint, data, metrics, nonfinite, schedules
 from xdino import config as configuration
 from xdino.augment.photometric import photometric
+from xdino.backbone import Backbone
 from xdino.config import Config
 from xdino.errors import NonFinite, RunFailed, Stopped, UsageError, reason
 from xdino.learner import Learner, StepResult
@@ -34,7 +35,7 @@ from xdino.runtime import distributed, transfer
 from xdino.runtime.lock import Lock
 from xdino.runtime.stopping import StopSignal
 
-Evaluator = Callable[[nn.Module], dict[str, float]]
+Evaluator = Callable[[Backbone], dict[str, float]]
 
 
 class Listener:

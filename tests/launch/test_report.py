@@ -101,10 +101,13 @@ def make_run(tmp_path):
         lines.append({"iteration": 40, "epoch": 1, "knn_top1": 71.625, "knn_top5": 97.75})
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 41, "lo'
         (path / "metrics.jsonl").write_text(text)
-        results.append(path / "results.json", [row(78.1, 98.4), row(100.0, 100.0, val_size=7)])
-        entry = quality.Quality(5.125, 2.5, 0.0625, {"images": 19}, ["RankMe is 5.12 of 64"],
-                                "photos", "centre crop 28", SHA, "teacher, iteration 40")  # fmt: skip
-        quality.append(path / quality.FILE, entry)
+        measured = results.Row(
+            quality.PROTOCOL, {"images": 19}, None, None, "photos", "centre crop 28", 19, 0, SHA,
+            "teacher, iteration 40", notes=["RankMe is 5.12 of 64"],
+            metrics=dict(zip(quality.MEASURES, (5.125, 2.5, 0.0625), strict=True)),
+        )  # fmt: skip
+        rows = [row(78.1, 98.4), row(100.0, 100.0, val_size=7), measured]
+        results.append(path / "results.json", rows)
         pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         for picture in ("views.png", "attention/a-sheet.png", "attention/b-sheet.png"):
             Image.fromarray(pixels).save(path / picture)
@@ -275,8 +278,6 @@ ROW = {"protocol": "k-NN", "settings": {}, "top1": 50.0, "top5": None, "data": "
         ("metrics.jsonl", '{"iteration": 1, "loss": NaN}\n'),
         ("metrics.jsonl", '{"iteration": 1, "loss": 1' + "0" * 4000 + "}\n"),
         ("metrics.jsonl", '{"iteration": 1, "kl": "much"}\n'),
-        ("quality.json", "[3]"),
-        ("quality.json", '[{"rankme": 1, "lidar": 1, "feature_std": 1, "settings": 3}]'),
         ("backbone.safetensors", "no weights"),
     ],
 )
@@ -287,7 +288,7 @@ def test_damage_is_said_on_a_page_of_the_rest(make_run, tmp_path, name, content)
     said = [words for words in page.pieces if words.startswith(f"one: {name} ")]
     assert len(said) == 1
     for other, told in (("config.yaml", "xcit_nano"), ("results.json", "98.4"),
-                        ("environment.json", "2031-05-06"), ("quality.json", "5.125")):  # fmt: skip
+                        ("environment.json", "2031-05-06"), ("results.json", "5.125")):  # fmt: skip
         assert other == name or told in page.text
 
 
@@ -297,13 +298,13 @@ def test_a_whole_run_has_no_damage(make_run):
 
 def test_folders_and_pipes_in_the_place_of_files(make_run, tmp_path):
     path = make_run("one")
-    names = ("results.json", "environment.json", "metrics.jsonl", "quality.json", "views.png")
+    names = ("results.json", "environment.json", "metrics.jsonl", "views.png")
     for name in names:
         (path / name).unlink()
         (path / name).mkdir()
     os.mkfifo(path / "attention" / "c-sheet.png")
     _, page = read([path], tmp_path / "r.html")
-    assert page.text.count("Is a directory") == 4
+    assert page.text.count("Is a directory") == 3
     assert "views.png cannot be read as a picture" in page.text
     assert "c-sheet.png cannot be read as a picture" in page.text
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from xdino.errors import world
 from xdino_eval import plotting
-from xdino_eval.attending import Lattice
 from xdino_eval.attention.maps import MASS, Maps, mask
+from xdino_eval.backbone_tokens import Lattice
 from xdino_eval.image_files import DAMAGED, printable
 from xdino_eval.plotting import Figure, FigureCanvasAgg, matplotlib
 

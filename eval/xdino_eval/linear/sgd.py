@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from xdino.backbone import Backbone
 from xdino.data.sources import Source, fingerprint
 from xdino.errors import RunFailed, UsageError
 from xdino_eval.features import Features, Progress, device_of, evaluating, extract
@@ -83,7 +84,7 @@ class OverImages:
     progress: told (epochs done, epochs).
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     train: Source
     val: Source
     transform: EvalTransform

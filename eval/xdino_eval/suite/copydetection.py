@@ -20,14 +20,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from xdino.backbone import Backbone
 from xdino.data.sources import SUFFIXES, FileSource
 from xdino.errors import UsageError
 from xdino_eval import image_files
@@ -37,7 +37,7 @@ from xdino_eval.features import Progress
 from xdino_eval.image_files import printable
 from xdino_eval.results import Row
 from xdino_eval.suite.descriptors import GEM, Describer, class_and_gem
-from xdino_eval.transform import EvalTransform, Judged, resample
+from xdino_eval.transform import EvalTransform, resample
 
 BLOCKS = (
     "original",
@@ -140,7 +140,7 @@ def mean_average_precision(ranking: np.ndarray, positives: list[np.ndarray]) -> 
 
 
 def evaluate(
-    backbone: nn.Module,
+    backbone: Backbone,
     copydays: Copydays,
     size: int = 320,
     distractors: Path | None = None,
@@ -168,11 +168,10 @@ def evaluate(
             "lower --size"
         )
     start = time.monotonic()
-    judged = cast(Judged, backbone)
     others = {name: image_names(path) if path else [] for name, path in
               (("distractors", distractors), ("whitening", whitening))}  # fmt: skip
     describer = Describer(
-        backbone, class_and_gem, EvalTransform.of(judged, size), batch_size, workers, precision,
+        backbone, class_and_gem, EvalTransform.of(backbone, size), batch_size, workers, precision,
         progress,
     )  # fmt: skip
 
@@ -181,7 +180,7 @@ def evaluate(
 
     def described(folder: Path, names: list[str]) -> Tensor:
         paths = [os.fsencode(name) for name in names]
-        return describer(FileSource(str(folder), folder, paths, len(judged.mean)), square)
+        return describer(FileSource(str(folder), folder, paths, len(backbone.mean)), square)
 
     queries = {
         block: described(copydays.folder / block, names) for block, names in copydays.names.items()
@@ -199,7 +198,7 @@ def evaluate(
         similarity = F.normalize(found, dim=1) @ database.T
         ranking = similarity.argsort(dim=1, descending=True, stable=True)[:, :RANKED].numpy()
         metrics[f"mAP {block}"] = mean_average_precision(ranking, copydays.positives(block))
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (judged.mean, judged.std))
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
     absent = [block for block in BLOCKS if block not in queries]
     return Row(
         protocol="copy detection",

@@ -28,15 +28,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from xdino.backbones import IMAGENET_STD
+from xdino.backbone import IMAGENET_STD, Backbone
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
 from xdino_eval import image_files
@@ -44,8 +43,7 @@ from xdino_eval.features import Progress, autocast, device_of, evaluating
 from xdino_eval.image_files import DAMAGED, printable
 from xdino_eval.results import Row
 from xdino_eval.suite.davis_scores import VOID, ObjectScore, score_video, summary
-from xdino_eval.tokens import class_and_patches, patch_side
-from xdino_eval.transform import EvalTransform, Judged
+from xdino_eval.transform import EvalTransform
 
 # The published evaluation divides red by 0.228, where every other one of DINO has 0.229.
 PUBLISHED_STD = (0.228, 0.224, 0.225)
@@ -396,7 +394,7 @@ def one_hot(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def segment(
-    backbone: nn.Module,
+    backbone: Backbone,
     video: Video,
     how: Propagation,
     side: int = 480,
@@ -410,7 +408,7 @@ def segment(
     Raises:
         RunFailed: a file is damaged, or a patch token is not finite.
     """
-    device, patch = device_of(backbone), patch_side(backbone)
+    device, patch = device_of(backbone), backbone.require_patches()
     transform = transform_of(backbone)
     mask = read_mask(video.masks[0], video.labels)
     height, width = mask.shape
@@ -421,7 +419,7 @@ def segment(
         )
         pixels = torch.from_numpy(image)[None].to(device)
         with autocast(device, precision):
-            found = class_and_patches(backbone, transform.normalise(pixels))[1][0].float()
+            found = backbone.tokens(transform.normalise(pixels))[1][0].float()
         if not found.isfinite().all():
             raise RunFailed(f"a patch token of {path} is not finite")
         return found
@@ -440,18 +438,17 @@ def segment(
         yield np.array(large.resize((width, height), Image.Resampling.NEAREST))
 
 
-def transform_of(backbone: nn.Module) -> EvalTransform:
+def transform_of(backbone: Backbone) -> EvalTransform:
     """How a frame is normalised; with the published slip where the backbone asks for ImageNet's."""
-    judged = cast(Judged, backbone)
-    std = PUBLISHED_STD if tuple(judged.std) == IMAGENET_STD else tuple(judged.std)
-    return EvalTransform.of(judged, std=std)
+    std = PUBLISHED_STD if tuple(backbone.std) == IMAGENET_STD else tuple(backbone.std)
+    return EvalTransform.of(backbone, std=std)
 
 
 # --- the evaluation ---------------------------------------------------------------------------
 
 
 def evaluate(
-    backbone: nn.Module,
+    backbone: Backbone,
     folder: Path,
     videos: list[Video],
     out: Path,
@@ -473,7 +470,7 @@ def evaluate(
         RunFailed: a file is damaged, or a mask cannot be written.
     """
     how = how or Propagation()
-    patch = patch_side(backbone)  # before anything is read
+    patch = backbone.require_patches()  # before anything is read
     _check(out, videos, side, patch)
     start = time.monotonic()
     scores: list[ObjectScore] = []

@@ -1,7 +1,6 @@
 """`xdino features` and `xdino quality`."""
 
-import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from xdino_launch.commands.options import (
     Whole,
     device_option,
     evaluation_options,
+    finish,
     on_one_process,
     subject_options,
     workers_option,
@@ -50,20 +50,40 @@ def features(**options: Any) -> None:
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--arch", help="Architecture, where the file does not say.")
 @click.option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
-@click.option("--out", type=Place(file=True), help="Append to this file, else to the run's.")
+@click.option("--out", type=Place(file=True), help="Append to this results.json.")
 @click.option("--batch-size", default=128, type=BATCH, show_default=True)
 @workers_option()
 @device_option()
 @click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16"]))
 @on_one_process
-def quality(weights: str, data: str, split: str, out: str | None, **how: Any) -> None:
-    """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed."""
-    from xdino_eval.quality.measures import Quality, judge
-    from xdino_launch.console import counter, stderr_console
+def quality(
+    weights: str,
+    data: str,
+    split: str,
+    limit: int,
+    lidar_images: int,
+    views: int,
+    seed: int,
+    arch: str | None,
+    role: str,
+    out: str | None,
+    device: str,
+    **how: Any,
+) -> None:
+    """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed.
 
-    progress = counter(stderr_console(), "features")
+    LiDAR's views are the global crops of the run that the weights lie in, or, where there is none,
+    the published ones at the network's size.
+    """
+    from xdino.checkpoint import load_backbone
+    from xdino.data import open_source
+    from xdino.plan import resolve_device
+    from xdino_eval.evaluators import Quality
+    from xdino_launch.evaluation.subject import crops_of_run, options_for
 
-    def tell(found: Quality) -> None:
-        click.echo(json.dumps(asdict(found), indent=2))
-
-    judge(weights, data, split, Path(out) if out else None, progress=progress, tell=tell, **how)
+    backbone = load_backbone(weights, arch, role)
+    source = open_source(data, split, channels=backbone.in_chans)
+    options = replace(options_for(resolve_device(device), **how), limit=limit)
+    evaluate = Quality(crops_of_run(Path(weights)), lidar_images, views, seed)
+    rows = evaluate(backbone, source, source, options)
+    finish(rows, weights, out, as_json=True)

@@ -1,6 +1,5 @@
 """`xdino knn`."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,8 +81,8 @@ def knn(
             )
         )
         distributed.together(subject.check_alike)
-        with folder_for(subject.cache, bank_block is not None) as folder:
-            subject = replace(subject, cache=folder)
+        with folder_for(subject.options.cache, bank_block is not None) as folder:
+            subject = subject.keeping_features(folder)
             asked: dict[str, Any] = {
                 "ks": parsed,
                 "temperature": temperatures,

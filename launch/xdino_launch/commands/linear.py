@@ -1,5 +1,6 @@
 """`xdino linear`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -87,10 +88,10 @@ def linear(
     for name, value in chosen.items():
         if value is not None and not protocol.startswith("grid"):
             raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
+    from xdino_eval.evaluators import Linear
     from xdino_eval.linear.grid import Grid
     from xdino_eval.linear.logistic import GRIDS
     from xdino_eval.linear.sgd import Sgd
-    from xdino_launch.evaluation.probing import train
     from xdino_launch.evaluation.subject import Subject
 
     given: dict[str, Any] = {
@@ -104,9 +105,14 @@ def linear(
     subject = Subject.open(**subject_options(options))
     kept = results_file(options["weights"], options["out"])
     keep_in = kept.parent if kept else None
-    row, done = train(subject, protocol, how, many, strengths or "default", keep_in, save_head)
-    finish([row], options["weights"], options["out"], options["as_json"])
-    done.settled()
+    to_remove: list[Callable[[], None]] = []  # once the row is safe
+    probe_of = Linear(
+        protocol, how, many, strengths or "default", keep_in, save_head, to_remove.append
+    )
+    rows = probe_of(subject.backbone, subject.train, subject.val, subject.options)
+    finish(rows, options["weights"], options["out"], options["as_json"])
+    for remove in to_remove:
+        remove()
 
 
 def _apply(

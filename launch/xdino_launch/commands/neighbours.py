@@ -1,7 +1,6 @@
 """`xdino neighbours`."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
     from xdino.data.loader import epoch_order
     from xdino.data.sources import FileSource, Source
     from xdino_eval.knn import neighbours as rooms
-    from xdino_launch.evaluation.subject import Subject, features_name, open_any_splits
+    from xdino_launch.evaluation.subject import Subject, open_any_splits
 
     subject = Subject.open(**subject_options(options), splits=open_any_splits)
     if images:
@@ -57,14 +56,13 @@ def neighbours(queries: int | None, images: tuple[str, ...], k: int, **options: 
     found = rooms.find(
         bank,
         subject.train,
-        replace(subject, cache=None).features_of("the queries", asked, order),
+        subject.keeping_features(None).features_of("the queries", asked, order),
         asked,
         k,
     )
-    facts: Any = subject.backbone.weights
     told = {
-        "checkpoint": facts["sha256"],
-        "features": features_name(facts),
+        "checkpoint": subject.backbone.origin.sha256,
+        "features": subject.backbone.origin.name,
         "data": bank.data,
         "transform": bank.transform,
         "train_size": len(bank.features),

@@ -140,15 +140,13 @@ def segment_score(
     from xdino_eval.attention import segmentation
     from xdino_launch.console import counter, stderr_console
     from xdino_launch.evaluation import drawing
-    from xdino_launch.evaluation.subject import features_name
 
     segmentation.find_pairs(data)  # before the network is read
     backbone = drawing.open_backbone(weights, arch, role, device)
     layers = None if layer is None else [layer]
     tell = counter(stderr_console(), "images")
     rows, scores = segmentation.evaluate(backbone, data, mass, size, layers, void, tell)
-    facts = backbone.weights
-    rows = results.signed(rows, facts["sha256"], features_name(facts))  # type: ignore[index, arg-type]
+    rows = results.signed(rows, backbone.origin.sha256, backbone.origin.name)
     if details:
         segmentation.save_details(Path(details), scores)
     finish(rows, weights, out, as_json)

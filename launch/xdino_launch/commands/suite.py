@@ -21,8 +21,7 @@ from xdino_launch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from xdino.backbone import Backbone
     from xdino_eval.results import Row
 
 
@@ -37,7 +36,7 @@ class Judgement:
     precision: str
     as_json: bool
 
-    def backbone(self) -> "nn.Module":
+    def backbone(self) -> "Backbone":
         """Frozen, where it shall run."""
         from xdino.checkpoint import load_backbone
         from xdino.plan import resolve_device
@@ -45,13 +44,11 @@ class Judgement:
         where = resolve_device(self.device)
         return load_backbone(self.weights, self.arch, self.role).to(where)
 
-    def tell(self, row: "Row", backbone: "nn.Module", out: str | None) -> None:
+    def tell(self, row: "Row", backbone: "Backbone", out: str | None) -> None:
         """A row, signed, to where rows go."""
         from xdino_eval.results import signed
-        from xdino_launch.evaluation.subject import features_name
 
-        facts: Any = backbone.weights
-        rows = signed([row], facts["sha256"], features_name(facts))
+        rows = signed([row], backbone.origin.sha256, backbone.origin.name)
         finish(rows, self.weights, out, self.as_json)
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from xdino import checkpoint
+from xdino.backbone import Backbone
 from xdino.data.sources import FileSource, Source, open_source
 from xdino.errors import UsageError, asked, world
 from xdino.plan import resolve_device
-from xdino_eval import attending, attention, image_files
+from xdino_eval import attention, image_files
 from xdino_eval.attention import figures, pca, video
 from xdino_eval.attention.video import Frame
 from xdino_eval.features import device_of, evaluating
@@ -105,7 +105,7 @@ class Skipped:
             raise UsageError(none + next(iter(self.reasons.values()))) from None
 
 
-def open_backbone(weights: str, arch: str | None, role: str, device: str) -> nn.Module:
+def open_backbone(weights: str, arch: str | None, role: str, device: str) -> Backbone:
     """The frozen backbone on its device. Raises UsageError and RunFailed as `load_backbone`."""
     where = resolve_device(device)
     return checkpoint.load_backbone(weights, arch, role).to(where)
@@ -266,7 +266,7 @@ def _frames_of(items: Sequence[Item]) -> Iterator[Frame]:
 # --- attention --------------------------------------------------------------------------------
 
 
-def draw_attention(backbone: nn.Module, names: Sequence[str], options: Options) -> Iterator[Path]:
+def draw_attention(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """Pictures of class attention; yields each file written.
 
     One image: every head, their mean, overlay, masks and a sheet. A folder: these, and sheets of
@@ -277,7 +277,7 @@ def draw_attention(backbone: nn.Module, names: Sequence[str], options: Options) 
             cannot be read.
         RunFailed: a picture cannot be written.
     """
-    work = gather(names, backbone.in_chans, options)  # type: ignore[arg-type]
+    work = gather(names, backbone.in_chans, options)
     _check(backbone, options)
     _make(options.out)
     skipped = Skipped(len(_items(work)) + len(work.videos))
@@ -306,24 +306,22 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def _check(backbone: nn.Module, options: Options) -> None:
+def _check(backbone: Backbone, options: Options) -> None:
     """Refuse a backbone, a layer or a head that is not there, on a grey image."""
     grey = _grey(backbone)
     with evaluating(backbone), torch.inference_mode():
-        heads = list(attending.class_attention(backbone, grey, options.layers).values())[-1].shape[
-            1
-        ]
+        heads = backbone.class_attention(grey, options.layers)[-1].shape[1]
     if options.head is not None and not 1 <= options.head <= heads:
         raise UsageError(f"there is no head {options.head}: choose one from 1 to {heads}")
 
 
-def _grey(backbone: nn.Module) -> torch.Tensor:
+def _grey(backbone: Backbone) -> torch.Tensor:
     """One grey image of two by two patches, [1, C, H, W]."""
-    side = 2 * attending.patch_size(backbone)
-    return torch.zeros(1, int(backbone.in_chans), side, side, device=device_of(backbone))  # type: ignore[arg-type]
+    side = 2 * (backbone.patch_size or 1)
+    return torch.zeros(1, backbone.in_chans, side, side, device=device_of(backbone))
 
 
-def _maps(backbone: nn.Module, image: np.ndarray, name: str, options: Options) -> attention.Maps:
+def _maps(backbone: Backbone, image: np.ndarray, name: str, options: Options) -> attention.Maps:
     try:
         return attention.class_attention_maps(backbone, image, options.size, options.layers)
     except UsageError as error:
@@ -331,7 +329,7 @@ def _maps(backbone: nn.Module, image: np.ndarray, name: str, options: Options) -
 
 
 def _draw_one(
-    backbone: nn.Module, item: Item, options: Options
+    backbone: Backbone, item: Item, options: Options
 ) -> tuple[list[Path], np.ndarray, attention.Maps]:
     image = item.read()
     maps = _maps(backbone, image, item.name, options)
@@ -340,7 +338,7 @@ def _draw_one(
 
 
 def _folder_rows(
-    backbone: nn.Module,
+    backbone: Backbone,
     items: Sequence[Item],
     options: Options,
     written: list[Path],
@@ -362,7 +360,7 @@ def _folder_rows(
         tell(done, len(items))
 
 
-def _film_attention(backbone: nn.Module, film: Film, options: Options) -> Iterator[Path]:
+def _film_attention(backbone: Backbone, film: Film, options: Options) -> Iterator[Path]:
     """Three videos a layer; yields them once they are whole."""
     paths: list[Path] = []
     limits: dict[str, tuple[float, float]] = {}
@@ -404,7 +402,7 @@ def _calmer(before: tuple[float, float] | None, now: tuple[float, float]) -> tup
 # --- principal components ---------------------------------------------------------------------
 
 
-def draw_components(backbone: nn.Module, names: Sequence[str], options: Options) -> Iterator[Path]:
+def draw_components(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """Patch tokens as colours, by the first three components of all images and frames together.
 
     Each image is read and computed anew in every pass (two, or three with `foreground`), so that no
@@ -414,8 +412,8 @@ def draw_components(backbone: nn.Module, names: Sequence[str], options: Options)
         UsageError: no patch tokens in this backbone, or a file that cannot be read.
         RunFailed: a picture cannot be written.
     """
-    work = gather(names, backbone.in_chans, options)  # type: ignore[arg-type]
-    attending.grid(backbone, 64, 64)  # refuses a backbone without patches before anything is read
+    work = gather(names, backbone.in_chans, options)
+    backbone.grid(64, 64)  # refuses one without patches before anything is read
     colours = _Colours(backbone, work, options)
     _make(options.out)
     cells = []
@@ -449,7 +447,7 @@ def _pair(item: Item, path: Path) -> list[np.ndarray]:
 class _Colours:
     """The components of everything in `work`, and any image in their colours."""
 
-    def __init__(self, backbone: nn.Module, work: Work, options: Options) -> None:
+    def __init__(self, backbone: Backbone, work: Work, options: Options) -> None:
         self._backbone, self._options = backbone, options
         self._work, self._skipped = work, Skipped(len(_items(work)) + len(work.videos))
         moments = pca.Moments()
@@ -515,15 +513,15 @@ class _Colours:
 # --- XCA --------------------------------------------------------------------------------------
 
 
-def draw_channels(backbone: nn.Module, names: Sequence[str], options: Options) -> Iterator[Path]:
+def draw_channels(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """XCA's channel-by-channel matrices of each image as heat maps; yields each file written.
 
     Raises:
         UsageError: no XCA in this backbone, a video, or a file that cannot be read.
         RunFailed: a picture cannot be written.
     """
-    work = gather(names, backbone.in_chans, options)  # type: ignore[arg-type]
-    attending.channel_attention(backbone, _grey(backbone))
+    work = gather(names, backbone.in_chans, options)
+    backbone.channel_attention(_grey(backbone))
     if work.videos:
         raise UsageError("--xca draws images, not videos: its matrices have no map over a frame")
     _make(options.out)
@@ -535,6 +533,6 @@ def draw_channels(backbone: nn.Module, names: Sequence[str], options: Options) -
             skipped.add(item, error)
             continue
         with evaluating(backbone), torch.inference_mode():
-            found = attending.channel_attention(backbone, inputs)
+            found = backbone.channel_attention(inputs)
         blocks: list[Any] = [block[0].cpu().numpy() for block in found]
         yield from figures.draw_channels(blocks, options.out, item.stem)

@@ -73,7 +73,7 @@ class Run:
     starts: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
     rows: list[Row]
-    quality: list[dict[str, Any]]
+    quality: list[Row]
     damage: list[str] = field(default_factory=list)
 
     @classmethod
@@ -89,6 +89,7 @@ class Run:
             if not (path / CONFIG_FILE).exists():
                 raise UsageError(f"{path} is not a run: it has no {CONFIG_FILE}")
         damage: list[str] = []
+        rows = _rows(path / "results.json", damage)
         return cls(
             path=path,
             name=path.resolve().name,
@@ -96,8 +97,8 @@ class Run:
             facts=_facts(path / BACKBONE_FILE, damage),
             starts=_starts(path / "environment.json", damage),
             metrics=_metrics(path / METRICS_FILE, damage),
-            rows=_rows(path / "results.json", damage),
-            quality=_quality(path / quality.FILE, damage),
+            rows=[row for row in rows if row.protocol != quality.PROTOCOL],
+            quality=[row for row in rows if row.protocol == quality.PROTOCOL],
             damage=damage,
         )
 
@@ -221,22 +222,6 @@ def _row(entry: Any) -> Row | None:
         and _are_texts(row.notes)
     )
     return row if whole else None
-
-
-def _quality(path: Path, damage: list[str]) -> list[dict[str, Any]]:
-    """The entries of quality.json that are whole."""
-    entries = _json(path, list, damage) or []
-    whole = [
-        entry
-        for entry in entries
-        if isinstance(entry, dict)
-        and {"rankme", "lidar", "feature_std"} <= entry.keys()
-        and isinstance(entry.get("settings", {}), dict)
-        and all(_are_texts(entry.get(key, [])) for key in ("alarms", "notes"))
-    ]
-    if len(whole) < len(entries):
-        damage.append(f"{path.name} holds entries that are no measures: they are left out")
-    return whole
 
 
 def _are_texts(value: Any) -> bool:
@@ -581,7 +566,7 @@ def draw_curves(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 def quality_table(runs: Sequence[Run]) -> str:
     """The label-free measures, with what they warn of."""
-    every = [(n, entry) for n, run in zip(labels(runs), runs, strict=True) for entry in run.quality]
+    every = [(n, row) for n, run in zip(labels(runs), runs, strict=True) for row in run.quality]
     missing = [
         sentence(f"{name} is not measured: xdino quality RUN --data DATA, which needs no labels.")
         for name, run in zip(labels(runs), runs, strict=True)
@@ -590,15 +575,14 @@ def quality_table(runs: Sequence[Run]) -> str:
     if not every:
         return section("Quality without labels", *missing)
     body = []
-    for name, entry in every:
-        warned = warnings([*entry.get("alarms", []), *entry.get("notes", [])])
+    for name, row in every:
         body.append(
             "<tr>" + (f'<th scope="row">{text(name)}</th>' if len(runs) > 1 else "") +
-            f"<td>{text(entry.get('features', ''))}</td>"
-            + "".join(number(entry[key]) for key in ("rankme", "lidar", "feature_std"))
-            + f"<td>{_settings(entry.get('settings', {}))}{warned}</td>"
-            + origin(entry.get("data", ""), entry.get("transform", ""))
-            + hashed(plain(entry.get("checkpoint", ""))) + "</tr>"
+            f"<td>{text(row.features)}</td>"
+            + "".join(number(row.metrics.get(key, ABSENT)) for key in quality.MEASURES)
+            + f"<td>{_settings(row.settings)}{warnings(row.notes)}</td>"
+            + origin(row.data, row.transform)
+            + hashed(plain(row.checkpoint)) + "</tr>"
         )  # fmt: skip
     head = ["features", "#RankMe", "#LiDAR", "#feature std", "settings", "data and transform"]
     head = ["run"] * (len(runs) > 1) + head + ["checkpoint"]
