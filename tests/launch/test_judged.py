@@ -13,7 +13,7 @@ from PIL import Image
 from xdino import checkpoint, config
 from xdino.errors import RunFailed, UsageError
 from xdino.train import pretrain
-from xdino_eval import evaluators, extraction
+from xdino_eval import evaluators, extraction, results
 from xdino_launch import local
 
 
@@ -174,3 +174,34 @@ def test_a_probe_needs_labels_before_anything_is_trained(tiny, folder, tmp_path)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match=r"evaluate.linear cannot be 'svm'"):
         tiny(linear="svm")
+
+
+def test_several_protocols_at_once_say_what_the_commands_say(tiny, folder, tmp_path, xdino):
+    plain, judged = tmp_path / "plain", tmp_path / "judged"
+    local.run_pretraining(tiny(), plain)
+    protocols = ["knn", "quality", "logistic"]
+    local.run_pretraining(tiny(every=2, protocols=protocols, limit=30), judged)
+    sums = [checkpoint.sha256(r / "backbone.safetensors") for r in (plain, judged)]
+    assert sums[0] == sums[1], "training is not disturbed"
+    (told,) = [row for row in metrics(judged) if "knn_top1" in row]
+    found = {"iteration": 6, "epoch": 2}
+    for name, *command in (
+        ("knn", "knn", "--k", "20", "--json"),
+        ("quality", "quality", "--limit", "30"),
+        ("logistic", "linear", "--json"),
+    ):
+        code, out, error = xdino(command[0], judged, "--data", folder, *command[1:])
+        assert code == 0, error
+        (row,) = json.loads(out)
+        scores = {"top1": row["top1"], "top5": row["top5"], **row["metrics"]}
+        found |= {f"{name}_{n}": value for n, value in scores.items() if value is not None}
+    assert told == found
+    assert [row.checkpoint for row in results.load(judged / "results.json")] == [sums[1]] * 3
+
+
+def test_quality_alone_needs_no_labels(tiny, folder, tmp_path):
+    flat = str(folder / "train" / "dark")
+    local.run_pretraining(tiny(every=2, protocols=["quality"], limit=5, data=flat), tmp_path)
+    assert sum("quality_rankme" in row for row in metrics(tmp_path)) == 1
+    with pytest.raises(UsageError, match=r"evaluate.every asks for k-NN during training.*--evalu"):
+        local.run_pretraining(tiny(every=2, data=flat), tmp_path / "other")
