@@ -211,12 +211,7 @@ def extract(
         raise RunFailed(f"no image of {source.name} could be read{reason}")
     read = np.concatenate([np.empty(0, np.int64), *kept])
     features = features[:filled]
-    broken = (~features.isfinite().all(1)).nonzero()[:, 0]
-    if len(broken):
-        raise RunFailed(
-            f"{len(broken)} of {filled} features of {source.name} are not finite, "
-            f"the first of {source.describe(int(read[broken[0]]))}"
-        )
+    _refuse_broken(features, source, read)
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels)[read])
     return Features(
         features=features,
@@ -226,6 +221,15 @@ def extract(
         data=source.name,
         transform=f"{transform.describe()}, {precision}",
     )
+
+
+def _refuse_broken(features: Tensor, source: Source, read: np.ndarray) -> None:
+    broken = (~features.isfinite().all(1)).nonzero()[:, 0]
+    if len(broken):
+        raise RunFailed(
+            f"{len(broken)} of {len(features)} features of {source.name} are not finite, "
+            f"the first of {source.describe(int(read[broken[0]]))}"
+        )
 
 
 def pixels(

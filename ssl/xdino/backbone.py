@@ -175,11 +175,14 @@ class Backbone(nn.Module):
             UsageError: the backbone has no patch tokens.
         """
         if not self.has_patch_tokens or self.patch_size is None:
-            raise UsageError(
-                f"a {self.kind} has no class attention and no patch tokens: "
-                "take an XCiT or a vision transformer"
-            )
+            raise self._without_patches()
         return self.patch_size
+
+    def _without_patches(self) -> UsageError:
+        return UsageError(
+            f"a {self.kind} has no class attention and no patch tokens: "
+            "take an XCiT or a vision transformer"
+        )
 
     def fitting(self, images: Tensor) -> Tensor:
         """`images` [B, C, H, W] without the pixels right and below that there is no patch for.
@@ -195,8 +198,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the backbone has no patches, or takes images of one size only.
         """
-        self.require_patches()
-        raise NotImplementedError
+        raise self._without_patches()
 
     def forward_intermediates(
         self, images: Tensor, indices: int | Sequence[int] = 1, norm: bool = True
@@ -211,8 +213,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the backbone has no patch tokens, or as `fitting`.
         """
-        self.require_patches()
-        raise NotImplementedError
+        raise self._without_patches()
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, C, H, W]` -> the class token `[B, D]` and the patch tokens `[B, h, w, D]`.
@@ -224,8 +225,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: no class token or no patch tokens in this backbone, or as `fitting`.
         """
-        self.require_patches()
-        raise NotImplementedError
+        raise self._without_patches()
 
     # --- attention ------------------------------------------------------------------------------
 
@@ -236,8 +236,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: there is none of this number, or no class attention at all.
         """
-        self.require_patches()
-        raise NotImplementedError
+        raise self._without_patches()
 
     def class_attention(self, images: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
         """Softmax weights of the class token on all tokens, `[B, H, P + N]`, of each layer.
@@ -248,8 +247,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: as `attention_layers`.
         """
-        self.require_patches()
-        raise NotImplementedError
+        raise self._without_patches()
 
     def channel_attention(self, images: Tensor) -> list[Tensor]:
         """XCA's matrices of each block, float32 `[B, H, d, d]`: equation 4's softmax(K^T Q / tau).

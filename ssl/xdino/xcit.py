@@ -560,7 +560,7 @@ class XCiT(Backbone):
         return found
 
 
-def arguments(name: str) -> dict[str, float]:
+def arguments(name: str) -> dict[str, Any]:
     """The constructor arguments behind a name such as "xcit_small_12_p16"."""
     if name not in NAMES:
         raise UsageError(f'no XCiT is called "{name}": {nearest(name, NAMES)}')
@@ -568,10 +568,10 @@ def arguments(name: str) -> dict[str, float]:
     return {"patch_size": int(patch), **vars(VARIANTS[size])}
 
 
-def build(name: str, **overrides: float) -> XCiT:
+def build(name: str, **overrides: Any) -> XCiT:
     """An XCiT by its published name, "xcit_small_12_p16"; any constructor argument overrides.
 
     Raises:
         ValueError: an unknown name, with the nearest known one.
     """
-    return XCiT(**{**arguments(name), **overrides})  # type: ignore[arg-type]
+    return XCiT(**{**arguments(name), **overrides})

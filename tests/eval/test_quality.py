@@ -18,8 +18,9 @@ from xdino.config import Crops
 from xdino.errors import RunFailed
 from xdino_eval import quality, results
 from xdino_eval.extraction import Options
-from xdino_eval.quality import alarms, feature_std, lidar, rankme
-from xdino_eval.quality.evaluate import view_features
+from xdino_eval.quality import feature_std, lidar, rankme
+from xdino_eval.quality.alarms import alarms
+from xdino_eval.quality.evaluation import view_features
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

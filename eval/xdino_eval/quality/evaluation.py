@@ -127,14 +127,14 @@ def evaluate(
     multi = global_views(crops, views, backbone.mean, backbone.std)
     several = view_features(backbone, source, multi, np.sort(chosen[:lidar_images]), options, seed)
     N, D = found.features.shape
-    told = dict(
-        zip(
-            MEASURES,
-            (rankme(found.features), lidar(several), feature_std(found.features)),
-            strict=True,
-        )
-    )
-    warned = alarms(**told, images=N, lidar_images=len(several), dim=D)
+    told = {
+        "rankme": rankme(found.features),
+        "lidar": lidar(several),
+        "feature_std": feature_std(found.features),
+    }
+    notes = alarms(**told, images=N, lidar_images=len(several), dim=D)
+    if found.skipped:
+        notes.append(f"{len(found.skipped)} images could not be read")
     return Row(
         protocol=PROTOCOL,
         settings={
@@ -154,10 +154,7 @@ def evaluate(
         train_size=N,
         val_size=0,
         seconds=round(time.perf_counter() - began, 3),
-        notes=[
-            *warned,
-            *([f"{len(found.skipped)} images could not be read"] if found.skipped else []),
-        ],
+        notes=notes,
         metrics={name: float(f"{value:.6g}") for name, value in told.items()},
     )
 
