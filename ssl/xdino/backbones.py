@@ -8,8 +8,6 @@ import timm
 from torch import nn
 
 from xdino import dino_vit, xcit
-from xdino.backbone import IMAGENET_MEAN as IMAGENET_MEAN
-from xdino.backbone import IMAGENET_STD as IMAGENET_STD
 from xdino.backbone import Backbone, Spec
 from xdino.backbone import statistics as statistics
 from xdino.errors import UsageError, nearest, reason
