@@ -1,4 +1,4 @@
-"""From a frozen network and a source of images to features [N, D], once, and kept if asked.
+"""From a frozen network and a source of images to features [N, D].
 
 Threads read and resize ahead of the network (PIL and the decoders let go of the interpreter
 lock), a bounded number of images at a time. No random number is drawn and the network comes back
@@ -8,26 +8,19 @@ Letters: N images, B images of a batch, D width of a feature, s side of a crop, 
 """
 
 import contextlib
-import hashlib
-import json
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xdino.data.decode import UnreadableImage
-from xdino.data.sources import Source, fingerprint
+from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino.runtime import transfer
-from xdino.runtime.atomic import written_beside
 from xdino_eval.transform import EvalTransform
 
 Progress = Callable[[int, int], None]
@@ -218,12 +211,7 @@ def extract(
         raise RunFailed(f"no image of {source.name} could be read{reason}")
     read = np.concatenate([np.empty(0, np.int64), *kept])
     features = features[:filled]
-    broken = (~features.isfinite().all(1)).nonzero()[:, 0]
-    if len(broken):
-        raise RunFailed(
-            f"{len(broken)} of {filled} features of {source.name} are not finite, "
-            f"the first of {source.describe(int(read[broken[0]]))}"
-        )
+    _refuse_broken(features, source, read)
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels)[read])
     return Features(
         features=features,
@@ -233,6 +221,15 @@ def extract(
         data=source.name,
         transform=f"{transform.describe()}, {precision}",
     )
+
+
+def _refuse_broken(features: Tensor, source: Source, read: np.ndarray) -> None:
+    broken = (~features.isfinite().all(1)).nonzero()[:, 0]
+    if len(broken):
+        raise RunFailed(
+            f"{len(broken)} of {len(features)} features of {source.name} are not finite, "
+            f"the first of {source.describe(int(read[broken[0]]))}"
+        )
 
 
 def pixels(
@@ -248,90 +245,6 @@ def pixels(
     """
     raw = EvalTransform(size, size, (0.0,) * source.channels, (1.0,) * source.channels)
     return extract(nn.Flatten(), source, raw, batch_size, workers=workers, indices=indices)
-
-
-def content_of(source: Source) -> str:
-    """What tells a source from every other, and from itself after a file of it was changed.
-
-    Its name, the images' names, labels and classes, and the sizes and times of the files: two folders
-    with the same names in them are two sources.
-    """
-    stamps = hashlib.sha256(source.stamps()).hexdigest()
-    return json.dumps([source.name, fingerprint(source), stamps, source.channels])
-
-
-def cache_key(
-    checkpoint: str, what: str, transform: EvalTransform, content: str, precision: str
-) -> str:
-    """32 hexadecimal digits that change with everything that changes the features.
-
-    Args:
-        checkpoint: hash of the weights. what: which network of the file, "teacher" as a rule.
-        content: of the source, see `content_of`.
-    """
-    told = json.dumps(["features 2", checkpoint, what, repr(transform), content, precision])
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
-
-
-def cached(folder: Path | str, key: str, compute: Callable[[], Features]) -> Features:
-    """The features kept under `key` in `folder`, else those of `compute()`, kept for next time.
-
-    A file that cannot be read is reported by a warning and written again; a folder that cannot be
-    written costs no more than a warning.
-    """
-    path = Path(folder) / f"{key}.safetensors"
-    if path.exists():
-        try:
-            return _load(path, key)
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            RecursionError,
-        ) as error:
-            warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
-    features = compute()
-    try:
-        _save(path, key, features)
-    except RunFailed as error:
-        warnings.warn(f"the features are not kept: {error}", stacklevel=2)
-    return features
-
-
-def _save(path: Path, key: str, features: Features) -> None:
-    tensors = {"features": features.features.contiguous(), "indices": features.indices}
-    if features.labels is not None:
-        tensors["labels"] = features.labels
-    told = {"skipped": features.skipped, "data": features.data, "transform": features.transform}
-    with written_beside(path) as beside:
-        save_file(tensors, beside, {"key": key, "told": json.dumps(told)})
-
-
-def _load(path: Path, key: str) -> Features:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("key") != key:
-            raise ValueError("it holds another key")
-        told = json.loads(metadata["told"])
-        names = file.keys()
-        features, indices = file.get_tensor("features"), file.get_tensor("indices")
-        labels = file.get_tensor("labels") if "labels" in names else None
-    if (
-        features.ndim != 2
-        or len(features) != len(indices)
-        or len(features) != len(indices if labels is None else labels)
-    ):
-        raise ValueError("features, indices and labels are of different lengths")
-    return Features(
-        features=features,
-        labels=labels,
-        indices=indices,
-        skipped=[(description, reason) for description, reason in told["skipped"]],
-        data=told["data"],
-        transform=told["transform"],
-    )
 
 
 def labels_of(features: Features) -> Tensor:

@@ -31,10 +31,10 @@ class Row:
     """One measurement and its protocol.
 
     `top1` and `top5` are in per cent, None for what is no classification; such a row has named
-    `metrics` instead ("mAP medium", "J mean"), in per cent too. `seconds` is the wall clock of the
-    evaluation (for cached features without their extraction), sizes count the images that could be
-    read. `checkpoint` is a SHA-256 or a name, `features` says which: "teacher, iteration 1234" or
-    "raw pixels".
+    `metrics` instead ("mAP medium", "J mean"), in per cent too, but for measures of quality, which
+    have no unit. `seconds` is the wall clock of the evaluation (for cached features without their
+    extraction), sizes count the images that could be read. `checkpoint` is a SHA-256 or a name,
+    `features` says which: "teacher, iteration 1234" or "raw pixels".
     """
 
     protocol: str
@@ -55,15 +55,6 @@ class Row:
 def signed(rows: Iterable[Row], checkpoint: str, features: str) -> list[Row]:
     """The rows with their origin filled in: which weights, and which features of them."""
     return [replace(row, checkpoint=checkpoint, features=features) for row in rows]
-
-
-def features_name(weights: dict[str, Any]) -> str:
-    """ "teacher, iteration 1234"; of other files the name, and the role where it is the student's."""
-    role = weights.get("role", "teacher")
-    if "iteration" in weights:
-        return f"{role}, iteration {weights['iteration']}"
-    name = Path(weights["path"]).name
-    return f"{name}, student" if role == "student" else name
 
 
 def load(path: Path | str) -> list[Row]:

@@ -9,27 +9,14 @@ Letters: B images, H x W pixels, C channels, s the side of the crop.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from xdino.backbone import Backbone
 from xdino.runtime import transfer
-
-
-class Judged(Protocol):
-    """What a backbone says about the images it expects."""
-
-    @property
-    def input_size(self) -> int: ...
-    @property
-    def resize(self) -> int: ...
-    @property
-    def mean(self) -> tuple[float, ...]: ...
-    @property
-    def std(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class EvalTransform:
     @classmethod
     def of(
         cls,
-        backbone: Judged,
+        backbone: Backbone,
         size: int | None = None,
         resize: int | None = None,
         mean: tuple[float, ...] | None = None,
@@ -66,15 +53,14 @@ class EvalTransform:
 
         A `size` without a `resize` keeps the backbone's ratio of the two (256 / 224 as a rule).
         """
+        own = backbone.preprocessing
         if resize is None:
-            resize = backbone.resize
-            if size is not None:
-                resize = round(size * backbone.resize / backbone.input_size)
+            resize = own.resize if size is None else round(size * own.resize / own.input_size)
         return cls(
-            size=backbone.input_size if size is None else size,
+            size=own.input_size if size is None else size,
             resize=resize,
-            mean=tuple(backbone.mean if mean is None else mean),
-            std=tuple(backbone.std if std is None else std),
+            mean=tuple(own.mean if mean is None else mean),
+            std=tuple(own.std if std is None else std),
         )
 
     def array(self, image: np.ndarray) -> np.ndarray:

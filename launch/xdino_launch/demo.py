@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.table import Table
-from torch import nn
 
 from xdino import checkpoint, config, data, metrics
+from xdino.backbone import Backbone
 from xdino.errors import world
 from xdino.run_directory import INITIAL_FILE
 from xdino_eval import attention, knn, results, sheets
@@ -25,7 +25,6 @@ from xdino_eval.results import Row
 from xdino_eval.sheets import Tile
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import stderr_console, stdout_console
-from xdino_launch.evaluation.subject import features_name
 from xdino_launch.local import run_pretraining
 
 NEIGHBOURS = 20  # the k that DINO reports for ImageNet (section 4.1)
@@ -53,8 +52,8 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
     rows: list[Row] = []
     for what, sha, (bank, queries) in (
         ("raw pixels", "none", _pixels(train, val)),
-        ("untrained network", _sha(untrained), _features(untrained, train, val)),
-        (features_name(pretrained.weights), _sha(pretrained), _features(pretrained, train, val)),  # type: ignore[arg-type]
+        ("untrained network", untrained.origin.sha256, _features(untrained, train, val)),
+        (pretrained.origin.name, pretrained.origin.sha256, _features(pretrained, train, val)),
     ):
         scored = [
             *knn.evaluate(bank, queries, [NEIGHBOURS]),
@@ -69,23 +68,19 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
     return rows
 
 
-def _sha(backbone: nn.Module) -> str:
-    return backbone.weights["sha256"]  # type: ignore[index, return-value]
-
-
 def _pixels(train: data.Source, val: data.Source) -> tuple[Features, Features]:
     size = train.read(0).shape[0]
     return pixels(train, size), pixels(val, size)
 
 
 def _features(
-    backbone: nn.Module, train: data.Source, val: data.Source
+    backbone: Backbone, train: data.Source, val: data.Source
 ) -> tuple[Features, Features]:
-    transform = EvalTransform.of(backbone)  # type: ignore[arg-type]
+    transform = EvalTransform.of(backbone)
     return extract(backbone, train, transform), extract(backbone, val, transform)
 
 
-def _draw(backbone: nn.Module, val: data.Source, out: Path) -> Path:
+def _draw(backbone: Backbone, val: data.Source, out: Path) -> Path:
     """Attention on one held-out image of each class, and one sheet of all of them."""
     labels = np.asarray(val.labels)
     pages: list[Tile | None] = []

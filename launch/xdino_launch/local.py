@@ -1,6 +1,7 @@
 """Pretraining in this process, alone or as one of those that a launcher started."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from xdino import checkpoint, data
@@ -16,9 +17,13 @@ from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.stopping import StopSignal
 from xdino.values import shown
-from xdino_eval import results
-from xdino_eval.during_training import AT_END, knn_callback, linear_at_end
+from xdino_eval import evaluators, results
+from xdino_eval.during_training import callback, numbers
+from xdino_eval.evaluators import EVALUATORS, LABEL_FREE, Quality
+from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
+
+AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
 
 def run_pretraining(
@@ -38,7 +43,7 @@ def run_pretraining(
                 stack.callback(distributed.stop)
         listener = stack.enter_context(ConsoleListener())
         with stop.abandoning("while it was planned"), distributed.heard():
-            splits = distributed.together(lambda: labelled_splits(config))
+            splits = distributed.together(lambda: evaluated_splits(config))
         evaluator = evaluator_of(config, splits)
         path = pretrain(config, run_dir, evaluator, listener, command, stop)
         if config.evaluate.linear and splits and distributed.rank() == 0:
@@ -47,24 +52,32 @@ def run_pretraining(
         return path
 
 
-def labelled_splits(config: Config) -> tuple[Source, Source] | None:
+def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
     """The splits of `evaluate.data`, or none where no evaluation is asked for.
+
+    Where nothing that is asked for needs labels, both are the images of training.
 
     Raises:
         UsageError: the data has no labelled train/ and val/.
     """
-    if not config.evaluate.every and not config.evaluate.linear:
+    evaluate, channels, largest = config.evaluate, config.model.in_chans, config.data.max_pixels
+    needy = (
+        [name for name in evaluate.protocols if name not in LABEL_FREE] if evaluate.every else []
+    )
+    if not evaluate.every and not evaluate.linear:
         return None
-    path = config.evaluate.data or config.data.path
+    path = evaluate.data or config.data.path
     try:
         with asked(f"cannot open {shown(path)}"):
-            return data.open_splits(path, config.model.in_chans, config.data.max_pixels)
+            if needy or evaluate.linear:
+                return data.open_splits(path, channels, largest)
+            source = data.open_source(path, "train", channels, max_pixels=largest)
+            return source, source
     except UsageError as error:
-        asks, off = (
-            ("evaluate.every asks for k-NN during training", "--evaluate.every 0")
-            if config.evaluate.every
-            else ("evaluate.linear asks for a probe at the end", "--evaluate.linear null")
-        )
+        asks, off = "evaluate.linear asks for a probe at the end", "--evaluate.linear null"
+        if needy:
+            asks = f"evaluate.every asks for {', '.join(needy)} during training"
+            asks, off = asks.replace("knn", "k-NN"), "--evaluate.every 0"
         raise UsageError(
             f"{asks}, which needs labels: {error}. "
             f"Name labelled data with --evaluate.data, or set {off}"
@@ -72,10 +85,12 @@ def labelled_splits(config: Config) -> tuple[Source, Source] | None:
 
 
 def evaluator_of(config: Config, splits: tuple[Source, Source] | None) -> Evaluator | None:
-    """k-NN for the trainer, or none where `evaluate.every` is 0."""
+    """What judges for the trainer, or none where `evaluate.every` is 0."""
     if not config.evaluate.every or splits is None:
         return None
-    return knn_callback(*splits, limit=config.evaluate.limit)
+    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": Quality(config.crops)}
+    chosen = {str(name): known[name] for name in config.evaluate.protocols}
+    return callback(chosen, *splits, Options(limit=config.evaluate.limit))
 
 
 def judge_at_end(
@@ -88,19 +103,17 @@ def judge_at_end(
     """
     try:
         backbone = checkpoint.load_backbone(run)
-        facts: dict = backbone.weights  # type: ignore[assignment]
-        file = run / "results.json"
-        mine = [r for r in results.load(file) if r.checkpoint == facts["sha256"]]
+        file, limit = run / "results.json", config.evaluate.limit
+        mine = [r for r in results.load(file) if r.checkpoint == backbone.origin.sha256]
         row = next((r for r in mine if AT_END in r.settings), None)
         if row is None:
             listener.notice("scoring the frozen features by a linear probe ...")
             backbone.to(resolve_device(config.runtime.device))
-            limit = config.evaluate.limit
-            found = linear_at_end(backbone, *splits, str(config.evaluate.linear), limit)
-            name = f"teacher, iteration {facts['iteration']}"
-            (row,) = results.signed([found], facts["sha256"], name)
+            probe = EVALUATORS[str(config.evaluate.linear)]
+            (found,) = probe(backbone, *splits, Options(limit=limit))
+            row = replace(found, settings={**found.settings, AT_END: limit})
             results.append(file, [row])
-        _log(config, run, facts["iteration"], row, listener)
+        _log(config, run, backbone.origin.facts["iteration"], row, listener)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         listener.notice(
             f"the linear probe at the end failed: {error}. The run is whole; "
@@ -111,17 +124,16 @@ def judge_at_end(
 def _log(config: Config, run: Path, iteration: int, row: results.Row, listener: Listener) -> None:
     """The row's numbers in metrics.jsonl and on the run's wandb page, once."""
     epoch = 0
-    for told in RunDirectory(run).rows():
-        if "linear_top1" in told and told["iteration"] == iteration:
+    for logged in RunDirectory(run).rows():
+        if "linear_top1" in logged and logged["iteration"] == iteration:
             return
-        epoch = told.get("epoch", epoch)
-    scores = {"linear_top1": row.top1, "linear_top5": row.top5}
-    numbers = {"iteration": iteration, "epoch": epoch, **scores}
+        epoch = logged.get("epoch", epoch)
+    told = {"iteration": iteration, "epoch": epoch, **numbers("linear", [row])}
     runtime = config.runtime
     tree = configuration.to_tree(config)
     log = MetricsLog(run, iteration, runtime.wandb, runtime.wandb_project, tree)
     try:
-        log.write(numbers)
+        log.write(told)
     finally:
         log.close()
-    listener.step(numbers)
+    listener.step(told)

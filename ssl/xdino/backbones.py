@@ -1,62 +1,28 @@
-"""Backbones by name: XCiT by default, anything that timm can build besides.
-
-A backbone maps images `[B, C, H, W]` to one vector `[B, D]` and says `embed_dim`. `BackboneSpec` is
-all that is needed to build it again, and travels with its weights.
-"""
+"""Backbones by name: XCiT by default, DINO's ViTs, anything that timm can build besides."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import timm
 from torch import nn
 
 from xdino import dino_vit, xcit
+from xdino.backbone import Backbone, Spec
+from xdino.backbone import statistics as statistics
 from xdino.errors import UsageError, nearest, reason
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# One channel: the luma-weighted sum of ImageNet's means, the average of its standard deviations.
-LUMA_MEAN, LUMA_STD = (0.459,), (0.226,)
-
-
-def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """ImageNet's mean and standard deviation for a number of channels (values in 0..1)."""
-    if channels == 3:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return LUMA_MEAN * channels, LUMA_STD * channels
+from xdino.timm_backbone import TimmBackbone
 
 
 @dataclass(frozen=True)
-class BackboneSpec:
-    """What a backbone is and how its images are prepared for evaluation.
+class BackboneSpec(Spec):
+    """A `Spec` that builds its network."""
 
-    Args:
-        arch: "xcit_small_12_p16" and the like, "vit_small_patch16_224.dino" and the like (DINO's
-            ViTs, see `dino_vit`), or a timm name.
-        shape: arguments of XCiT that differ from what the name says.
-        input_size, resize: evaluation crop and the shorter side before it, in pixels.
-        mean, std: one entry a channel, for images in 0..1.
-    """
-
-    arch: str
-    in_chans: int = 3
-    shape: dict[str, Any] = field(default_factory=dict)
-    input_size: int = 224
-    resize: int = 256
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.in_chans:
-                raise UsageError(
-                    f"{name} needs one value a channel: {self.in_chans}, got {getattr(self, name)}"
-                )
-
-    def build(self, drop_path: float = 0.0) -> nn.Module:
-        """The network with its ordinary initialisation, carrying `input_size`, `mean` and the rest."""
+    def build(self, drop_path: float = 0.0) -> Backbone:
+        """The network with its ordinary initialisation."""
+        backbone: Backbone
         if self.arch.startswith("xcit_"):
-            model: nn.Module = xcit.build(
+            backbone = xcit.build(
                 self.arch, in_chans=self.in_chans, drop_path_rate=drop_path, **self.shape
             )
         elif not (dino_vit.is_name(self.arch) or timm.is_model(self.arch)):
@@ -67,30 +33,18 @@ class BackboneSpec:
                 f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
             )
         elif dino_vit.is_name(self.arch):
-            model = dino_vit.build(self.arch, self.in_chans, drop_path)
+            backbone = TimmBackbone(dino_vit.build(self.arch, self.in_chans, drop_path))
         else:
-            model = _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
-        for name in ("in_chans", "input_size", "resize", "mean", "std"):
-            setattr(model, name, getattr(self, name))
-        return model
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> "BackboneSpec":
-        return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
+            backbone = TimmBackbone(
+                _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
+            )
+        backbone.spec = self
+        return backbone
 
 
-def compile_backbone(backbone: nn.Module) -> None:
-    """torch.compile in place: parameters keep their names, and work begins with the first batch.
-
-    An XCiT is compiled part by part, so that its blocks share one compilation a crop size.
-    """
-    parts: list[nn.Module] = [backbone]
-    if isinstance(backbone, xcit.XCiT):
-        parts = [backbone.patch_embed, *backbone.blocks, *backbone.cls_attn_blocks]
-    for part in parts:
+def compile_backbone(backbone: Backbone) -> None:
+    """torch.compile in place: parameters keep their names, and work begins with the first batch."""
+    for part in backbone.parts_to_compile():
         part.compile(dynamic=False)
 
 
@@ -133,7 +87,7 @@ def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> 
     )
     for extra in attempts:
         try:
-            model = timm.create_model(arch, **common, **extra)
+            return timm.create_model(arch, **common, **extra)
         except TypeError:
             continue
         except (RuntimeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:
@@ -141,7 +95,4 @@ def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> 
                 f"timm cannot build {arch} with {in_chans} channels for {input_size} pixels: "
                 f"{reason(error)}"
             ) from error
-        # Some networks widen their features on the way to the head that is left out here.
-        model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
-        return model
     raise UsageError(f"timm cannot build {arch} with {in_chans} channels")

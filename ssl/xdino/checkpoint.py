@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from xdino import dino_vit, weight_names, xcit
+from xdino.backbone import Backbone, Origin, Spec
 from xdino.backbones import BackboneSpec, of_timm, statistics
 from xdino.errors import RunFailed, UsageError, asked, nearest, reason, world
 from xdino.runtime.atomic import written_beside
@@ -171,7 +172,7 @@ class WeightsFile:
     facts: dict[str, Any]  # iteration, role and so on, where known
 
 
-def save_backbone(path: Path, model: nn.Module, spec: BackboneSpec, **facts: Any) -> None:
+def save_backbone(path: Path, model: nn.Module, spec: Spec, **facts: Any) -> None:
     """Write a backbone to safetensors. Equal weights and facts give equal bytes."""
     save_tensors(path, model.state_dict(), spec, facts)
 
@@ -179,7 +180,7 @@ def save_backbone(path: Path, model: nn.Module, spec: BackboneSpec, **facts: Any
 def save_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    spec: BackboneSpec,
+    spec: Spec,
     facts: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -569,7 +570,7 @@ def _finite(value: Tensor) -> bool:
     return bool((value.float() if small else value).isfinite().all())
 
 
-def build_for(file: WeightsFile, spec: BackboneSpec) -> nn.Module:
+def build_for(file: WeightsFile, spec: BackboneSpec) -> Backbone:
     """A network for the tensors of a file, made without memory first to see that they fit.
 
     Raises:
@@ -596,7 +597,7 @@ def build_for(file: WeightsFile, spec: BackboneSpec) -> nn.Module:
 
 def load_backbone(
     path: str | Path, arch: str | BackboneSpec | None = None, role: str = "teacher"
-) -> nn.Module:
+) -> Backbone:
     """The frozen backbone of a run directory, a file of ours, or a published or timm file.
 
     Args:
@@ -610,7 +611,7 @@ def load_backbone(
 
     Returns:
         The network in eval mode on the CPU, images `[B, in_chans, H, W]` -> `[B, embed_dim]`, with
-        `input_size`, `resize`, `mean`, `std`, `in_chans`, and `weights` (path, sha256, facts).
+        its `preprocessing` and its `origin`.
 
     Raises:
         ValueError: nothing there, no known architecture, tensors that do not fit.
@@ -620,10 +621,5 @@ def load_backbone(
     spec = arch if isinstance(arch, BackboneSpec) else spec_of(file, arch)
     model = build_for(file, spec)
     load_into(model, file, spec.arch)
-    model.spec = spec  # type: ignore[assignment]
-    model.weights = {  # type: ignore[assignment]
-        **file.facts,
-        "path": str(file.path),
-        "sha256": sha256(file.path),
-    }
+    model.origin = Origin(file.path, sha256(file.path), file.facts)
     return model.eval().requires_grad_(False)

@@ -13,11 +13,14 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from xdino.errors import UsageError, reason
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # What networks raise over shapes that they do not take; timm's assert, multiply and divide.
 _REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, ArithmeticError)
@@ -35,7 +38,7 @@ class Trial:
     builds: bool = False  # the network is made for this size
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def on_meta(build: Callable[[], Network]) -> Network:
     """What `build` makes, without its memory; what cannot be made so, for real.
 
     Raises:
@@ -116,8 +119,7 @@ def check_sizes(
 
 
 def _patch(network: nn.Module) -> int | None:
-    size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    size = size[0] if isinstance(size, tuple | list) and size else size
+    size = getattr(network, "patch_size", None)
     return size if isinstance(size, int) and size > 0 else None
 
 

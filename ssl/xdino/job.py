@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
+from xdino.backbone import Backbone
 from xdino.config import Config
 from xdino.data import BadImage
 from xdino.stepping import StepResult
 
-#: A network that learns -> its scores, for metrics.jsonl; leaves the network as it was.
-Evaluator = Callable[[nn.Module], dict[str, float]]
+#: The backbone of what learns -> its scores, for metrics.jsonl; leaves the network as it was.
+Evaluator = Callable[[Backbone], dict[str, float]]
 
 
 class Job(Protocol):
@@ -112,7 +112,7 @@ class Job(Protocol):
     # --- what is kept ---
 
     @property
-    def judged(self) -> nn.Module:
+    def judged(self) -> Backbone:
         """What evaluators are given."""
 
     def state_dict(self, iteration: int) -> dict[str, Any]:

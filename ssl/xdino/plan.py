@@ -16,6 +16,7 @@ from torch import nn
 
 from xdino import acceleration, augment, checkpoint, data, feasibility, schedules
 from xdino import config as configuration
+from xdino.backbone import Backbone
 from xdino.backbones import BackboneSpec, compile_backbone, of_timm, statistics
 from xdino.config import Config, Crops, Head
 from xdino.errors import UsageError, asked
@@ -235,7 +236,7 @@ def _prove(plan: Plan, world_size: int) -> int:
     """
     config, spec = plan.config, plan.spec
     backbone = feasibility.on_meta(lambda: spec.build(drop_path=config.model.drop_path))
-    head = feasibility.on_meta(lambda: build_head(config.head, backbone.embed_dim))  # type: ignore[arg-type]
+    head = feasibility.on_meta(lambda: build_head(config.head, backbone.embed_dim))
     student = nn.ModuleList([backbone, head])
     state = feasibility.state_bytes(student, config.optim.name)
     feasibility.check_memory(
@@ -281,10 +282,10 @@ def check_disk(plan: Plan, run_dir: str | Path) -> None:
     feasibility.check_disk(Path(run_dir), 2 * plan.state_bytes)
 
 
-def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
+def checkpoint_activations(backbone: Backbone, arch: str) -> None:
     """Raises UsageError for a backbone that cannot."""
     try:
-        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
         raise UsageError(
             f"runtime.activation_checkpointing: {arch} cannot compute its activations again; "
@@ -318,7 +319,7 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         checkpoint.load_into(backbone, weights, plan.spec.arch)
     if config.runtime.activation_checkpointing:
         checkpoint_activations(backbone, plan.spec.arch)
-    head = build_head(config.head, backbone.embed_dim)  # type: ignore[arg-type]
+    head = build_head(config.head, backbone.embed_dim)
     student = MultiCropNetwork(backbone, head)
     teacher = make_teacher(student, plan.spec.build())
     loss = DINOLoss(config.head.prototypes, config.loss.student_temp, config.loss.centre_momentum)

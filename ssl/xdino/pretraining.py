@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xdino import checkpoint, metrics, train
 from xdino.augment import MultiCrop
 from xdino.augment.photometric import photometric
+from xdino.backbone import Backbone
 from xdino.config import Config
 from xdino.data import BadImage, CropBatch, CropLoader, fingerprint
 from xdino.errors import RunFailed, UsageError, reason
@@ -251,7 +252,7 @@ class Pretraining:
     # --- what is kept ---
 
     @property
-    def judged(self) -> nn.Module:
+    def judged(self) -> Backbone:
         return self.learner.teacher.backbone
 
     def state_dict(self, iteration: int) -> dict[str, Any]:

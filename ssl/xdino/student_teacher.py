@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from xdino.backbone import Backbone
 from xdino.head import DINOHead
 
 
@@ -19,9 +20,10 @@ class MultiCropNetwork(nn.Module):
     would be another method.
     """
 
+    backbone: Backbone
     head: DINOHead
 
-    def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -37,7 +39,7 @@ class MultiCropNetwork(nn.Module):
         return out.view(-1, B, out.shape[-1])
 
 
-def make_teacher(student: MultiCropNetwork, backbone: nn.Module) -> MultiCropNetwork:
+def make_teacher(student: MultiCropNetwork, backbone: Backbone) -> MultiCropNetwork:
     """A copy of the student around `backbone` (the same network without drop path), never trained.
 
     It stays in training mode: its BatchNorms normalise by their own batch, and their running

@@ -14,7 +14,7 @@ Letters: B images, N patch tokens, D width, H heads, d = D / H channels a head, 
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from xdino import kernels
+from xdino.backbone import Backbone, Intermediate, chosen_layers
 from xdino.errors import UsageError, nearest
 
 LAYER_NORM_EPS = 1e-6
@@ -184,6 +185,15 @@ class XCA(nn.Module):
             logits = (q.transpose(-2, -1) @ k) * scale
         x = v @ logits.softmax(dim=-1).transpose(-2, -1)  # [B, H, N, d]
         return x.transpose(1, 2).reshape(B, N, D)
+
+    def mixing(self, x: Tensor) -> Tensor:
+        """Equation 4's matrices for tokens `[B, N, D]`, float32 `[B, H, d, d]`."""
+        B, N, D = x.shape
+        H = self.num_heads
+        qkv = self.qkv(x).float().view(B, N, 3, H, D // H)
+        q, k, _ = qkv.permute(2, 0, 3, 4, 1)  # each [B, H, d, N]
+        q, k = F.normalize(q, dim=-1, eps=NORM_EPS), F.normalize(k, dim=-1, eps=NORM_EPS)
+        return (q @ k.transpose(-2, -1) * self.temperature).softmax(dim=-1)
 
     def folds(self, x: Tensor) -> bool:
         """Whether `folded` is the shorter way for tokens `[B, N, D]`: many of them, no gradient."""
@@ -394,7 +404,11 @@ class ClassAttentionBlock(nn.Module):
         return torch.cat((token, 2 * patches), dim=1), attention
 
 
-class XCiT(nn.Module):
+def _keep_mixing(block: Any, found: list[Tensor], _: nn.Module, __: Any, out: Tensor) -> None:
+    found.append(block.attn.mixing(out))
+
+
+class XCiT(Backbone):
     """The backbone: images of any size `[B, in_chans, H, W]` -> normalised class token `[B, D]`.
 
     Args:
@@ -403,6 +417,10 @@ class XCiT(nn.Module):
         tokens_norm: whether class attention's second norm covers the patch tokens.
         drop_path_rate: the same in every XCA block, none in class attention, as published.
     """
+
+    patch_size: int
+    num_prefix_tokens = 1  # in class attention
+    has_patch_tokens = True
 
     def __init__(
         self,
@@ -417,7 +435,6 @@ class XCiT(nn.Module):
         mlp_ratio: float = 4.0,
         class_attention_layers: int = 2,
     ) -> None:
-        super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise UsageError(
                 f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
@@ -426,9 +443,10 @@ class XCiT(nn.Module):
             raise UsageError(f"depth and in_chans must be at least 1, got {depth} and {in_chans}")
         if not 0.0 <= drop_path_rate < 1.0:
             raise UsageError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        super().__init__(in_chans)
         self.embed_dim = embed_dim
         self.patch_size = patch_size
-        self.in_chans = in_chans
+        self.patch_start = 0.5 - patch_size / 2  # a patch is centred on pixel i * patch_size
         self.fused = (
             False  # whether training takes xdino.kernels (acceleration.use_kernels sets it)
         )
@@ -451,7 +469,7 @@ class XCiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep the blocks' inputs only (timm's name for it)."""
+        """Trade time for memory in training: keep the blocks' inputs only."""
         self.grad_checkpointing = enable
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -465,19 +483,27 @@ class XCiT(nn.Module):
         """Patch tokens before class attention `[B, N, D]` (those for dense tasks), and the grid."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
-        thrifty = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        if self.fused and self.training and not thrifty and kernels.takes(images):
+        if self.fused and self.training and not self._recomputes() and kernels.takes(images):
             from xdino.kernels import blocks  # imports triton, which not every machine has
 
             return blocks.patch_tokens(self, images, NORM_EPS)
-        run = recomputed if thrifty else _run
+        for x, h, w in self._after_each_block(images):  # noqa: B007
+            pass
+        return x, h, w
+
+    def _recomputes(self) -> bool:
+        return self.grad_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _after_each_block(self, images: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """Patch tokens `[B, N, D]` and the grid, after one block and the next."""
+        run = recomputed if self._recomputes() else _run
         x, h, w = run(self.patch_embed, images)
         # Under autocast both are half; the tokens' sum stays in the weights' own precision.
         x = x + self.pos_embeder(h, w)
         x = x.to(torch.promote_types(x.dtype, self.cls_token.dtype))
         for block in self.blocks:
             x = run(block, x, h, w)
-        return x, h, w
+            yield x, h, w
 
     def gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Patch tokens `[B, N, D]` -> class token `[B, D]`, weights of each class-attention layer."""
@@ -492,13 +518,49 @@ class XCiT(nn.Module):
         """`[B, C, H, W]` -> the class token after the final norm, `[B, D]`."""
         return self.gather(self.patch_tokens(images)[0])[0]
 
+    def parts_to_compile(self) -> list[nn.Module]:
+        """Part by part, so that the blocks share one compilation a crop size."""
+        return [self.patch_embed, *self.blocks, *self.cls_attn_blocks]
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        patches, h, w = self.patch_tokens(images)
+        return self.gather(patches)[0], patches.unflatten(1, (h, w))
+
+    def forward_intermediates(
+        self, images: Tensor, indices: int | Sequence[int] = 1, norm: bool = True
+    ) -> list[Intermediate]:
+        depth = len(self.blocks)
+        chosen = range(depth)[-indices:] if isinstance(indices, int) else indices
+        wanted = [range(depth)[i] for i in chosen]
+        kept: dict[int, Tensor] = {}
+        for i, (x, h, w) in enumerate(self._after_each_block(images)):
+            if i in wanted:
+                kept[i] = x.transpose(1, 2).unflatten(2, (h, w))
+        return [(kept[i], kept[i].new_empty(len(images), 0, self.embed_dim)) for i in wanted]
+
+    def attention_layers(self, layers: Sequence[int] | None = None) -> list[int]:
+        count = len(self.cls_attn_blocks)
+        return chosen_layers(layers, count, "class-attention layer") or [*range(1, count + 1)]
+
     @torch.no_grad()
-    def class_attention(self, images: Tensor) -> list[Tensor]:
-        """Softmax weights of each class-attention layer, `[B, H, 1 + N]`, entry 0 the class token."""
-        return self.gather(self.patch_tokens(images)[0])[1]
+    def class_attention(self, images: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
+        numbers = self.attention_layers(layers)
+        maps = self.gather(self.patch_tokens(images)[0])[1]
+        return [maps[i - 1] for i in numbers]
+
+    @torch.no_grad()
+    def channel_attention(self, images: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                # What the norm before it gives is what XCA reads, whichever way it computes.
+                hook = functools.partial(_keep_mixing, block, found)
+                stack.callback(block.get_submodule("norm1").register_forward_hook(hook).remove)
+            self.patch_tokens(images)
+        return found
 
 
-def arguments(name: str) -> dict[str, float]:
+def arguments(name: str) -> dict[str, Any]:
     """The constructor arguments behind a name such as "xcit_small_12_p16"."""
     if name not in NAMES:
         raise UsageError(f'no XCiT is called "{name}": {nearest(name, NAMES)}')
@@ -506,10 +568,10 @@ def arguments(name: str) -> dict[str, float]:
     return {"patch_size": int(patch), **vars(VARIANTS[size])}
 
 
-def build(name: str, **overrides: float) -> XCiT:
+def build(name: str, **overrides: Any) -> XCiT:
     """An XCiT by its published name, "xcit_small_12_p16"; any constructor argument overrides.
 
     Raises:
         ValueError: an unknown name, with the nearest known one.
     """
-    return XCiT(**{**arguments(name), **overrides})  # type: ignore[arg-type]
+    return XCiT(**{**arguments(name), **overrides})

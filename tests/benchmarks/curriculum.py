@@ -27,14 +27,16 @@ from typing import Any
 import click
 import torch
 from rich.table import Table
-from torch import nn
 
 from xdino import config, data
+from xdino.backbone import Backbone
 from xdino.job import Listener
 from xdino.pretraining import pretrain
 from xdino.run_directory import commit
 from xdino.runtime.atomic import written_beside
-from xdino_eval.during_training import knn_callback
+from xdino_eval.during_training import callback
+from xdino_eval.evaluators import KNN
+from xdino_eval.extraction import Options
 from xdino_launch.bench.timing import machine
 from xdino_launch.console import stderr_console, stdout_console
 
@@ -50,7 +52,8 @@ class Arm(Listener):
         self.pipe = pipe
         self.config = config.load(recipe, overrides)
         sources = data.open_splits(self.config.data.path, channels=self.config.model.in_chans)
-        self.knn = knn_callback(*sources, (NEIGHBOURS,), TEMPERATURE, limit=limit, workers=1)
+        options = Options(limit=limit, workers=1)
+        self.knn = callback({"knn": KNN((NEIGHBOURS,), TEMPERATURE)}, *sources, options)
         self.seconds, self.began, self.last = 0.0, 0.0, 0
 
     def started(self, facts: dict[str, Any]) -> None:
@@ -58,7 +61,7 @@ class Arm(Listener):
         self.pipe.send({"iterations": facts["iterations"], "images": facts["images"]})
         self.wait()
 
-    def evaluate(self, backbone: nn.Module) -> dict[str, float]:
+    def evaluate(self, backbone: Backbone) -> dict[str, float]:
         self.seconds += time.perf_counter() - self.began
         self.last += self.config.evaluate.every
         scores = self.knn(backbone)

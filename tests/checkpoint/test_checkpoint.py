@@ -64,8 +64,8 @@ def test_our_own_file(nano, images, tmp_path):
     assert torch.equal(loaded(images), nano(images))
     assert (loaded.input_size, loaded.resize, loaded.training) == (96, 110, False)
     assert loaded.mean == (0.485, 0.456, 0.406)
-    assert loaded.weights["iteration"] == 7
-    assert loaded.weights["sha256"] == checkpoint.sha256(path)
+    assert loaded.origin.facts["iteration"] == 7
+    assert loaded.origin.sha256 == checkpoint.sha256(path)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert [p.name for p in tmp_path.glob(".*")] == [], "nothing half-written stays"
 
@@ -144,8 +144,8 @@ def test_a_vit_of_the_published_trainer(tiny_vit, tmp_path):
         loaded = load_backbone(path, arch)
         assert loaded.spec.arch == "vit_tiny_patch16_224.dino"
         assert torch.equal(loaded(images), tiny_vit(images))
-    assert loaded.weights["data"] == "/data/imagenet"
-    assert loaded.weights["epoch"] == 100
+    assert loaded.origin.facts["data"] == "/data/imagenet"
+    assert loaded.origin.facts["epoch"] == 100
 
 
 def test_a_vit_that_says_nothing_is_asked_for_by_name(tiny_vit, tmp_path):
@@ -402,7 +402,7 @@ def test_a_state_that_lacks_something(small, tmp_path):
     }
     path = tmp_path / "last.pt"
     torch.save(whole, path)
-    assert load_backbone(path, role="student").weights["iteration"] == 3
+    assert load_backbone(path, role="student").origin.facts["iteration"] == 3
     for state in (
         _without(whole, "spec"),
         _without(whole, "iteration"),

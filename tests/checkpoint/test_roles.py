@@ -51,7 +51,7 @@ def test_a_run_directory_and_its_state_have_both(run, role):
     for weights in (path, path / checkpoint.STATE_FILE):
         loaded = load_backbone(weights, role=role)
         assert equal(loaded, two[role])
-        assert (loaded.weights["role"], loaded.weights["iteration"]) == (role, 7)
+        assert (loaded.origin.role, loaded.origin.facts["iteration"]) == (role, 7)
         assert loaded.input_size == 24
 
 
@@ -134,7 +134,7 @@ def test_trainers_of_others(layout, as_safetensors, tmp_path):
     for role in prefixes:
         loaded = load_backbone(path, ARCH, role)
         assert equal(loaded, two[role])
-        assert loaded.weights["role"] == role
+        assert loaded.origin.facts["role"] == role
 
 
 def test_several_networks_without_a_role_are_named(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from xdino.backbone import Backbone, Spec
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
 
@@ -33,14 +34,17 @@ class Images(Source):
         yield self.name.encode()
 
 
-class Frozen(nn.Module):
+SPEC = Spec("frozen", 3, {}, 24, 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+class Frozen(Backbone):
     """A convolution with BatchNorm and a linear layer: [B, 3, s, s] -> [B, 8]."""
 
-    input_size, resize, in_chans, embed_dim = 24, 28, 3, 8
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    embed_dim = 8
 
     def __init__(self) -> None:
         super().__init__()
+        self.spec = SPEC
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 5, 3), nn.BatchNorm2d(6), nn.GELU())
         self.drop = nn.Dropout(0.5)
         self.out = nn.Linear(6, 8)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_sample_image
 
+from xdino.backbone import Spec
 from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
-from xdino_eval import attending
-from xdino_eval.attending import Lattice
+from xdino.timm_backbone import TimmBackbone
 from xdino_eval.attention.maps import (
     class_attention_maps,
     mask,
@@ -19,6 +19,7 @@ from xdino_eval.attention.maps import (
     network_input,
     patch_of_pixel,
 )
+from xdino_eval.backbone_tokens import Lattice, lattice
 from xdino_eval.features import evaluating
 
 SHAPE = {"embed_dim": 32, "depth": 1, "num_heads": 4}
@@ -56,10 +57,9 @@ def test_other_backbones_are_refused(frozen):
     with pytest.raises(UsageError, match="a ResNet has no class attention and no patch tokens"):
         class_attention_maps(resnet, np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(UsageError, match="cross-covariance attention is an XCiT's, and a ResNet"):
-        attending.channel_attention(resnet, torch.zeros(1, 3, 64, 64))
-    pooled = timm.create_model("vit_base_patch16_gap_224", num_classes=0, embed_dim=32, depth=1,
-                               num_heads=2, dynamic_img_size=True)  # fmt: skip
-    judged(pooled)
+        resnet.channel_attention(torch.zeros(1, 3, 64, 64))
+    pooled = judged(timm.create_model("vit_base_patch16_gap_224", num_classes=0, embed_dim=32,
+                                      depth=1, num_heads=2, dynamic_img_size=True))  # fmt: skip
     with pytest.raises(UsageError, match="without a class token"):
         class_attention_maps(pooled, np.zeros((64, 64, 3), np.uint8))
 
@@ -91,12 +91,11 @@ def test_a_layer_alone_is_that_layer(xcit):
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0, "dynamic_img_size": True}
 
 
-def judged(network):
-    """Given what `BackboneSpec.build` gives a network."""
-    facts = {"input_size": 64, "resize": 72, "in_chans": 3, "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    for name, value in facts.items():
-        setattr(network, name, value)
-    return network.eval()
+def judged(network) -> TimmBackbone:
+    """What `BackboneSpec.build` makes of a network."""
+    backbone = TimmBackbone(network)
+    backbone.spec = Spec("", 3, {}, 64, 72, (0.5,) * 3, (0.2,) * 3)
+    return backbone.eval()
 
 
 def awake(network):
@@ -133,13 +132,13 @@ def test_vit_maps_are_its_own_softmax(name, extra, prefix):
     network = awake(timm.create_model(name, img_size=64, **SMALL, **extra))
     image = np.ascontiguousarray(load_sample_image("china.jpg")[::6, ::6])  # [72, 107, 3]
     maps = class_attention_maps(network, image, size=70)  # 70 x 104 pixels: 4 x 6 whole patches
-    inputs, lattice = network_input(network, image, 70)
+    inputs, where = network_input(network, image, 70)
     assert inputs.shape == (1, 3, 64, 96)
     with evaluating(network), torch.inference_mode():
-        whole = explicit(network, inputs, -1)  # [1, H, M, M]
-        first = explicit(network, inputs, 0)
-        features = network.forward_features(inputs)
-        found = attending.patch_tokens(network, inputs)
+        whole = explicit(network.network, inputs, -1)  # [1, H, M, M]
+        first = explicit(network.network, inputs, 0)
+        features = network.network.forward_features(inputs)
+        ((found, before),) = network.forward_intermediates(inputs)
     assert whole.shape[2] == prefix + 24
     wanted = whole[0, :, 0, prefix:].reshape(3, 4, 6).numpy()
     assert maps.names == ("block2",)
@@ -147,8 +146,9 @@ def test_vit_maps_are_its_own_softmax(name, extra, prefix):
     np.testing.assert_allclose(
         class_attention_maps(network, image, 70, layers=[1]).layers[0].reshape(3, -1),
         first[0, :, 0, prefix:].numpy(), rtol=2e-5)  # fmt: skip
-    assert torch.equal(found, features[:, prefix:])
-    assert maps.lattice == lattice == Lattice((0.0, 0.0), (16 / 70, 16 / 104))
+    assert torch.equal(found.flatten(2).transpose(1, 2), features[:, prefix:])
+    assert torch.equal(before, features[:, :prefix])
+    assert maps.lattice == where == Lattice((0.0, 0.0), (16 / 70, 16 / 104))
     with pytest.raises(UsageError, match="there is no block 3: choose one from 1 to 2"):
         class_attention_maps(network, image, layers=[3])
     assert not any(m._forward_pre_hooks for m in network.modules()), "hooks are gone"
@@ -170,7 +170,7 @@ def test_channel_matrices_are_what_the_blocks_mix_with(xcit):
         torch.nn.init.uniform_(block.attn.temperature, 0.5, 4)
     seen = []
     handle = xcit.blocks[0].norm1.register_forward_hook(lambda m, i, out: seen.append(out))
-    (matrices,) = attending.channel_attention(xcit, images)
+    (matrices,) = xcit.channel_attention(images)
     handle.remove()
     x, attention = seen[0], xcit.blocks[0].attn
     assert matrices.shape == (2, 4, 8, 8)
@@ -234,13 +234,13 @@ def test_where_the_patches_of_an_xcit_lie(patch):
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.ones_(module.weight)
     h = 64 // patch
-    lattice = attending.lattice(spec.build(), 64, 64)
+    where = lattice(spec.build(), 64, 64)
     for i in range(1, h - 1):
         found = []
         for y in (patch * i - patch // 2 + 1, patch * i, patch * i + patch // 2 - 1):
             image = torch.zeros(1, 3, 64, 64)
             image[:, :, y, 32] = 100.0
             response = stem(image)[0].abs().sum(-1).reshape(h, h).sum(1)
-            row = patch_of_pixel(lattice, h, h, 64, 64)[0][y]
+            row = patch_of_pixel(where, h, h, 64, 64)[0][y]
             found.append(int(response.argmax()) == row == i)
         assert all(found)

@@ -5,11 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from xdino.data.sources import fingerprint
+from xdino.backbone import Origin
+from xdino.config import Crops
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import features as room
-from xdino_eval.during_training import fixed_subset, knn_callback
-from xdino_eval.features import cache_key, cached, extract, pixels
+from xdino_eval.during_training import callback
+from xdino_eval.evaluators import KNN, Quality
+from xdino_eval.extraction import Options, fixed_subset
+from xdino_eval.feature_cache import cache_key, cached
+from xdino_eval.features import extract, pixels
 from xdino_eval.transform import EvalTransform
 
 
@@ -101,7 +105,7 @@ def test_pixels_are_the_image(make_source):
 
 def test_cache(frozen, make_source, tmp_path):
     source, transform = make_source(6, bad=(2,)), EvalTransform.of(frozen)
-    key = cache_key("abc", "teacher", transform, fingerprint(source), "fp32")
+    key = cache_key(frozen, source, transform, "fp32")
     calls = []
 
     def compute():
@@ -117,41 +121,56 @@ def test_cache(frozen, make_source, tmp_path):
     (file,) = tmp_path.iterdir()
 
     whole = file.read_bytes()
-    for damaged in (b"", whole[:100], whole[:-9]):
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1  # one bit of a number
+    for damaged in (b"", whole[:100], whole[:-9], bytes(flipped)):
         file.write_bytes(damaged)
         with pytest.warns(UserWarning, match="damaged"):
             again = cached(tmp_path, key, compute)
         assert torch.equal(again.features, first.features)
         assert torch.equal(cached(tmp_path, key, compute).features, first.features)
-    assert len(calls) == 4
+    assert len(calls) == 5
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_cache_key_changes_with_everything(frozen):
+def test_cache_key_changes_with_everything(frozen, make_source):
     transform = EvalTransform.of(frozen)
-    given = ["abc", "teacher", transform, "data", "fp32"]
-    keys = {cache_key(*given)}
-    for place, other in enumerate(("abd", "student", EvalTransform.of(frozen, 32), "d", "bf16")):
-        keys.add(cache_key(*given[:place], other, *given[place + 1 :]))
-    assert len(keys) == 6
+    given = {"source": make_source(4), "transform": transform, "precision": "fp32",
+             "tokens": ("class",), "part": ""}  # fmt: skip
+    others = {"source": make_source(4, labelled=False), "transform": EvalTransform.of(frozen, 32),
+              "precision": "bf16", "tokens": ("both",), "part": "0 to 3"}  # fmt: skip
+    keys = {cache_key(frozen, **given)}
+    keys |= {cache_key(frozen, **{**given, name: other}) for name, other in others.items()}
+    limited = make_source(4)
+    limited.max_pixels = 100
+    keys.add(cache_key(frozen, **{**given, "source": limited}))
+    for origin in (Origin(sha256="a"), Origin(facts={"role": "student"})):
+        frozen.origin = origin
+        keys.add(cache_key(frozen, **given))
+    assert len(keys) == 9
 
 
 @pytest.mark.usefixtures("rng_untouched")
 def test_the_trainers_evaluator(frozen, make_source):
-    evaluate = knn_callback(make_source(60), make_source(40, seed=1), ks=(5, 20), limit=30)
+    chosen = {"knn": KNN((5, 20)), "quality": Quality(Crops(global_size=24), 10, 2)}
+    evaluate = callback(chosen, make_source(60), make_source(40, seed=1), Options(limit=30))
     frozen.train()
     statistics = frozen.stem[1].running_mean.clone()
     first = evaluate(frozen)
-    assert set(first) == {"knn_top1", "knn_top5", "knn_top1_k20", "knn_top5_k20"}
+    assert set(first) == {
+        "knn_top1", "knn_top5", "knn_top1_k20", "knn_top5_k20",
+        "quality_rankme", "quality_lidar", "quality_feature_std",
+    }  # fmt: skip
     assert first == evaluate(frozen)
     assert frozen.training
     assert torch.equal(statistics, frozen.stem[1].running_mean)
+    bare, other = make_source(4, labelled=False), make_source(4)
     with pytest.raises(UsageError, match="stand-in has none"):
-        knn_callback(make_source(4), make_source(4, labelled=False))
-    other = make_source(4)
+        callback(chosen, make_source(4), bare, Options())
+    callback({"quality": Quality()}, bare, bare, Options())
     other.classes = ("b", "a")
     with pytest.raises(UsageError, match="number their classes differently"):
-        knn_callback(make_source(4), other)
+        callback(chosen, make_source(4), other, Options())
 
 
 def test_fixed_subset():

@@ -116,7 +116,7 @@ def test_features_of_a_grid_are_kept_too(weights, folder, tmp_path, monkeypatch)
     def extract(*_, **__):
         raise AssertionError("read again")
 
-    monkeypatch.setattr("xdino_launch.evaluation.subject.extract", extract)
+    monkeypatch.setattr("xdino_eval.extraction.extract", extract)
     again = linear(weights, folder, *grid)
     assert {**again[0], "seconds": 0} == {**first[0], "seconds": 0}
     # Several choices are read from one table: both tokens in a row.

@@ -9,12 +9,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from xdino import xcit
+from xdino.backbone import Spec
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import linear
+from xdino_eval.backbone_tokens import PooledTokens
 from xdino_eval.features import Features
 from xdino_eval.linear import grid as grids
 from xdino_eval.linear import stacked_heads as heads_of
-from xdino_eval.linear.grid import Grid, Tokens, grid_probe, grid_probe_features
+from xdino_eval.linear.grid import Grid, grid_probe, grid_probe_features
 from xdino_eval.linear.sgd import OverImages, Sgd, new_head, train_head
 from xdino_eval.linear.stacked_heads import Heads, top1_of_heads, train_heads
 from xdino_eval.transform import EvalTransform
@@ -44,8 +46,7 @@ def points():
 def small_xcit() -> nn.Module:
     with torch.random.fork_rng():
         network = xcit.XCiT(patch_size=8, embed_dim=16, depth=1, num_heads=2)
-    network.input_size, network.resize = 24, 28
-    network.mean, network.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    network.spec = Spec("", 3, {}, 24, 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     return network.eval()
 
 
@@ -134,7 +135,7 @@ def test_val_has_no_say_in_the_choice(points):
 def test_tokens_of_one_forward_pass(small_xcit, features):
     images = torch.randn(3, 3, 24, 32)
     with torch.no_grad():
-        out = Tokens(small_xcit, features)(images)
+        out = PooledTokens(small_xcit, features)(images)
         token, mean = small_xcit(images), small_xcit.patch_tokens(images)[0].mean(1)
     expected = {"class": token, "patches": mean, "both": torch.cat((token, mean), 1)}
     for name, place in Grid(features=features).columns(out.shape[1]).items():
@@ -289,7 +290,7 @@ def test_senseless_grids_are_refused(wrong, sentence):
 def test_refusals(frozen, make_source, points):
     transform = EvalTransform.of(frozen)
     train, val = make_source(30), make_source(6)
-    with pytest.raises(UsageError, match=r"need the patch tokens of an XCiT.*Frozen gives none"):
+    with pytest.raises(UsageError, match=r"need patch tokens, and a Frozen gives none"):
         grid_probe(OverImages(frozen, train, val, transform), Grid(features=("class", "both")))
     with pytest.raises(UsageError, match="no labels to train a probe"):
         grid_probe(OverImages(frozen, train, make_source(3, labelled=False), transform))

@@ -13,9 +13,9 @@ from sklearn.decomposition import PCA
 from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed
 from xdino_eval import sheets
-from xdino_eval.attending import Lattice
 from xdino_eval.attention import figures, pca
 from xdino_eval.attention.maps import Maps, mask, mass_threshold
+from xdino_eval.backbone_tokens import Lattice
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(3, 4), (1, 3)])

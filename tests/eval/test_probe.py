@@ -199,7 +199,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("protocol", ["logistic", "sgd-features", "grid-features"])
 def test_an_interrupted_probe_on_features_goes_on(points, tmp_path, monkeypatch, protocol):
-    monkeypatch.setattr("xdino_eval.linear.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("xdino_eval.linear.sgd.SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr("xdino_eval.linear.grid.SECONDS_BETWEEN", 0.0)
     train, val = points(), points(60, seed=1)
     how = Sgd(epochs=5, batch_size=32)
@@ -231,7 +231,7 @@ def test_an_interrupted_probe_on_features_goes_on(points, tmp_path, monkeypatch,
 
 
 def test_a_disk_that_refuses_the_state_does_not_cost_the_probe(points, tmp_path, monkeypatch):
-    monkeypatch.setattr("xdino_eval.linear.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("xdino_eval.linear.sgd.SECONDS_BETWEEN", 0.0)
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="the probe goes on, but"):
         done = sgd_probe_features(points(), points(30), HOW, keep_in=tmp_path / "file" / "below")

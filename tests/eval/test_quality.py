@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from xdino import checkpoint, config
 from xdino.backbones import BackboneSpec
 from xdino.config import Crops
 from xdino.errors import RunFailed
-from xdino_eval import quality
-from xdino_eval.quality.measures import alarms, feature_std, lidar, measure, rankme, view_features
+from xdino_eval import quality, results
+from xdino_eval.extraction import Options
+from xdino_eval.quality import feature_std, lidar, rankme
+from xdino_eval.quality.alarms import alarms
+from xdino_eval.quality.evaluation import view_features
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -170,32 +174,31 @@ def test_views_follow_from_seed_and_index(frozen, make_source, rng_untouched):
     source = make_source(6)
     multi = quality.global_views(SMALL, 5, frozen.mean, frozen.std)
     assert [view.blur for view in multi.views] == [1.0, 0.1, 1.0, 0.1, 1.0]
-    whole = view_features(frozen, source, multi, np.arange(6))
+    whole = view_features(frozen, source, multi, np.arange(6), Options())
     assert whole.shape == (6, 5, 8)
-    alone = view_features(frozen, source, multi, np.array([4]), batch_size=1, workers=1)
+    alone = view_features(frozen, source, multi, np.array([4]), Options(batch_size=1, workers=1))
     torch.testing.assert_close(alone[0], whole[4])
-    other = view_features(frozen, source, multi, np.arange(6), seed=1)
+    other = view_features(frozen, source, multi, np.arange(6), Options(), seed=1)
     assert not torch.allclose(other, whole)
 
 
-def test_measure_needs_no_labels_and_leaves_the_network_alone(frozen, make_source, rng_untouched):
+def test_it_needs_no_labels_and_leaves_the_network_alone(frozen, make_source, rng_untouched):
     source = make_source(20, bad=(3,), labelled=False)
     frozen.train()
-    found = measure(frozen, source, SMALL, lidar_images=10, views=4)
+    found = quality.evaluate(frozen, source, Options(), SMALL, lidar_images=10, views=4)
     assert frozen.training
-    assert found == quality.replace(
-        measure(frozen, source, SMALL, lidar_images=10, views=4, batch_size=7, workers=1),
-        seconds=found.seconds,
-    )
-    assert found.settings["images"] == 19
-    assert found.notes == ["1 images could not be read"]
-    assert 1 <= found.rankme <= 8
-    assert 0 < found.lidar <= 8
-    with pytest.raises(RunFailed, match="could be read"):
-        measure(frozen, make_source(2, bad=(0, 1)), SMALL, views=2)
+    other = Options(batch_size=7, workers=1)
+    again = quality.evaluate(frozen, source, other, SMALL, lidar_images=10, views=4)
+    assert found == replace(again, seconds=found.seconds)
+    assert found.settings["images"] == found.train_size == 19
+    assert found.notes[-1] == "1 images could not be read"
+    assert 1 <= found.metrics["rankme"] <= 8
+    assert 0 < found.metrics["lidar"] <= 8
+    with pytest.raises(RunFailed, match="image 0 of stand-in: truncated"):
+        quality.evaluate(frozen, make_source(2, bad=(0, 1)), Options(), SMALL, views=2)
 
 
-def test_judge_writes_beside_the_weights_and_keeps_what_is_there(tmp_path):
+def test_the_command_leaves_rows_beside_the_weights(tmp_path, xdino):
     spec = BackboneSpec("xcit_nano_12_p8", shape={"embed_dim": 32, "depth": 1, "num_heads": 2},
                         input_size=24, resize=28)  # fmt: skip
     weights = tmp_path / checkpoint.BACKBONE_FILE
@@ -205,15 +208,17 @@ def test_judge_writes_beside_the_weights_and_keeps_what_is_there(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(6):
         Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(images / f"{i}.png")
+    command = ("--data", images, "--views", "3", "--device", "cpu")
     for _ in range(2):
-        found = quality.judge(str(tmp_path), str(images), views=3, device="cpu")
-    stored = json.loads((tmp_path / quality.FILE).read_text())
-    assert len(stored) == 2
-    assert stored[1]["rankme"] == found.rankme == stored[0]["rankme"]
-    assert stored[0]["features"] == "teacher, iteration 7"
-    assert stored[0]["checkpoint"] == checkpoint.sha256(weights)
-    assert any("too few images" in alarm for alarm in found.alarms)
-    assert stored[0]["settings"]["view_scale"] == [0.4, 1.0], "no run: the published crops"
+        code, out, error = xdino("quality", tmp_path, *command)
+        assert code == 0, error
+    (told,) = json.loads(out)
+    first, second = quality.rows_of(tmp_path)
+    assert second.metrics == told["metrics"] == first.metrics
+    assert first.features == "teacher, iteration 7"
+    assert first.checkpoint == checkpoint.sha256(weights)
+    assert any("too few images" in note for note in first.notes)
+    assert first.settings["view_scale"] == [0.4, 1.0], "no run: the published crops"
 
     debug = config.load("debug", {"crops.global_scale": "[0.5, 1.0]", "crops.global_size": "16"})
     (tmp_path / "config.yaml").write_text(config.to_yaml(debug))
@@ -222,21 +227,9 @@ def test_judge_writes_beside_the_weights_and_keeps_what_is_there(tmp_path):
     shutil.copy(weights, early)
     out = tmp_path / "elsewhere.json"
     for path in (tmp_path, weights, early):
-        found = quality.judge(str(path), str(images), views=3, device="cpu", out=out)
-        assert found.settings["view_scale"] == [0.5, 1.0], "those of the run"
-        assert found.settings["view_size"] == 16
-    assert len(quality.load(out)) == 3
-    assert len(quality.load(tmp_path / quality.FILE)) == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["{", "{}", "[1]", '[{"rankme": 1}]', "[" * 100_000, "\u00ff",
-     '[{"rankme": "a", "lidar": 1, "feature_std": 1}]'],
-)  # fmt: skip
-def test_a_damaged_file_is_named_and_left(tmp_path, content):
-    path = tmp_path / quality.FILE
-    path.write_text(content, encoding="latin-1")
-    with pytest.raises(RunFailed, match=r"quality\.json"):
-        quality.load(path)
-    assert path.read_text(encoding="latin-1") == content
+        assert xdino("quality", path, *command, "--out", out)[0] == 0
+    for row in results.load(out):
+        assert row.settings["view_scale"] == [0.5, 1.0], "those of the run"
+        assert row.settings["view_size"] == 16
+    assert len(results.load(out)) == 3
+    assert len(quality.rows_of(tmp_path)) == 2

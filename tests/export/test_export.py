@@ -103,7 +103,7 @@ def test_a_data_path_that_is_no_unicode(tmp_path):
     save_backbone(tmp_path / "a.safetensors", spec.build(), spec, data="caf\udce9")
     path = export_backbone(str(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "published")
     assert metadata(path)["training_data"] == r"caf\udce9"
-    assert load_backbone(path).weights["data"] == "caf\udce9"
+    assert load_backbone(path).origin.facts["data"] == "caf\udce9"
 
 
 def test_what_timm_cannot_build(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from xdino import checkpoint, config
 from xdino.errors import RunFailed, UsageError
 from xdino.pretraining import pretrain
-from xdino_eval import during_training
+from xdino_eval import evaluators, extraction, results
 from xdino_launch import local
 
 
@@ -99,7 +99,7 @@ def test_evaluation_leaves_numbers_and_the_same_bits(tiny, tmp_path, wandb, caps
     assert (row["protocol"], row["checkpoint"]) == ("linear, logistic regression", sums[1])
     assert (row["train_size"], row["val_size"]) == (20, 12)
     assert row["features"] == "teacher, iteration 6"
-    assert row["settings"][during_training.AT_END] == 20
+    assert row["settings"][local.AT_END] == 20
     told = metrics(judged)
     assert [r["iteration"] for r in told if "knn_top1" in r] == [3, 6]
     assert told[-1] == {
@@ -119,7 +119,7 @@ def test_a_run_killed_before_its_probe_comes_back_to_it(tiny, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "linear_at_end", kill)
+        patch.setitem(evaluators.EVALUATORS, "grid", kill)
         with pytest.raises(KeyboardInterrupt):
             local.run_pretraining(configuration, tmp_path)
     before = checkpoint.sha256(tmp_path / "backbone.safetensors")
@@ -140,9 +140,9 @@ def test_an_evaluation_that_fails_costs_its_number_alone(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(during_training, "extract", fail)
+    monkeypatch.setattr(extraction, "extract", fail)
     path = local.run_pretraining(tiny(every=1, linear="logistic"), tmp_path)
-    assert checkpoint.load_backbone(path).weights["iteration"] == 6
+    assert checkpoint.load_backbone(path).origin.facts["iteration"] == 6
     shown = capsys.readouterr().err
     assert shown.count("the evaluation after epoch") == 2
     assert "training goes on" in shown
@@ -169,10 +169,39 @@ def test_damaged_results_are_left_alone_and_the_run_is_whole(tiny, tmp_path, cap
 
 def test_a_probe_needs_labels_before_anything_is_trained(tiny, folder, tmp_path):
     flat = str(folder / "train" / "dark")
-    with pytest.raises(
-        UsageError, match=r"evaluate.linear asks for a probe.*--during_training.linear"
-    ):
+    with pytest.raises(UsageError, match=r"evaluate.linear asks for a probe.*--evaluate.linear"):
         local.run_pretraining(tiny(linear="grid", data=flat), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match=r"evaluate.linear cannot be 'svm'"):
         tiny(linear="svm")
+
+
+def test_several_protocols_at_once_say_what_the_commands_say(tiny, folder, tmp_path, xdino):
+    plain, judged = tmp_path / "plain", tmp_path / "judged"
+    local.run_pretraining(tiny(), plain)
+    protocols = ["knn", "quality", "logistic"]
+    local.run_pretraining(tiny(every=2, protocols=protocols, limit=30), judged)
+    sums = [checkpoint.sha256(r / "backbone.safetensors") for r in (plain, judged)]
+    assert sums[0] == sums[1], "training is not disturbed"
+    (told,) = [row for row in metrics(judged) if "knn_top1" in row]
+    found = {"iteration": 6, "epoch": 2}
+    for name, *command in (
+        ("knn", "knn", "--k", "20", "--json"),
+        ("quality", "quality", "--limit", "30"),
+        ("logistic", "linear", "--json"),
+    ):
+        code, out, error = xdino(command[0], judged, "--data", folder, *command[1:])
+        assert code == 0, error
+        (row,) = json.loads(out)
+        scores = {"top1": row["top1"], "top5": row["top5"], **row["metrics"]}
+        found |= {f"{name}_{n}": value for n, value in scores.items() if value is not None}
+    assert told == found
+    assert [row.checkpoint for row in results.load(judged / "results.json")] == [sums[1]] * 3
+
+
+def test_quality_alone_needs_no_labels(tiny, folder, tmp_path):
+    flat = str(folder / "train" / "dark")
+    local.run_pretraining(tiny(every=2, protocols=["quality"], limit=5, data=flat), tmp_path)
+    assert sum("quality_rankme" in row for row in metrics(tmp_path)) == 1
+    with pytest.raises(UsageError, match=r"evaluate.every asks for k-NN during training.*--evalu"):
+        local.run_pretraining(tiny(every=2, data=flat), tmp_path / "other")

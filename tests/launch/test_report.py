@@ -13,7 +13,7 @@ from PIL import Image
 
 from xdino import config
 from xdino.errors import UsageError
-from xdino_eval import results
+from xdino_eval import quality, results
 from xdino_launch import cli
 from xdino_launch.report import page as report
 from xdino_launch.report.curves import POINTS, draw_curves, series
@@ -103,11 +103,13 @@ def make_run(tmp_path):
         lines.append({"iteration": 40, "epoch": 1, "knn_top1": 71.625, "knn_top5": 97.75})
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 41, "lo'
         (path / "metrics.jsonl").write_text(text)
-        results.append(path / "results.json", [row(78.1, 98.4), row(100.0, 100.0, val_size=7)])
-        results.append(path / "results.json", [row(
-            None, None, protocol="quality", settings={"images": 19}, notes=["RankMe is 5.12 of 64"],
-            metrics={"rankme": 5.125, "lidar": 2.5, "feature_std": 0.0625},
-        )])  # fmt: skip
+        measured = results.Row(
+            quality.PROTOCOL, {"images": 19}, None, None, "photos", "centre crop 28", 19, 0, SHA,
+            "teacher, iteration 40", notes=["RankMe is 5.12 of 64"],
+            metrics=dict(zip(quality.MEASURES, (5.125, 2.5, 0.0625), strict=True)),
+        )  # fmt: skip
+        rows = [row(78.1, 98.4), row(100.0, 100.0, val_size=7), measured]
+        results.append(path / "results.json", rows)
         pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         for picture in ("views.png", "attention/a-sheet.png", "attention/b-sheet.png"):
             Image.fromarray(pixels).save(path / picture)
@@ -133,7 +135,7 @@ def test_every_number_stands_in_a_file_of_the_run(make_run, tmp_path):
         for key in ("top1", "top5", "train_size", "val_size", "seconds"):
             assert json.dumps(stored[key]) in page.text
         for key in ("protocol", "data", "transform", "features"):
-            assert stored[key] in page.text
+            assert stored[key].casefold() in page.text.casefold()
     assert "k 20, temperature 0.07" in page.text
     assert SHA[:12] in page.text
     assert SHA not in page.text

@@ -5,35 +5,36 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-
-class Embed(nn.Module):
-    patch_size = (8, 8)
+from xdino.backbone import Backbone, Spec, whole_patches
 
 
-class Colours(nn.Module):
-    """The mean colour of an image, [B, 3], and of its 8 x 8 patches."""
+class Colours(Backbone):
+    """The mean colour of an image, [B, 3]."""
 
-    input_size, resize, in_chans, embed_dim = 32, 32, 3, 3
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    embed_dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = Spec("colours", 3, {}, 32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
     def forward(self, images: Tensor) -> Tensor:
         return images.mean((2, 3))
 
 
 class PatchColours(Colours):
-    """The same with patches, found as those of a vision transformer of timm are."""
+    """The same, and of its whole 8 x 8 patches."""
 
-    num_prefix_tokens = 1
+    patch_size, has_patch_tokens = 8, True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch_embed = Embed()
+    def fitting(self, images: Tensor) -> Tensor:
+        return whole_patches(images, 8)
 
-    def forward_intermediates(self, images: Tensor, **_: object) -> list[tuple[Tensor, Tensor]]:
-        return [(F.avg_pool2d(images, 8), images.mean((2, 3))[:, None])]
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.fitting(images)
+        return images.mean((2, 3)), F.avg_pool2d(images, 8).permute(0, 2, 3, 1)
 
 
 def colour(degrees: float) -> np.ndarray:

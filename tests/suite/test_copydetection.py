@@ -110,7 +110,7 @@ def test_bad_folders(folder, missing):
 
 def test_bad_files(folder, patch_colours, colours, paint):
     copydays = open_copydays(folder)
-    with pytest.raises(UsageError, match="patch tokens are needed, and a Colours has none"):
+    with pytest.raises(UsageError, match="a Colours has no class attention and no patch tokens"):
         evaluate_copydetection(colours, copydays, size=32)
     with pytest.raises(UsageError, match="there is no folder"):
         open_copydays(folder, whitening=folder / "nowhere")

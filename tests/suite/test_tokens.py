@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from xdino.backbone import Backbone
 from xdino.dino_vit import DINOViT, WholePatches
 from xdino.errors import UsageError
+from xdino.timm_backbone import TimmBackbone
 from xdino.xcit import XCiT
-from xdino_eval.suite.descriptors import class_and_gem, gem, multi_scale
-from xdino_eval.tokens import class_and_patches, class_token, patch_side
+from xdino_eval.suite.descriptors import class_and_gem, class_token, gem, multi_scale
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "suite.safetensors")
 
@@ -26,23 +27,23 @@ SHAPE = {
 
 
 @pytest.fixture
-def published() -> DINOViT:
+def published() -> TimmBackbone:
     """The transformer that the published code gave the golden tokens with."""
     vit = DINOViT(**SHAPE, embed_layer=WholePatches)
     prefix = "weights."
     vit.load_state_dict({k[len(prefix) :]: v for k, v in GOLDEN.items() if k.startswith(prefix)})
-    return vit.eval()
+    return TimmBackbone(vit).eval()
 
 
 @torch.no_grad()
 def test_a_published_transformer_at_any_size(published, agree):
     """Positions are stretched as published, and rows that fill no patch are ignored."""
-    token, patches = class_and_patches(published, GOLDEN["images"])
+    token, patches = published.tokens(GOLDEN["images"])
     assert patches.shape == (2, 5, 3, 16)
     agree("patches", patches.flatten(1, 2), GOLDEN["tokens"][:, 1:], 1e-5)
     agree("class", token, GOLDEN["tokens"][:, 0], 1e-5)
     agree("class alone", class_token(published, GOLDEN["images"]), GOLDEN["tokens"][:, 0], 1e-5)
-    timms = VisionTransformer(**SHAPE)
+    timms = TimmBackbone(VisionTransformer(**SHAPE))
     timms.load_state_dict(published.state_dict())
     stretched = class_token(timms.eval(), GOLDEN["images"])  # timm's way: antialiased
     assert (stretched - token).abs().max() > 1e-3
@@ -50,7 +51,7 @@ def test_a_published_transformer_at_any_size(published, agree):
 
 @torch.no_grad()
 def test_at_its_own_size_it_is_what_timm_computes(published, agree):
-    token, patches = class_and_patches(published, GOLDEN["square"])
+    token, patches = published.tokens(GOLDEN["square"])
     agree("golden", patches.flatten(1, 2), GOLDEN["square_tokens"][:, 1:], 1e-5)
     agree("timm", token, published(GOLDEN["square"]), 1e-5)
 
@@ -59,7 +60,7 @@ def test_at_its_own_size_it_is_what_timm_computes(published, agree):
 def test_xcit_gives_the_tokens_before_class_attention(agree):
     xcit = XCiT(patch_size=8, embed_dim=16, depth=1, num_heads=2).eval()
     images = torch.randn(2, 3, 44, 27)
-    token, patches = class_and_patches(xcit, images)
+    token, patches = xcit.tokens(images)
     assert patches.shape == (2, *xcit.grid(44, 27), 16)
     assert torch.equal(token, xcit(images))
     assert torch.equal(class_token(xcit, images), token)
@@ -69,13 +70,15 @@ def test_xcit_gives_the_tokens_before_class_attention(agree):
 @torch.no_grad()
 def test_other_transformers_of_timm(agree):
     """Registers are no patches, and their positions are timm's business."""
-    vit = VisionTransformer(
+    vit = TimmBackbone(VisionTransformer(
         img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0,
         reg_tokens=3, dynamic_img_size=True,
-    ).eval()  # fmt: skip
+    )).eval()  # fmt: skip
     images = torch.randn(2, 3, 44, 27)
-    token, patches = class_and_patches(vit, images)
-    everything = vit.forward_features(images[..., :40, :24])  # class token, registers, patches
+    token, patches = vit.tokens(images)
+    everything = vit.network.forward_features(
+        images[..., :40, :24]
+    )  # class token, registers, patches
     agree("class", token, everything[:, 0], 1e-6)
     agree("patches", patches.flatten(1, 2), everything[:, 4:], 1e-6)
     agree("class alone", class_token(vit, images), everything[:, 0], 1e-6)
@@ -83,15 +86,16 @@ def test_other_transformers_of_timm(agree):
 
 def test_sentences(published):
     with pytest.raises(UsageError, match="40 x 7 pixels is smaller than a patch of 8"):
-        class_and_patches(published, torch.zeros(1, 3, 7, 40))
-    resnet = timm.create_model("test_resnet", num_classes=0)
-    with pytest.raises(UsageError, match="patch tokens are needed, and a ResNet has none"):
-        patch_side(resnet)
-    rigid = VisionTransformer(
+        published.tokens(torch.zeros(1, 3, 7, 40))
+    resnet = TimmBackbone(timm.create_model("test_resnet", num_classes=0))
+    for ask in (resnet.require_patches, lambda: resnet.tokens(torch.zeros(1, 3, 32, 32))):
+        with pytest.raises(UsageError, match="a ResNet has no class attention and no patch tokens"):
+            ask()
+    rigid = TimmBackbone(VisionTransformer(
         img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0, reg_tokens=1
-    )
+    ))  # fmt: skip
     with pytest.raises(UsageError, match="takes images of 32 x 32 pixels only, got 40 x 32"):
-        class_and_patches(rigid, torch.zeros(1, 3, 32, 44))
+        rigid.tokens(torch.zeros(1, 3, 32, 44))
 
 
 def test_gem():
@@ -112,7 +116,7 @@ def test_multi_scale(colours):
     """The mean of what the network says of three sizes, of length 1."""
     shapes = []
 
-    class Sizes(nn.Module):
+    class Sizes(Backbone):
         def forward(self, images):
             shapes.append(tuple(images.shape[2:]))
             return torch.tensor([[float(images.shape[2]), 1.0]])

@@ -31,13 +31,16 @@ from xdino_launch.console import results_table
 from xdino_launch.report.page import write_report
 
 FILES = (
-    "config.yaml", "environment.json", "results.json", "quality.json", "unreadable.jsonl",
+    "config.yaml", "environment.json", "results.json", "unreadable.jsonl",
     "metrics.jsonl", "backbone.safetensors", "checkpoints/last.pt", "checkpoints/initial.safetensors",
     "views.png",
 )  # fmt: skip
 ODD = (None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x", "\ud800", [], {}, [[]], {"a": [1]})
 ROW = results.Row("k-NN", {"k": 20}, 50.0, 90.0, "photos", "t", 10, 5, "a" * 64, "teacher")
-QUALITY = {"rankme": 2.0, "lidar": 1.0, "feature_std": 0.1, "settings": {}, "alarms": []}
+MEASURES = dict.fromkeys(quality.MEASURES, 2.0)
+QUALITY = results.Row(
+    quality.PROTOCOL, {}, None, None, "photos", "t", 10, 0, "a" * 64, "teacher", metrics=MEASURES
+)
 
 
 class Half(Listener):
@@ -57,8 +60,7 @@ def make_runs(root: Path) -> tuple[config.Config, dict[str, Path]]:
     with contextlib.suppress(UsageError):
         pretraining.pretrain(tiny, runs["unfinished"], listener=Half())
     for path in runs.values():
-        results.append(path / "results.json", [ROW])
-        (path / "quality.json").write_text(json.dumps([QUALITY]))
+        results.append(path / "results.json", [ROW, QUALITY])
         bad = {"index": 3, "image": "a.png", "reason": "empty", "iteration": 1}
         (path / "unreadable.jsonl").write_text(json.dumps(bad) + "\n")
     return tiny, runs
@@ -170,7 +172,7 @@ def score(path: Path, tiny: config.Config) -> None:
     checkpoint.load_backbone(path)
     results.append(path / "results.json", [ROW])
     results_table(results.load(path / "results.json"))
-    quality.load(path / quality.FILE)
+    quality.rows_of(path)
 
 
 USES = (continue_run, open_run, report, report, score)

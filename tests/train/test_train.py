@@ -36,7 +36,7 @@ def test_a_run_directory_says_everything(tiny, tmp_path):
     assert start["packages"]["torch"] == str(torch.__version__).split("+")[0] or start["packages"]
     backbone = checkpoint.load_backbone(run)
     assert (backbone.input_size, backbone.in_chans, backbone.training) == (24, 3, False)
-    assert backbone.weights["iteration"] == 6
+    assert backbone.origin.facts["iteration"] == 6
     state = checkpoint.load_state(run / "checkpoints" / "last.pt")
     assert {"learner", "rng", "sampler", "config", "iteration", "versions"} <= set(state)
     assert state["sampler"]["epoch"] == 2

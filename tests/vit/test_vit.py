@@ -45,8 +45,8 @@ def test_names_build_the_published_shapes(arch, heads):
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in theirs.state_dict().items()
     }
-    assert ours.blocks[0].attn.num_heads == heads
-    assert ours.norm.eps == ours.blocks[0].norm1.eps == 1e-6
+    assert ours.network.blocks[0].attn.num_heads == heads
+    assert ours.network.norm.eps == ours.network.blocks[0].norm1.eps == 1e-6
 
 
 def test_a_patch_that_timm_has_no_name_for():

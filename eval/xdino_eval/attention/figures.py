@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from xdino.errors import world
 from xdino_eval import plotting
-from xdino_eval.attending import Lattice
 from xdino_eval.attention.maps import MASS, Maps, mask
+from xdino_eval.backbone_tokens import Lattice
 from xdino_eval.plotting import Figure, FigureCanvasAgg, matplotlib
 from xdino_eval.sheets import DRAWN, Tile, as_rgb, save, sheet, wrapped
 

@@ -1,8 +1,8 @@
 """What the class token looks at: maps over the patches, and masks of where most of it lies.
 
 The maps are softmax weights of the class token over the patches, one a head: of an XCiT's
-class-attention layers, or of a vision transformer's last block (`tokens` says where they come
-from). A mask keeps the fewest patches that hold a given mass of the attention, 60 % as in DINO
+class-attention layers, or of a vision transformer's last block (`Backbone` says where they
+come from). A mask keeps the fewest patches that hold a given mass of the attention, 60 % as in DINO
 (https://arxiv.org/abs/2104.14294, section 4.2.2 and figure 4).
 
 Letters: H x W pixels, C channels, h x w patches.
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from xdino.backbone import Backbone
 from xdino.errors import RunFailed, UsageError
-from xdino_eval import attending
-from xdino_eval.attending import Lattice
+from xdino_eval.backbone_tokens import Lattice, attention_on_patches, lattice
 from xdino_eval.features import device_of, evaluating
 from xdino_eval.transform import EvalTransform, resize_shorter
 
@@ -43,7 +43,7 @@ class Maps:
 
 
 def network_input(
-    backbone: nn.Module, image: np.ndarray, size: int | None = None
+    backbone: Backbone, image: np.ndarray, size: int | None = None
 ) -> tuple[Tensor, Lattice]:
     """uint8 [H, W, C] -> float32 [1, C, H', W'] on the backbone's device, and where patches lie.
 
@@ -54,8 +54,8 @@ def network_input(
         UsageError: an image, or a `size`, that is smaller than a patch, or a `size` that makes it
             larger than memory holds; a backbone without patches.
     """
-    patch = attending.patch_size(backbone)
-    transform = EvalTransform.of(backbone, size)  # type: ignore[arg-type]
+    patch = backbone.patch_size or 1
+    transform = EvalTransform.of(backbone, size)
     height, width = image.shape[:2]
     if min(height, width) < patch:
         raise UsageError(
@@ -70,12 +70,12 @@ def network_input(
         )
     pixels = torch.from_numpy(resize_shorter(image, transform.size).copy())
     inputs = transform.normalise(pixels[None].to(device_of(backbone)))  # [1, C, H', W']
-    lattice = attending.lattice(backbone, *inputs.shape[2:])
-    return attending.fitting(backbone, inputs), lattice
+    backbone.grid(*inputs.shape[2:])  # refuses backbones without one
+    return backbone.fitting(inputs), lattice(backbone, *inputs.shape[2:])
 
 
 def class_attention_maps(
-    backbone: nn.Module,
+    backbone: Backbone,
     image: np.ndarray,
     size: int | None = None,
     layers: Sequence[int] | None = None,
@@ -95,11 +95,11 @@ def class_attention_maps(
             than a patch.
         RunFailed: a weight is not finite.
     """
-    inputs, lattice = network_input(backbone, image, size)
+    inputs, where = network_input(backbone, image, size)
     with evaluating(backbone), torch.inference_mode():
-        found = attending.class_attention(backbone, inputs, layers)
-    h, w = attending.grid(backbone, inputs.shape[2], inputs.shape[3])
-    kind = attending.layer_kind(backbone)
+        found = attention_on_patches(backbone, inputs, layers)
+    h, w = backbone.grid(*inputs.shape[2:])
+    kind = backbone.attention_layer
     numbers = sorted(found)
     for i in numbers:
         if not found[i].isfinite().all():
@@ -107,7 +107,7 @@ def class_attention_maps(
     return Maps(
         tuple(found[i][0].reshape(-1, h, w).cpu().numpy() for i in numbers),
         tuple(f"{kind}{i}" for i in numbers),
-        lattice,
+        where,
     )
 
 

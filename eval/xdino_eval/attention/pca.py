@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xdino_eval import attending
-from xdino_eval.attending import Lattice
+from xdino.backbone import Backbone
 from xdino_eval.attention.maps import network_input
+from xdino_eval.backbone_tokens import Lattice
 from xdino_eval.features import evaluating
 
 
@@ -28,12 +28,13 @@ class PatchTokens:
     lattice: Lattice
 
 
-def patch_tokens(backbone: nn.Module, image: np.ndarray, size: int | None = None) -> PatchTokens:
+def patch_tokens(backbone: Backbone, image: np.ndarray, size: int | None = None) -> PatchTokens:
     """Of uint8 [H, W, C]; `size` and errors as for `attention.class_attention_maps`."""
     inputs, lattice = network_input(backbone, image, size)
     with evaluating(backbone), torch.inference_mode():
-        found = attending.patch_tokens(backbone, inputs)[0].float().cpu()
-    return PatchTokens(found, attending.grid(backbone, *inputs.shape[2:]), lattice)
+        ((maps, _),) = backbone.forward_intermediates(inputs)  # [1, D, h, w]
+    h, w = maps.shape[2:]
+    return PatchTokens(maps[0].flatten(1).T.float().cpu(), (h, w), lattice)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch import nn
 
+from xdino.backbone import Backbone
 from xdino.errors import UsageError
 from xdino.runtime.atomic import write_text
 from xdino_eval import image_files
@@ -180,7 +180,7 @@ class Scores:
 
 
 def score(
-    backbone: nn.Module,
+    backbone: Backbone,
     pairs: Sequence[Pair],
     mass: float = MASS,
     size: int | None = None,
@@ -202,7 +202,7 @@ def score(
     damaged: list[str] = []
     for done, pair in enumerate(pairs, 1):
         try:
-            image = image_files.read(pair.image, backbone.in_chans)  # type: ignore[arg-type]
+            image = image_files.read(pair.image, backbone.in_chans)
             truth, counted = read_mask(pair.mask, ignore)
         except Unreadable as error:
             damaged.append(str(error))
@@ -231,7 +231,7 @@ def score(
 
 
 def evaluate(
-    backbone: nn.Module,
+    backbone: Backbone,
     folder: Path | str,
     mass: float = MASS,
     size: int | None = None,
@@ -247,7 +247,7 @@ def evaluate(
     began = time.monotonic()
     pairs = find_pairs(folder)
     scores, empty, damaged = score(backbone, pairs, mass, size, layers, ignore, progress)
-    transform = EvalTransform.of(backbone, size)  # type: ignore[arg-type]
+    transform = EvalTransform.of(backbone, size)
     told = (
         f"whole image, shorter side {transform.size} (PIL bicubic); masks by nearest patch at the "
         f"image's own size; mean {transform.mean}, std {transform.std}, fp32"

@@ -6,7 +6,7 @@ that one process would put it in: its feature does not depend on how the work wa
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from xdino.runtime import distributed
-from xdino_eval.features import Features, cached
 from xdino_eval.knn.keys import EMPTY, merge
 from xdino_eval.knn.search import Searcher
 
@@ -33,16 +32,6 @@ def cut(places: np.ndarray, batch_size: int, rows: int | None) -> list[np.ndarra
         return [places]
     step = -(-rows // batch_size) * batch_size
     return [places[start : start + step] for start in range(0, len(places), step)]
-
-
-def kept(folder: Path, key: str, compute: Callable[[], Features]) -> Features:
-    """As `features.cached`, but from the file in any case, which is mapped and not read.
-
-    Its pages come into memory as they are touched, and leave it when others are wanted.
-    """
-    found = cached(folder, key, compute)
-    written = (folder / f"{key}.safetensors").exists()
-    return cached(folder, key, compute) if written else found
 
 
 @contextmanager

@@ -16,17 +16,16 @@ Letters: N images, B images of a batch, D width, K classes, G heads on one choic
 import itertools
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from xdino.errors import RunFailed, UsageError, nearest
+from xdino_eval.backbone_tokens import FEATURES, PooledTokens, needs_both
 from xdino_eval.features import Features, Progress, evaluating
 from xdino_eval.linear.probe import Trained, Trial, check
 from xdino_eval.linear.probe_state import Unfinished
@@ -44,7 +43,6 @@ from xdino_eval.linear.sgd import (
 from xdino_eval.linear.stacked_heads import Heads, threads_for, top1_of_heads, train_heads
 
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-FEATURES = ("class", "patches", "both")
 
 
 @dataclass(frozen=True)
@@ -89,45 +87,12 @@ class Grid:
         return [lr for lr, _ in self.pairs]
 
     def columns(self, width: int) -> dict[str, slice]:
-        """Where each choice of features lies in what `Tokens` returns, `[B, width]`."""
+        """Where each choice of features lies in what `PooledTokens` returns, `[B, width]`."""
         every, half = slice(0, width), width // 2
         if not needs_both(self.features):
             return dict.fromkeys(self.features, every)
         places = {"class": slice(0, half), "patches": slice(half, width), "both": every}
         return {name: places[name] for name in self.features}
-
-
-def needs_both(features: Sequence[str]) -> bool:
-    return len(features) > 1 or "both" in features
-
-
-class Tokens(nn.Module):
-    """What `features` need of a backbone in one forward pass.
-
-    `[B, C, H, W]` -> the class token, the mean patch token, or the two in a row, `[B, D or 2 D]`.
-
-    Raises:
-        UsageError: patch tokens are asked for and the backbone gives none.
-    """
-
-    def __init__(self, backbone: nn.Module, features: Sequence[str]) -> None:
-        super().__init__()
-        self.backbone, self.features = backbone, tuple(features)
-        if self.features != ("class",) and not hasattr(backbone, "patch_tokens"):
-            raise UsageError(
-                f"features {', '.join(self.features)} need the patch tokens of an XCiT, and a "
-                f'{type(backbone).__name__} gives none: choose "class"'
-            )
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.features == ("class",):
-            return self.backbone(images)
-        patches = cast(Tensor, self.backbone.patch_tokens(images)[0])  # type: ignore[operator]
-        mean = patches.mean(1, dtype=torch.float32)  # [B, D]
-        if not needs_both(self.features):
-            return mean
-        token, _ = self.backbone.gather(patches)  # type: ignore[operator]
-        return torch.cat((token.float(), mean), 1)
 
 
 @dataclass(frozen=True)
@@ -230,7 +195,7 @@ def grid_probe(images: OverImages, grid: Grid | None = None, how: Sgd | None = N
             images. RunFailed: nothing could be read, or every head diverged.
     """
     grid, how = grid or Grid(), how or Sgd()
-    network = Tokens(images.backbone, grid.features)
+    network = PooledTokens(images.backbone, grid.features)
     trial = Trial("linear, SGD grid", images.labels())
     to_train, to_choose = split(trial.train_class, grid, how.seed)
     val = images.look(network, images.val, how.batch_size)  # moves the backbone too
@@ -263,7 +228,7 @@ def grid_probe_features(
     progress: Progress | None = None,
     cores: int | None = None,
 ) -> Trained:
-    """`grid_probe` on features extracted once, by `Tokens` with the grid's choice of features.
+    """`grid_probe` on features extracted once, by `PooledTokens` with the grid's choice of features.
 
     Args:
         cores: over which the heads are shared out (None: those of this process). Their number

@@ -73,7 +73,7 @@ def logistic_probe(
         keep_in, "logistic", train.features, torch.from_numpy(y), grid, holdout, seed, MAX_ITER
     )
     notes: list[str] = []
-    chosen, scores = grid[0], [float("nan")]
+    chosen, scores = grid[0], list[float]()
     if len(grid) > 1:
         held = held_out(y, holdout, seed)
         if not held.any():
@@ -87,16 +87,13 @@ def logistic_probe(
     (model,) = _fits(x, y, [chosen])
     if model.n_iter_.max() >= MAX_ITER:
         notes.append(f"C = {chosen:g}: not converged after {MAX_ITER} iterations")
+    of_grid = {f"C {c:g}": round(score, 4) for c, score in zip(grid, scores, strict=False)}
     settings: dict[str, object] = {
         "C": chosen,
         "cs": list(grid),
         "holdout": holdout,
-        "holdout_top1": round(max(scores), 4) if len(grid) > 1 else None,
-        "holdout_top1_of_grid": {
-            f"C {c:g}": round(score, 4) for c, score in zip(grid, scores, strict=True)
-        }
-        if len(grid) > 1
-        else {},
+        "holdout_top1": max(of_grid.values(), default=None),
+        "holdout_top1_of_grid": of_grid,
         "features": "standardised by train mean and standard deviation",
         "solver": f"lbfgs, at most {MAX_ITER} iterations",
         "seed": seed,

@@ -24,6 +24,7 @@ from torch import Tensor
 from xdino.errors import RunFailed, UsageError, asked, nearest
 from xdino.runtime.atomic import written_beside
 from xdino_eval.accuracy import class_indices, ranks, top1_top5
+from xdino_eval.backbone_tokens import FEATURES
 from xdino_eval.features import Features, labels_of
 from xdino_eval.linear.probe_state import Unfinished
 from xdino_eval.results import Row, row_of
@@ -37,7 +38,7 @@ class Probe:
 
     weight: [K, D]. bias: [K]. Both float32, or float64 of a logistic regression.
     labels: int64 [K], of the training split, ascending.
-    features: which a head reads, "class", "patches" or "both" (see `grid.Tokens`).
+    features: which a head reads, "class", "patches" or "both" (see `PooledTokens`).
     names: of the K classes, or () where they have none.
     facts: where it comes from: protocol, data, train_size, checkpoint (SHA-256 of the backbone).
     """
@@ -96,7 +97,7 @@ class Probe:
                 raise ValueError("a weight is not finite")
             if not all(isinstance(name, str) for name in names):
                 raise ValueError("names that are no text")
-            if header.get("features", "class") not in ("class", "patches", "both"):
+            if header.get("features", "class") not in FEATURES:
                 raise ValueError(f"features {header['features']:.40}")
             if not header.get("train_size", "0").isdecimal():
                 raise ValueError(f"trained on {header['train_size']:.40} images")

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from xdino import rng
+from xdino.backbone import Backbone
 from xdino.data.sources import Source, fingerprint
 from xdino.errors import RunFailed, UsageError
 from xdino_eval.features import Features, Progress, device_of, evaluating, extract
@@ -84,7 +85,7 @@ class OverImages:
     progress: told (epochs done, epochs).
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     train: Source
     val: Source
     transform: EvalTransform

@@ -1,29 +1,15 @@
 """What features say about themselves, without labels."""
 
-from xdino_eval.quality.measures import (
-    FILE,
-    Quality,
-    alarms,
-    append,
-    feature_std,
-    global_views,
-    judge,
-    lidar,
-    load,
-    measure,
-    rankme,
-)
+from xdino_eval.quality.evaluation import MEASURES, PROTOCOL, evaluate, global_views, rows_of
+from xdino_eval.quality.measures import feature_std, lidar, rankme
 
 __all__ = [
-    "FILE",
-    "Quality",
-    "alarms",
-    "append",
+    "MEASURES",
+    "PROTOCOL",
+    "evaluate",
     "feature_std",
     "global_views",
-    "judge",
     "lidar",
-    "load",
-    "measure",
     "rankme",
+    "rows_of",
 ]

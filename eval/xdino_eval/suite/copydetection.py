@@ -20,14 +20,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from xdino.backbone import Backbone
 from xdino.data.decode import SUFFIXES
 from xdino.data.sources import FileSource
 from xdino.errors import UsageError
@@ -38,7 +38,7 @@ from xdino_eval.features import Progress
 from xdino_eval.image_files import printable
 from xdino_eval.results import Row
 from xdino_eval.suite.descriptors import GEM, Describer, class_and_gem
-from xdino_eval.transform import EvalTransform, Judged, resample
+from xdino_eval.transform import EvalTransform, resample
 
 BLOCKS = (
     "original",
@@ -188,7 +188,7 @@ def describe_copydays(
 
 
 def evaluate_copydetection(
-    backbone: nn.Module,
+    backbone: Backbone,
     copydays: Copydays,
     size: int = 320,
     batch_size: int = 16,
@@ -211,18 +211,17 @@ def evaluate_copydetection(
             "lower --size"
         )
     start = time.monotonic()
-    judged = cast(Judged, backbone)
-    transform = EvalTransform.of(judged, size)
+    transform = EvalTransform.of(backbone, size)
     describer = Describer(
         backbone, class_and_gem, transform, batch_size, workers, precision, progress
     )
-    queries, database = describe_copydays(describer, copydays, size, len(judged.mean))
+    queries, database = describe_copydays(describer, copydays, size, len(backbone.mean))
     metrics = {}
     for block, found in sorted(queries.items(), key=lambda item: item[0] != "strong"):
         similarity = found @ database.T
         ranking = similarity.argsort(dim=1, descending=True, stable=True)[:, :RANKED].numpy()
         metrics[f"mAP {block}"] = mean_average_precision(ranking, copydays.positives(block))
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (judged.mean, judged.std))
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
     absent = [block for block in BLOCKS if block not in queries]
     others = {"distractors": copydays.distractors, "whitening": copydays.whitening}
     return Row(

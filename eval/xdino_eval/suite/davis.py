@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
+from xdino.backbone import Backbone
 from xdino.errors import UsageError
 from xdino_eval import image_files
 from xdino_eval.features import Progress, evaluating
@@ -29,11 +29,10 @@ from xdino_eval.suite.label_propagation import (
     segment,
     transform_of,
 )
-from xdino_eval.tokens import patch_side
 
 
 def evaluate_davis(
-    backbone: nn.Module,
+    backbone: Backbone,
     folder: Path,
     videos: list[Video],
     out: Path,
@@ -55,7 +54,7 @@ def evaluate_davis(
         RunFailed: a file is damaged, or a mask cannot be written.
     """
     propagation = propagation or Propagation()
-    patch = patch_side(backbone)  # before anything is read
+    patch = backbone.require_patches()  # before anything is read
     _check(out, videos, side, patch)
     start = time.monotonic()
     scores: list[ObjectScore] = []

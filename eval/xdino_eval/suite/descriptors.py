@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from xdino.backbone import Backbone
 from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError
 from xdino.runtime import transfer
@@ -26,7 +27,6 @@ from xdino_eval.features import (
     in_turn,
     read_batches,
 )
-from xdino_eval.tokens import class_and_patches, class_token
 from xdino_eval.transform import EvalTransform
 
 SCALES = (1.0, 2**-0.5, 0.5)
@@ -41,13 +41,18 @@ def gem(patches: Tensor, exponent: float = GEM) -> Tensor:
     return patches.clamp(min=1e-6).pow(exponent).mean((1, 2)).pow(1 / exponent)
 
 
-def class_and_gem(backbone: nn.Module, images: Tensor) -> Tensor:
+def class_token(backbone: Backbone, images: Tensor) -> Tensor:
+    """`[B, C, H, W]`, any size -> what the backbone says of the whole image, `[B, D]`."""
+    return backbone(backbone.fitting(images))
+
+
+def class_and_gem(backbone: Backbone, images: Tensor) -> Tensor:
     """`[B, C, H, W]` -> the class token and the GeM of the patch tokens in a row, `[B, 2 D]`."""
-    token, patches = class_and_patches(backbone, images)
+    token, patches = backbone.tokens(images)
     return torch.cat((token, gem(patches)), 1)
 
 
-def multi_scale(backbone: nn.Module, images: Tensor) -> Tensor:
+def multi_scale(backbone: Backbone, images: Tensor) -> Tensor:
     """The mean class token over `SCALES` of one image `[1, C, H, W]`, of length 1: `[1, D]`.
 
     Images are shrunk bilinearly. As published the tokens are averaged as they are, not normalised
@@ -76,8 +81,8 @@ class Describer:
     of one size for all images unless `batch_size` is 1. transform: normalises.
     """
 
-    backbone: nn.Module
-    pool: Callable[[nn.Module, Tensor], Tensor]
+    backbone: Backbone
+    pool: Callable[[Backbone, Tensor], Tensor]
     transform: EvalTransform
     batch_size: int = 1
     workers: int = 2

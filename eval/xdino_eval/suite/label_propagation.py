@@ -13,21 +13,19 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from xdino.backbones import IMAGENET_STD
+from xdino.backbone import IMAGENET_STD, Backbone
 from xdino.errors import RunFailed
 from xdino_eval.features import autocast, device_of
 from xdino_eval.suite.davis_dataset import Video, read_frame, read_mask
 from xdino_eval.suite.davis_scores import VOID
-from xdino_eval.tokens import class_and_patches, patch_side
-from xdino_eval.transform import EvalTransform, Judged
+from xdino_eval.transform import EvalTransform
 
 # The published evaluation divides red by 0.228, where every other one of DINO has 0.229.
 PUBLISHED_STD = (0.228, 0.224, 0.225)
@@ -162,7 +160,7 @@ def one_hot(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def segment(
-    backbone: nn.Module,
+    backbone: Backbone,
     video: Video,
     how: Propagation,
     side: int = 480,
@@ -176,7 +174,7 @@ def segment(
     Raises:
         RunFailed: a file is damaged, or a patch token is not finite.
     """
-    device, patch = device_of(backbone), patch_side(backbone)
+    device, patch = device_of(backbone), backbone.require_patches()
     transform = transform_of(backbone)
     mask = read_mask(video.masks[0], video.labels)
     height, width = mask.shape
@@ -187,7 +185,7 @@ def segment(
         )
         pixels = torch.from_numpy(image)[None].to(device)
         with autocast(device, precision):
-            found = class_and_patches(backbone, transform.normalise(pixels))[1][0].float()
+            found = backbone.tokens(transform.normalise(pixels))[1][0].float()
         if not found.isfinite().all():
             raise RunFailed(f"a patch token of {path} is not finite")
         return found
@@ -206,8 +204,7 @@ def segment(
         yield np.array(large.resize((width, height), Image.Resampling.NEAREST))
 
 
-def transform_of(backbone: nn.Module) -> EvalTransform:
+def transform_of(backbone: Backbone) -> EvalTransform:
     """How a frame is normalised; with the published slip where the backbone asks for ImageNet's."""
-    judged = cast(Judged, backbone)
-    std = PUBLISHED_STD if tuple(judged.std) == IMAGENET_STD else tuple(judged.std)
-    return EvalTransform.of(judged, std=std)
+    std = PUBLISHED_STD if tuple(backbone.std) == IMAGENET_STD else tuple(backbone.std)
+    return EvalTransform.of(backbone, std=std)

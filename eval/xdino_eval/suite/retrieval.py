@@ -19,23 +19,23 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from xdino.backbone import Backbone
 from xdino.data.sources import FileSource
 from xdino.errors import RunFailed, UsageError, asked, nearest
 from xdino_eval.accuracy import average_precision
 from xdino_eval.features import Progress
 from xdino_eval.results import Row
 from xdino_eval.suite import safe_pickle
-from xdino_eval.suite.descriptors import SCALES, Describer, multi_scale
-from xdino_eval.tokens import class_token
-from xdino_eval.transform import EvalTransform, Judged
+from xdino_eval.suite.descriptors import SCALES, Describer, class_token, multi_scale
+from xdino_eval.transform import EvalTransform
 
 DATASETS = ("roxford5k", "rparis6k")
 PROTOCOLS = {  # difficulty -> (what counts as positive, what leaves the ranking)
@@ -201,7 +201,7 @@ def crop(image: np.ndarray, box: Box) -> np.ndarray:
 
 
 def describe_benchmark(
-    backbone: nn.Module,
+    backbone: Backbone,
     benchmark: Benchmark,
     size: int,
     scales: bool,
@@ -220,10 +220,9 @@ def describe_benchmark(
     Raises:
         UsageError, RunFailed: as `Describer`; a box outside of its image.
     """
-    judged = cast(Judged, backbone)
-    channels = len(judged.mean)
+    channels = len(backbone.mean)
     pool = multi_scale if scales else class_token
-    transform = EvalTransform.of(judged, size)
+    transform = EvalTransform.of(backbone, size)
     describer = Describer(backbone, pool, transform, 1, workers, precision, progress)
     queries = benchmark.queries
 
@@ -243,7 +242,7 @@ def describe_benchmark(
 
 
 def evaluate_retrieval(
-    backbone: nn.Module,
+    backbone: Backbone,
     benchmark: Benchmark,
     size: int = 224,
     scales: bool = False,
@@ -265,8 +264,7 @@ def evaluate_retrieval(
     metrics = score(ranking, benchmark.queries)
     if not metrics:
         raise UsageError(f"no query of {benchmark.name} has an easy or a hard positive")
-    judged = cast(Judged, backbone)
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (judged.mean, judged.std))
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
     return Row(
         protocol="retrieval",
         settings={

@@ -157,7 +157,7 @@ def _over_images(
     how = Sgd(epochs=1, batch_size=shape.batch)
     views = images.augmented(backbone, train_class, indices, how)
     stack.enter_context(evaluating(backbone))
-    width: int = backbone.embed_dim  # type: ignore[assignment]
+    width = backbone.embed_dim
     K = max(len(classes), shape.classes)
     return _pair("images", shape, width, K, views.batches, device, threads=1)
 

@@ -98,7 +98,7 @@ class Work:
         backbone = spec.build(drop_path=shape.drop_path)
         if shape.checkpointing:
             checkpoint_activations(backbone, shape.arch)
-        head = DINOHead(backbone.embed_dim, shape.prototypes)  # type: ignore[arg-type]
+        head = DINOHead(backbone.embed_dim, shape.prototypes)
         student = MultiCropNetwork(backbone, head)
         teacher = make_teacher(student, spec.build())
         loss = DINOLoss(shape.prototypes)

@@ -1,7 +1,6 @@
 """`xdino features` and `xdino quality`."""
 
-import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 from xdino_launch.commands.options import (
     SEED,
     BackboneOptions,
+    OutputOptions,
     Place,
     SubjectOptions,
     Whole,
@@ -50,17 +50,30 @@ def features(judged: SubjectOptions, out: Path) -> None:
 @workers_option()
 @precision_option()
 @on_one_process
-def quality(judged: BackboneOptions, data: str, split: str, out: str | None, **how: Any) -> None:
-    """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed."""
-    from xdino_eval.quality.measures import Quality, judge
-    from xdino_launch.console import counter, stderr_console
+def quality(
+    judged: BackboneOptions,
+    data: str,
+    split: str,
+    limit: int,
+    lidar_images: int,
+    views: int,
+    seed: int,
+    out: str | None,
+    **how: Any,
+) -> None:
+    """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed.
 
-    progress = counter(stderr_console(), "features")
+    LiDAR's views are the global crops of the run that the weights lie in, or, where there is none,
+    the published ones at the network's size.
+    """
+    from xdino.data import open_source
+    from xdino.plan import resolve_device
+    from xdino_eval.evaluators import Quality
+    from xdino_launch.evaluation.subject import crops_of_run, options_for
 
-    def tell(found: Quality) -> None:
-        click.echo(json.dumps(asdict(found), indent=2))
-
-    judge(
-        judged.weights, data, split, Path(out) if out else None, arch=judged.arch, role=judged.role,
-        device=judged.device, progress=progress, tell=tell, **how,
-    )  # fmt: skip
+    backbone = judged.backbone()
+    source = open_source(data, split, channels=backbone.in_chans)
+    options = replace(options_for(resolve_device(judged.device), **how), limit=limit)
+    evaluate = Quality(crops_of_run(Path(judged.weights)), lidar_images, views, seed)
+    rows = evaluate(backbone, source, source, options)
+    OutputOptions(out, as_json=True).tell(rows, judged.weights)

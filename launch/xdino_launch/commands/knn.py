@@ -1,6 +1,5 @@
 """`xdino knn`."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,8 +121,8 @@ def _score(
     how = how | {"shared": distributed.world_size() > 1}
     block = how["options"].bank_block
     classes = subject.train.classes
-    with folder_for(subject.cache, block is not None) as folder:
-        subject = replace(subject, cache=folder)
+    with folder_for(subject.options.cache, block is not None) as folder:
+        subject = subject.keeping_features(folder)
         train = subject.share("train", subject.train, block)
         if leave_one_out:
             return subject.sign(knn.leave_one_out(train, **how, classes=classes))

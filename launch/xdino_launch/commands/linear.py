@@ -1,5 +1,6 @@
 """`xdino linear`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -93,10 +94,10 @@ def linear(
     for name, chosen in {"--lrs": lrs, "--wds": wds, "--features": features}.items():
         if chosen is not None and not protocol.startswith("grid"):
             raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
+    from xdino_eval.evaluators import Linear
     from xdino_eval.linear.grid import Grid
     from xdino_eval.linear.logistic import GRIDS
     from xdino_eval.linear.sgd import Sgd
-    from xdino_launch.evaluation.probing import train
 
     given: dict[str, Any] = {"lrs": lrs, "weight_decays": wds, "features": features}
     many = Grid(**{name: values for name, values in given.items() if values is not None})
@@ -105,9 +106,14 @@ def linear(
     subject = judged.open()
     kept = output.file(judged.weights)
     keep_in = kept.parent if kept else None
-    row, done = train(subject, protocol, how, many, strengths or "default", keep_in, save_head)
-    output.tell([row], judged.weights)
-    done.settled()
+    to_remove: list[Callable[[], None]] = []  # once the row is safe
+    probe_of = Linear(
+        protocol, how, many, strengths or "default", keep_in, save_head, to_remove.append
+    )
+    rows = probe_of(subject.backbone, subject.train, subject.val, subject.options)
+    output.tell(rows, judged.weights)
+    for remove in to_remove:
+        remove()
 
 
 def _apply(

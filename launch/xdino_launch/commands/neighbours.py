@@ -1,9 +1,7 @@
 """`xdino neighbours`."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -42,7 +40,7 @@ def neighbours(
     from xdino.data.loader import epoch_order
     from xdino.data.sources import FileSource, Source
     from xdino_eval.knn import neighbours as rooms
-    from xdino_launch.evaluation.subject import features_name, open_any_splits
+    from xdino_launch.evaluation.subject import open_any_splits
 
     subject = judged.open(splits=open_any_splits)
     if images:
@@ -56,14 +54,13 @@ def neighbours(
     found = rooms.find(
         bank,
         subject.train,
-        replace(subject, cache=None).features_of("the queries", asked, order),
+        subject.keeping_features(None).features_of("the queries", asked, order),
         asked,
         k,
     )
-    facts: Any = subject.backbone.weights
     told = {
-        "checkpoint": facts["sha256"],
-        "features": features_name(facts),
+        "checkpoint": subject.backbone.origin.sha256,
+        "features": subject.backbone.origin.name,
         "data": bank.data,
         "transform": bank.transform,
         "train_size": len(bank.features),

@@ -17,8 +17,7 @@ from xdino import values
 from xdino.errors import UsageError, asked, nearest
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from xdino.backbone import Backbone
     from xdino_eval.results import Row
     from xdino_launch.evaluation.subject import Subject
 
@@ -243,7 +242,7 @@ class BackboneOptions(WeightsOptions):
 
     device: str = given(device_option())
 
-    def backbone(self) -> "nn.Module":
+    def backbone(self) -> "Backbone":
         """Raises UsageError and RunFailed as `load_backbone`."""
         from xdino.checkpoint import load_backbone
         from xdino.plan import resolve_device
@@ -251,12 +250,11 @@ class BackboneOptions(WeightsOptions):
         where = resolve_device(self.device)
         return load_backbone(self.weights, self.arch, self.role).to(where)
 
-    def signed(self, rows: "Sequence[Row]", backbone: "nn.Module") -> "list[Row]":
+    def signed(self, rows: "Sequence[Row]", backbone: "Backbone") -> "list[Row]":
         """The rows with the weights they speak of."""
-        from xdino_eval.results import features_name, signed
+        from xdino_eval.results import signed
 
-        facts: Any = backbone.weights
-        return signed(rows, facts["sha256"], features_name(facts))
+        return signed(rows, backbone.origin.sha256, backbone.origin.name)
 
 
 LABELLED = "Folder or tars with train/ and val/, or a named source."

@@ -23,8 +23,7 @@ from xdino_launch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from xdino.backbone import Backbone
     from xdino_eval.results import Row
 
 
@@ -35,7 +34,7 @@ class Judgement(BackboneOptions):
     precision: str = given(precision_option())
     as_json: bool = option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 
-    def tell(self, row: "Row", backbone: "nn.Module", out: str | None) -> None:
+    def tell(self, row: "Row", backbone: "Backbone", out: str | None) -> None:
         """A row, signed, to where rows go."""
         OutputOptions(out, self.as_json).tell(self.signed([row], backbone), self.weights)
 

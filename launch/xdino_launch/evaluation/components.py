@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
+from xdino.backbone import Backbone
 from xdino.errors import UsageError
-from xdino_eval import attending, attention, sheets
+from xdino_eval import attention, sheets
 from xdino_eval.attention import figures, pca
 from xdino_launch.evaluation.drawing import Options, gathered, make_folder
 from xdino_launch.evaluation.inputs import Item, Work
 
 
-def draw_components(backbone: nn.Module, names: Sequence[str], options: Options) -> Iterator[Path]:
+def draw_components(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """Patch tokens as colours, by the first three components of all images and frames together.
 
     Each image is read and computed anew in every pass (two, or three with `foreground`), so that no
@@ -26,7 +26,7 @@ def draw_components(backbone: nn.Module, names: Sequence[str], options: Options)
         RunFailed: a picture cannot be written.
     """
     work = gathered(backbone, names, options)
-    attending.grid(backbone, 64, 64)  # refuses a backbone without patches before anything is read
+    backbone.grid(64, 64)  # refuses a backbone without patches before anything is read
     colours = _Colours(backbone, work, options)
     make_folder(options.out)
     cells = []
@@ -54,7 +54,7 @@ def _pair(item: Item, path: Path) -> list[np.ndarray]:
 class _Colours:
     """The components of everything in `work`, and any image in their colours."""
 
-    def __init__(self, backbone: nn.Module, work: Work, options: Options) -> None:
+    def __init__(self, backbone: Backbone, work: Work, options: Options) -> None:
         self._backbone, self._options = backbone, options
         self._work, self._skipped = work, work.skipped()
         self._foreground: pca.Foreground | None = None

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from xdino.backbone import Backbone
 from xdino.errors import UsageError, world
-from xdino_eval import attending, attention, sheets
+from xdino_eval import attention, sheets
 from xdino_eval.attention import figures, video
 from xdino_eval.attention.video import Frame
 from xdino_eval.features import device_of, evaluating
@@ -41,7 +41,7 @@ class Options:
         return None if self.layer is None else [self.layer]
 
 
-def gathered(backbone: nn.Module, names: Sequence[str], options: Options) -> Work:
+def gathered(backbone: Backbone, names: Sequence[str], options: Options) -> Work:
     """What is to be drawn, in the backbone's number of channels."""
     channels: Any = backbone.in_chans
     return gather(names, channels, options.out, options.fps)
@@ -55,7 +55,7 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def draw_attention(backbone: nn.Module, names: Sequence[str], options: Options) -> Iterator[Path]:
+def draw_attention(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """Pictures of class attention; yields each file written.
 
     One image: every head, their mean, overlay, masks and a sheet. A folder: these, and sheets of
@@ -87,23 +87,22 @@ def draw_attention(backbone: nn.Module, names: Sequence[str], options: Options) 
         yield from _film_attention(backbone, film, options)
 
 
-def _check(backbone: nn.Module, options: Options) -> None:
+def _check(backbone: Backbone, options: Options) -> None:
     """Refuse a backbone, a layer or a head that is not there, on a grey image."""
     grey = _grey(backbone)
     with evaluating(backbone), torch.inference_mode():
-        *_, last = attending.class_attention(backbone, grey, options.layers).values()
-    heads = last.shape[1]  # [B, heads, 1 + N]
+        heads = backbone.class_attention(grey, options.layers)[-1].shape[1]
     if options.head is not None and not 1 <= options.head <= heads:
         raise UsageError(f"there is no head {options.head}: choose one from 1 to {heads}")
 
 
-def _grey(backbone: nn.Module) -> torch.Tensor:
+def _grey(backbone: Backbone) -> torch.Tensor:
     """One grey image of two by two patches, [1, C, H, W]."""
-    side, channels = 2 * attending.patch_size(backbone), backbone.in_chans
-    return torch.zeros(1, int(channels), side, side, device=device_of(backbone))  # type: ignore[arg-type]
+    side = 2 * (backbone.patch_size or 1)
+    return torch.zeros(1, backbone.in_chans, side, side, device=device_of(backbone))
 
 
-def _maps(backbone: nn.Module, image: np.ndarray, name: str, options: Options) -> attention.Maps:
+def _maps(backbone: Backbone, image: np.ndarray, name: str, options: Options) -> attention.Maps:
     try:
         return attention.class_attention_maps(backbone, image, options.size, options.layers)
     except UsageError as error:
@@ -111,7 +110,7 @@ def _maps(backbone: nn.Module, image: np.ndarray, name: str, options: Options) -
 
 
 def _draw_one(
-    backbone: nn.Module, item: Item, options: Options
+    backbone: Backbone, item: Item, options: Options
 ) -> tuple[list[Path], np.ndarray, attention.Maps]:
     image = item.read()
     maps = _maps(backbone, image, item.name, options)
@@ -120,7 +119,7 @@ def _draw_one(
 
 
 def _folder_rows(
-    backbone: nn.Module,
+    backbone: Backbone,
     items: Sequence[Item],
     options: Options,
     written: list[Path],
@@ -142,7 +141,7 @@ def _folder_rows(
         tell(done, len(items))
 
 
-def _film_attention(backbone: nn.Module, film: Film, options: Options) -> Iterator[Path]:
+def _film_attention(backbone: Backbone, film: Film, options: Options) -> Iterator[Path]:
     """Three videos a layer; yields them once they are whole."""
     paths: list[Path] = []
     limits: dict[str, tuple[float, float]] = {}
@@ -174,7 +173,7 @@ def _calmer(before: tuple[float, float] | None, now: tuple[float, float]) -> tup
     return low, high
 
 
-def draw_channels(backbone: nn.Module, names: Sequence[str], options: Options) -> Iterator[Path]:
+def draw_channels(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """XCA's channel-by-channel matrices of each image as heat maps; yields each file written.
 
     Raises:
@@ -182,7 +181,7 @@ def draw_channels(backbone: nn.Module, names: Sequence[str], options: Options) -
         RunFailed: a picture cannot be written.
     """
     work = gathered(backbone, names, options)
-    attending.channel_attention(backbone, _grey(backbone))
+    backbone.channel_attention(_grey(backbone))
     if work.videos:
         raise UsageError("--xca draws images, not videos: its matrices have no map over a frame")
     make_folder(options.out)
@@ -194,6 +193,6 @@ def draw_channels(backbone: nn.Module, names: Sequence[str], options: Options) -
             skipped.add(item, error)
             continue
         with evaluating(backbone), torch.inference_mode():
-            found = attending.channel_attention(backbone, inputs)
+            found = backbone.channel_attention(inputs)
         blocks: list[Any] = [block[0].cpu().numpy() for block in found]
         yield from figures.draw_channels(blocks, options.out, item.stem)

@@ -1,65 +1,16 @@
-"""`xdino linear`: one of the protocols on a frozen backbone, or a saved probe on other images."""
+"""`xdino linear --apply`: a saved probe on other images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from xdino import data
 from xdino.errors import UsageError
-from xdino_eval.linear.grid import Grid, grid_probe, grid_probe_features
-from xdino_eval.linear.logistic import logistic_probe
-from xdino_eval.linear.probe import Probe, Trained, apply, write_predictions
-from xdino_eval.linear.sgd import OverImages, Sgd, sgd_probe, sgd_probe_features
+from xdino_eval.linear.probe import Probe, apply, write_predictions
 from xdino_eval.results import Row
 from xdino_launch.evaluation.subject import Subject
-
-
-def train(
-    subject: Subject,
-    protocol: str,
-    how: Sgd,
-    grid: Grid,
-    strengths: str | Sequence[float],
-    keep_in: Path | None,
-    save_head: str | None,
-) -> tuple[Row, Trained]:
-    """Train a probe by `protocol`, keep it if asked, and say what it scores.
-
-    Returns:
-        The row, and what to tell (`settled`) when it is safe.
-
-    Args:
-        keep_in: folder for the state to go on from. save_head: file for the probe.
-    """
-    told = {"keep_in": keep_in, "progress": subject.progress("epoch")}
-    device = subject.device
-    if protocol in ("sgd", "grid"):
-        images = OverImages(
-            subject.backbone,
-            subject.train,
-            subject.val,
-            subject.transform,
-            device,
-            subject.workers,
-            subject.precision,
-            **told,
-        )
-        done = sgd_probe(images, how) if protocol == "sgd" else grid_probe(images, grid, how)
-    elif protocol == "grid-features":
-        both = subject.features(grid.features)
-        done = grid_probe_features(*both, grid, how, device, **told)
-    elif protocol == "sgd-features":
-        done = sgd_probe_features(*subject.features(), how, device, **told)
-    else:
-        told["progress"] = subject.progress("fit")
-        done = logistic_probe(*subject.features(), strengths, seed=how.seed, **told)
-    (row,) = subject.sign([done.row])
-    if save_head is not None:
-        done.probe.signed(subject.train.classes, row.checkpoint).save(save_head)
-    return row, done
 
 
 def use(
@@ -128,10 +79,8 @@ def open_one(
 
 def check_width(probe: Probe, subject: Subject, file: str) -> None:
     """Raises UsageError before any image is read where the backbone's features do not fit."""
-    dim: Any = getattr(subject.backbone, "embed_dim", None)
-    if isinstance(dim, int):
-        width = 2 * dim if probe.features == "both" else dim
-        try:
-            probe.scores(torch.empty(0, width))
-        except UsageError as error:
-            raise UsageError(f"{file}: {error}") from None
+    width = subject.backbone.embed_dim * (2 if probe.features == "both" else 1)
+    try:
+        probe.scores(torch.empty(0, width))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None

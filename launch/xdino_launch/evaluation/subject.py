@@ -1,29 +1,28 @@
-"""What the evaluation commands share: a backbone, two labelled splits, a transform."""
+"""What the evaluation commands share: a backbone, two labelled splits, how images are shown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import nn
 
-from xdino import checkpoint, data, feasibility
-from xdino.config import MAX_PIXELS
+from xdino import checkpoint, config, data, feasibility
+from xdino.backbone import Backbone
+from xdino.config import Crops
 from xdino.data.sources import limit_pixels
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import resolve_device
+from xdino.run_directory import CONFIG_FILE
 from xdino.runtime import distributed
 from xdino.runtime.atomic import written_beside
 from xdino_eval import results
-from xdino_eval.features import Features, cache_key, cached, content_of, extract
-from xdino_eval.knn.sharding import cut, kept, share
-from xdino_eval.linear.grid import Tokens, needs_both
+from xdino_eval.extraction import Options
+from xdino_eval.features import Features
+from xdino_eval.knn.sharding import cut, share
 from xdino_eval.results import Row
-from xdino_eval.results import features_name as features_name  # part of this room's interface
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import counter, stderr_console
 
@@ -36,15 +35,10 @@ NO_FEATURES = Features(torch.empty(0, 0), NONE, NONE)
 class Subject:
     """A frozen backbone, the data it is judged on, and how images are shown to it."""
 
-    backbone: nn.Module
+    backbone: Backbone
     train: data.Source
     val: data.Source
-    transform: EvalTransform
-    device: torch.device
-    batch_size: int
-    workers: int
-    precision: str
-    cache: Path | None = None  # folder where features are kept for the next command
+    options: Options
 
     @classmethod
     def open(
@@ -75,29 +69,32 @@ class Subject:
             UsageError, RunFailed: as `load_backbone` and `open_splits`.
         """
         backbone = checkpoint.load_backbone(weights, arch, role)
-        channels: Any = backbone.in_chans
-        train, val = (splits or open_splits)(data, channels)
+        train, val = (splits or open_splits)(data, backbone.in_chans)
         for sentence in dict.fromkeys([*train.notices(), *val.notices()]):
             stderr_console().print(sentence, soft_wrap=True)
         if max_pixels is not None:
             limit_pixels(train, max_pixels)
             limit_pixels(val, max_pixels)
         try:
-            transform = EvalTransform.of(backbone, size, resize, mean, std)  # type: ignore[arg-type]
+            transform = EvalTransform.of(backbone, size, resize, mean, std)
         except ValueError as error:
             raise UsageError(str(error)) from None
         where = resolve_device(device)
         check_views(backbone, transform, where, batch_size, size is not None)
+        options = options_for(where, batch_size, workers, precision)
         kept = Path(cache) if cache else None
-        return cls(backbone, train, val, transform, where, batch_size, workers, precision, kept)
+        return cls(backbone, train, val, replace(options, transform=transform, cache=kept))
+
+    def keeping_features(self, folder: Path | None) -> "Subject":
+        """The same with another folder for features; None = none are kept."""
+        return replace(self, options=replace(self.options, cache=folder))
 
     def check_alike(self) -> None:
         """Raises RunFailed where processes have other weights or see other images."""
         if distributed.world_size() == 1:
             return
-        weights: Any = self.backbone.weights
         for what, own in {
-            "weights": weights["sha256"],
+            "weights": self.backbone.origin.sha256,
             "images of train": data.fingerprint(self.train),
             "images of val": data.fingerprint(self.val),
         }.items():
@@ -106,13 +103,9 @@ class Subject:
                 other = next(r for r, theirs in enumerate(everyone) if theirs != everyone[0])
                 raise RunFailed(f"processes 0 and {other} see different {what} under one name")
 
-    def features(self, tokens: Sequence[str] = ("class",)) -> tuple[Features, Features]:
+    def features(self) -> tuple[Features, Features]:
         """Features of both splits; unreadable images are named on standard error."""
-        train, val = (
-            self.features_of(name, source, tokens=tokens)
-            for name, source in (("train", self.train), ("val", self.val))
-        )
-        return train, val
+        return self.options.features(self.backbone, self.train, self.val)
 
     def features_of(
         self,
@@ -122,48 +115,9 @@ class Subject:
         part: str = "",
         tokens: Sequence[str] = ("class",),
     ) -> Features:
-        """Features of one source, read from the cache where they are in it.
-
-        Args:
-            indices: images of it, which the cache calls `part`; None for all.
-            tokens: what is read off the backbone, see `grid.Tokens`.
-        """
-        console = stderr_console()
-        network = self.backbone if tuple(tokens) == ("class",) else Tokens(self.backbone, tokens)
-        compute = partial(
-            extract,
-            network,
-            source,
-            self.transform,
-            self.batch_size,
-            self.device,
-            self.workers,
-            self.precision,
-            indices=indices,
-            progress=counter(console, f"features of {split}"),
-            may_be_empty=indices is not None,
-        )
-        if self.cache is not None:
-            weights: Any = self.backbone.weights
-            role = weights.get("role", "teacher")
-            which = [role, features_name(weights), f"{self.backbone.spec}{part}"]
-            if source.max_pixels != MAX_PIXELS:
-                which.append(f"images of {source.max_pixels} pixels")
-            if network is not self.backbone:
-                which += ["both"] if needs_both(tokens) else tokens
-            key = cache_key(
-                weights["sha256"],
-                ", ".join(which),
-                self.transform,
-                content_of(source),
-                self.precision,
-            )
-            found = (kept if part else cached)(self.cache, key, compute)
-        else:
-            found = compute()
-        for name, reason in found.skipped:
-            console.print(f"skipped {name}: {reason}", markup=False, soft_wrap=True)
-        return found
+        """Features of one source, see `Options.features_of`; of chosen images possibly none."""
+        some = indices is not None
+        return self.options.features_of(self.backbone, split, source, indices, part, tokens, some)
 
     def share(self, split: str, source: data.Source, rows: int | None = None) -> list[Features]:
         """This process's share of the features of a source, every process its own.
@@ -176,37 +130,50 @@ class Subject:
         rank, processes = distributed.rank(), distributed.world_size()
         if processes == 1 and rows is None:
             return [self.features_of(split, source)]
-        places = share(len(source), self.batch_size, rank, processes)
-        pieces = cut(places, self.batch_size, rows)
-        shown = f"{self.transform.describe()}, {self.precision}"
+        batch_size = self.options.batch_size
+        places = share(len(source), batch_size, rank, processes)
+        pieces = cut(places, batch_size, rows)
+        transform = self.options.transform_for(self.backbone)
+        shown = f"{transform.describe()}, {self.options.precision}"
 
         def extract_pieces() -> list[Features]:
             return [
-                self.features_of(split, source, piece, f", {piece[0]} to {piece[-1]}")
+                self.features_of(split, source, piece, f"{piece[0]} to {piece[-1]}")
                 for piece in pieces
                 if len(piece)
             ] or [replace(NO_FEATURES, data=source.name, transform=shown)]
 
         return distributed.together(extract_pieces)
 
-    def progress(self, verb: str) -> Any:
-        return counter(stderr_console(), verb)
-
     def sign(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with the weights they speak of."""
-        weights: dict[str, Any] = self.backbone.weights  # type: ignore[assignment]
-        return results.signed(rows, weights["sha256"], features_name(weights))
+        return results.signed(rows, self.backbone.origin.sha256, self.backbone.origin.name)
+
+
+def options_for(
+    device: torch.device, batch_size: int = 128, workers: int = 2, precision: str = "fp32"
+) -> Options:
+    """Options of an evaluator that tells standard error how far it is."""
+    console = stderr_console()
+    return Options(
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        precision=precision,
+        counter=partial(counter, console),
+        notice=partial(console.print, markup=False, soft_wrap=True),
+    )
 
 
 def check_views(
-    backbone: nn.Module, transform: EvalTransform, device: torch.device, batch: int, resized: bool
+    backbone: Backbone, transform: EvalTransform, device: torch.device, batch: int, resized: bool
 ) -> None:
     """Raises UsageError where the backbone does not take what `transform` shows it.
 
     Args:
         resized: at a size that is not its own; its own was tried when it was trained.
     """
-    channels, size = cast(int, backbone.in_chans), transform.size
+    channels, size = backbone.in_chans, transform.size
     for name, given in (("--mean", transform.mean), ("--std", transform.std)):
         if len(given) != channels:
             raise UsageError(f"{name} takes one value a channel: {channels}, got {len(given)}")
@@ -215,9 +182,16 @@ def check_views(
     feasibility.check_memory("the images of a batch", needed, device, mend)
     if resized:
         trial = feasibility.Trial("--size", size, 1, training=False)
-        arch = cast(Any, backbone).spec.arch
-        own = cast(int, backbone.input_size)
-        feasibility.check_sizes(backbone, arch, channels, [trial], own=(own,))
+        own = (backbone.input_size,)
+        feasibility.check_sizes(backbone, backbone.spec.arch, channels, [trial], own=own)
+
+
+def crops_of_run(weights: Path) -> Crops | None:
+    """The crops of RUN for RUN itself, RUN/backbone.safetensors and RUN/checkpoints/FILE."""
+    for folder in (weights, weights.parent, weights.parent.parent):
+        if (folder / CONFIG_FILE).is_file() and (folder / checkpoint.BACKBONE_FILE).is_file():
+            return config.load(str(folder / CONFIG_FILE)).crops
+    return None
 
 
 open_splits = data.open_splits
@@ -250,11 +224,11 @@ def save_features(subject: Subject, path: Path) -> Path:
             value = getattr(found, name)
             if value is not None:
                 tensors[f"{split}_{name}"] = value.contiguous()
-    weights: dict[str, Any] = subject.backbone.weights  # type: ignore[assignment]
+    origin = subject.backbone.origin
     facts = {
-        "checkpoint": weights["sha256"],
-        "features": features_name(weights).encode("utf-8", "backslashreplace").decode(),
-        "transform": subject.transform.describe(),
+        "checkpoint": origin.sha256,
+        "features": origin.name.encode("utf-8", "backslashreplace").decode(),
+        "transform": subject.options.transform_for(subject.backbone).describe(),
     }
     with written_beside(path) as beside:
         safetensors.torch.save_file(tensors, beside, metadata=facts)

@@ -13,10 +13,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xdino import checkpoint, weight_names, xcit
-from xdino.backbones import BackboneSpec
+from xdino.backbone import Backbone, Spec
 from xdino.errors import RunFailed, UsageError
 from xdino.run_directory import commit
 from xdino_launch.export import to_onnx
@@ -51,11 +51,9 @@ def export_backbone(
     if format == "onnx":
         to_onnx.require()
     backbone = checkpoint.load_backbone(weights, arch, role)
-    spec: Any = backbone.spec
-    facts: dict[str, Any] = dict(backbone.weights)  # type: ignore[arg-type]
-    source = Path(facts.pop("path"))
-    facts["exported_from"] = facts.pop("sha256")
-    about = card(backbone, facts, source)
+    spec, origin = backbone.spec, backbone.origin
+    facts = {**origin.facts, "exported_from": origin.sha256}
+    about = card(backbone, facts, origin.path)
     try:
         if format == "onnx":
             to_onnx.write(backbone, spec, path, about, say)
@@ -70,18 +68,18 @@ def export_backbone(
     return path
 
 
-def card(backbone: nn.Module, facts: dict[str, Any], source: Path) -> dict[str, str]:
+def card(backbone: Backbone, facts: dict[str, Any], source: Path) -> dict[str, str]:
     """What a file says of itself, each a string.
 
     `commit` is of the code that trained, from the run directory that `source` lies in;
     `exported_by_commit` of this code.
     """
-    spec: Any = backbone.spec
+    spec = backbone.spec
     iteration = facts.get("iteration")
     epoch = facts.get("epoch")
     said = {
         "architecture": spec.arch,
-        "patch_size": patch_size(backbone),
+        "patch_size": backbone.patch_size,
         "embed_dim": backbone.embed_dim,
         "in_chans": spec.in_chans,
         "shape": json.dumps(spec.shape, sort_keys=True),
@@ -101,14 +99,6 @@ def card(backbone: nn.Module, facts: dict[str, Any], source: Path) -> dict[str, 
     return {key: text.encode("utf-8", "backslashreplace").decode() for key, text in told.items()}
 
 
-def patch_size(backbone: nn.Module) -> int | None:
-    """Pixels a patch side; None for a network without patches."""
-    own = getattr(backbone, "patch_size", None)
-    if own is None:
-        own = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    return own[0] if isinstance(own, tuple) else own
-
-
 def training_commit(source: Path, iteration: int | None) -> str | None:
     """The commit in the environment.json of a run whose weights these are, at their iteration."""
     for folder in (source.parent, source.parent.parent):
@@ -124,7 +114,7 @@ def training_commit(source: Path, iteration: int | None) -> str | None:
 
 
 def timm_weights(
-    backbone: nn.Module, spec: BackboneSpec, say: Callable[[str], None]
+    backbone: Backbone, spec: Spec, say: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under timm's names, and how `timm.create_model` builds the network they load into.
 
@@ -152,7 +142,7 @@ def timm_weights(
     return tensors, {"timm": f"timm.create_model({arguments})", "timm_version": timm.__version__}
 
 
-def timm_recipe(spec: BackboneSpec) -> tuple[str, dict[str, Any]]:
+def timm_recipe(spec: Spec) -> tuple[str, dict[str, Any]]:
     """Name and options for `timm.create_model` of the network behind a spec, without a class head."""
     options: dict[str, Any] = {"num_classes": 0}
     if spec.in_chans != 3:

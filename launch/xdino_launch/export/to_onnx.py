@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from xdino import xcit
-from xdino.backbones import BackboneSpec
+from xdino.backbone import Spec
 from xdino.errors import RunFailed, UsageError
 from xdino.runtime.atomic import written_beside
 
@@ -41,7 +41,7 @@ def require() -> None:
 
 def write(
     backbone: nn.Module,
-    spec: BackboneSpec,
+    spec: Spec,
     path: Path,
     about: Mapping[str, str],
     say: Callable[[str], None] = lambda sentence: None,
@@ -84,7 +84,7 @@ def write(
             say(f"onnxruntime against torch, {where}: largest difference {difference:.1e}")
 
 
-def check(backbone: nn.Module, spec: BackboneSpec, path: Path) -> Iterator[tuple[str, float]]:
+def check(backbone: nn.Module, spec: Spec, path: Path) -> Iterator[tuple[str, float]]:
     """The largest absolute difference of features, onnxruntime's from torch's, size by size.
 
     Raises:

@@ -193,9 +193,11 @@ class Train:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
-    """k-NN while training, a linear probe at the end, and the size at which both judge."""
+    """What judges while training, a linear probe at the end, and the size at which all judge."""
 
-    every: Count = 0  # epochs between k-NN evaluations; 0 for never
+    every: Count = 0  # epochs between evaluations by `protocols`; 0 for never
+    # "quality" needs no labels; "grid" wants many images.
+    protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
     linear: Literal["logistic", "grid"] | None = (
         None  # the probe at the end; "grid" wants many images
     )
