@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from xdino_transfer.classification.erasing import ATTEMPTS, Erasing, boxes, noise
+from xdino_transfer.classification.erasing import ATTEMPTS, Erasing, boxes
 from xdino_transfer.draws import counters
 
 
@@ -32,8 +32,8 @@ def test_erased_images_are_the_published_ones(downstream):
 def test_only_the_box_changes_and_it_is_unit_noise():
     always = Erasing(probability=1.0)
     images = torch.full((40, 3, 48, 64), 7.0)
-    out = always.apply(images.clone(), 5, 2, np.arange(40))
-    drawn = always.draw(5, counters(2, np.arange(40)), 48, 64)
+    out = always.apply(images.clone(), 5, counters(2, np.arange(40)))
+    drawn, _ = always.draw(5, counters(2, np.arange(40)), 48, 64)
     inside = []
     for image, (top, left, h, w) in zip(out, drawn.tolist(), strict=True):
         assert 0 < h < 48
@@ -49,13 +49,13 @@ def test_only_the_box_changes_and_it_is_unit_noise():
 
 def test_a_quarter_of_the_images_and_those_of_the_place():
     published = Erasing()
-    drawn = published.draw(0, counters(0, np.arange(4000)), 224, 224)
+    drawn, _ = published.draw(0, counters(0, np.arange(4000)), 224, 224)
     assert abs((drawn[:, 2] > 0).mean() - 0.25) < 0.02
     images = torch.zeros(6, 3, 32, 32)
-    whole = published.apply(images.clone(), 0, 1, np.arange(6))
-    alone = published.apply(images[:1].clone(), 0, 1, np.array([4]))
+    whole = published.apply(images.clone(), 0, counters(1, np.arange(6)))
+    alone = published.apply(images[:1].clone(), 0, counters(1, np.array([4])))
     assert torch.equal(whole[4], alone[0])
-    assert not torch.equal(whole, published.apply(images.clone(), 0, 1, np.arange(6), 1))
+    assert not torch.equal(whole, published.apply(images.clone(), 0, counters(1, np.arange(6), 1)))
 
 
 def test_where_nothing_fits_nothing_is_erased():
@@ -63,11 +63,5 @@ def test_where_nothing_fits_nothing_is_erased():
     assert not boxes(area, ratio, np.zeros((1, 2)), 2, 40).any()
     images = torch.ones(3, 1, 1, 1)
     assert torch.equal(
-        Erasing(probability=1.0).apply(images, 0, 0, np.arange(3)), torch.ones(3, 1, 1, 1)
+        Erasing(probability=1.0).apply(images, 0, counters(0, np.arange(3))), torch.ones(3, 1, 1, 1)
     )
-
-
-def test_noise_is_the_places_own():
-    places = counters(0, np.array([1, 2]))
-    assert torch.equal(noise(0, places[0], (3, 4, 5)), noise(0, places[0], (3, 4, 5)))
-    assert not torch.equal(noise(0, places[0], (3, 4, 5)), noise(0, places[1], (3, 4, 5)))

@@ -1,21 +1,19 @@
 """Random erasing (Zhong et al., 2017, arXiv 1708.04896), timm's "pixel" mode: a box of unit noise.
 
-It comes after normalisation, so it works on whole batches, wherever they are. Boxes and noise follow
-from (seed, epoch, index, repeat).
+It comes after normalisation, so it works on batches wherever they are. Boxes follow from (seed, epoch,
+index, repeat); so does the noise, on one kind of device: it is drawn there, for on a CPU it would keep
+a GPU waiting.
 
 Letters: B images, C channels, H x W pixels.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
-from xdino.runtime import transfer
-from xdino_transfer.draws import ERASING, NOISE, counters, uniforms
+from xdino_transfer.draws import ERASING, uniforms
 
 ATTEMPTS = 10  # boxes tried for an image; where none fits, nothing is erased
 
@@ -48,40 +46,34 @@ class Erasing:
     area: tuple[float, float] = (0.02, 1 / 3)
     ratio: tuple[float, float] = (0.3, 1 / 0.3)
 
-    def draw(self, seed: int, places: np.ndarray, height: int, width: int) -> np.ndarray:
-        """The boxes int64 [B, 4] of images at `places` (see `draws.counters`), zeros for none."""
-        uniform = uniforms(seed, ERASING, places, 2 * ATTEMPTS + 3)
+    def draw(
+        self, seed: int, places: np.ndarray, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of images at `places` (see `draws.counters`) the boxes, int64 [B, 4], zeros for none, and
+        the seeds of their noise, int64 [B]."""
+        uniform = uniforms(seed, ERASING, places, 2 * ATTEMPTS + 4)
+        area, log_ratio, (down, across, erased, noise) = np.split(
+            uniform.T, [ATTEMPTS, 2 * ATTEMPTS]
+        )
         low, high = np.log(self.ratio)
         found = boxes(
-            self.area[0] + (self.area[1] - self.area[0]) * uniform[:, :ATTEMPTS],
-            low + (high - low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS],
-            uniform[:, -3:-1],
+            self.area[0] + (self.area[1] - self.area[0]) * area.T,
+            low + (high - low) * log_ratio.T,
+            np.stack([down, across], axis=1),
             height,
             width,
         )
-        return np.where(uniform[:, -1:] < self.probability, found, 0)
+        found[erased >= self.probability] = 0
+        return found, (noise * 2**52).astype(np.int64)
 
-    def apply(
-        self,
-        images: Tensor,
-        seed: int,
-        epoch: int,
-        indices: np.ndarray,
-        repeats: np.ndarray | int = 0,
-    ) -> Tensor:
-        """Erase in place in normalised images [B, C, H, W], those of `indices` in an epoch."""
-        places = counters(epoch, indices, repeats)
-        found = self.draw(seed, places, *images.shape[2:])
+    def apply(self, images: Tensor, seed: int, places: np.ndarray) -> Tensor:
+        """Erase in place in normalised images [B, C, H, W], which lie at `places`."""
+        found, seeds = self.draw(seed, places, *images.shape[2:])
+        generator = torch.Generator(images.device)
         for row in np.flatnonzero(found[:, 2]):
             top, left, h, w = found[row].tolist()
-            pixels = noise(seed, places[row], (images.shape[1], h, w)).to(images.dtype)
-            images[row, :, top : top + h, left : left + w] = transfer.to_device(
-                pixels, images.device
-            )
+            generator.manual_seed(int(seeds[row]))
+            shape = (images.shape[1], h, w)
+            noise = torch.randn(shape, generator=generator, device=images.device)
+            images[row, :, top : top + h, left : left + w] = noise
         return images
-
-
-def noise(seed: int, place: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """float32 `shape` from N(0, 1), of the image at one place uint64 [3]."""
-    uniform = uniforms(seed, NOISE, place[None], math.prod(shape))
-    return torch.from_numpy(ndtri(uniform).astype(np.float32)).view(shape)
