@@ -14,7 +14,7 @@ from xdino_transfer.classification.randaugment import (
     TABLE_DTYPE,
     RandAugment,
     argument,
-    carry_out,
+    operate,
 )
 
 MEAN = (0.485, 0.456, 0.406)
@@ -42,9 +42,8 @@ def test_chains_are_the_published_ones(downstream):
         picture = Image.fromarray(tensors["image"].numpy())
         for step in chain["applied"]:
             name, magnitude = step["name"], min(step["magnitude_drawn"], 10.0)
-            either = [argument(name, magnitude, sign) for sign in (-1, 1)]
-            arguments = next(a for a in either if list(a) == step["argument"])
-            picture = carry_out(name, picture, arguments, PUBLISHED.fill)
+            signs = (s for s in (-1, 1) if list(argument(name, magnitude, s)) == step["argument"])
+            picture = operate(name, picture, magnitude, next(signs), PUBLISHED.fill)
         np.testing.assert_array_equal(np.asarray(picture), tensors[f"chain/{i}"].numpy())
 
 

@@ -119,16 +119,16 @@ class RandAugment:
             return image
         picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
         for layer in chosen:
-            name = OPERATIONS[layer["operation"]]
-            arguments = argument(name, float(layer["magnitude"]), int(layer["sign"]))
-            picture = carry_out(name, picture, arguments, self.fill)
+            name, magnitude = OPERATIONS[layer["operation"]], float(layer["magnitude"])
+            picture = operate(name, picture, magnitude, int(layer["sign"]), self.fill)
         return np.asarray(picture).reshape(image.shape)
 
 
-def carry_out(
-    name: str, picture: Image.Image, arguments: tuple[float, ...], fill: tuple[int, ...]
+def operate(
+    name: str, picture: Image.Image, magnitude: float, sign: int, fill: tuple[int, ...]
 ) -> Image.Image:
-    """One operation on an RGB or L picture, bicubic where pixels move."""
+    """One operation on an RGB or L picture, bicubic where pixels move. See `argument`, `RandAugment`."""
+    arguments = argument(name, magnitude, sign)
     if name == "PosterizeIncreasing" and arguments == (0,):
         return Image.new(picture.mode, picture.size)
     colour = fill if picture.mode == "RGB" else fill[0]
