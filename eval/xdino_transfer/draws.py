@@ -10,7 +10,7 @@ Letters: B images.
 import numpy as np
 
 # The second half of the Philox key; pretraining's draws have the small numbers.
-RANDAUGMENT, ERASING, MIXING, CROPPING = 16, 17, 18, 19
+RANDAUGMENT, ERASING, MIXING, CROPPING, SUBSETS = 16, 17, 18, 19, 20
 
 
 def counters(epoch: int, indices: np.ndarray, repeats: np.ndarray | int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from xdino.data import fingerprint
 from xdino.errors import RunFailed, UsageError
-from xdino_transfer.datasets import open_labelled
+from xdino_transfer.datasets import few, few_of_each, open_labelled
 
 RNG = np.random.default_rng(0)
 TEN = [f"kind{i}" for i in range(10)]
@@ -215,6 +215,35 @@ def test_train_and_test(halves):
 def test_what_pretraining_opens_opens_too(halves):
     (halves / "test").rename(halves / "val")
     assert [len(source) for source in open_labelled(str(halves))] == [3, 3]
+
+
+# Parts
+
+
+def test_few_of_every_class(cifar10):
+    train, _ = open_labelled(str(cifar10[0]))
+    part = few(train, 0.25, seed=3)
+    assert np.bincount(part.labels).tolist() == [3] * 10
+    assert (part.classes, part.name) == (train.classes, f"{train.name} (25 %)")
+    where = [train.describe(i) for i in range(100)]
+    chosen = [where.index(part.describe(i)) for i in range(len(part))]
+    assert chosen == sorted(chosen)
+    for i, index in enumerate(chosen):
+        np.testing.assert_array_equal(part.read(i), train.read(index))
+        assert part.labels[i] == train.labels[index]
+    larger = few(train, 0.5, seed=3)
+    assert {part.describe(i) for i in range(30)} < {larger.describe(i) for i in range(50)}
+    assert len({fingerprint(s) for s in (part, larger, train, few(train, 0.25, 4))}) == 4
+    assert fingerprint(part) == fingerprint(few(train, 0.25, seed=3))
+    assert few(train, 1, 0) is train
+    assert np.bincount(few(train, 0.001, 0).labels).tolist() == [1] * 10
+    assert np.bincount(few_of_each(train, 4, 0).labels).tolist() == [4] * 10
+    assert len(few_of_each(train, 1000, 0)) == 100
+    for wrong in (0, 1.5, float("nan")):
+        with pytest.raises(UsageError, match="above 0 and at most 1"):
+            few(train, wrong, 0)
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        few_of_each(train, 0, 0)
 
 
 # Wrong ones

@@ -1,4 +1,7 @@
-"""Scores equal those of the published evaluation on the same images, to the digit."""
+"""Scores equal those of the published evaluation on the same images, to the digit; predictions."""
+
+import csv
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from xdino.backbones import BackboneSpec
 from xdino.data import open_source
 from xdino.errors import UsageError
 from xdino_transfer.classification.classifier import Classifier
+from xdino_transfer.classification.predicting import predict, write
 from xdino_transfer.classification.scoring import published_transform, score
 
 SPEC = BackboneSpec(
@@ -115,3 +119,39 @@ def test_other_heads_are_refused(classifier, folder):
     other = Classifier(SPEC.build(), SPEC, (*NAMES[:5], "x", "y"))
     with pytest.raises(UsageError, match=r"does not know 2 of the 7 classes of .*: class5, class6"):
         score(other, source, transform)
+
+
+def test_predictions_need_no_labels(classifier, folder, tmp_path):
+    (folder / NAMES[0] / "0.png").write_bytes(b"\x89PNG")
+    transform = published_transform(SPEC)
+    predictions, skipped = predict(classifier, open_source(str(folder)), transform, top=3)
+    assert len(predictions) == 41
+    assert [name for name, _ in skipped] == [str(folder / NAMES[0] / "0.png")]
+    (row,) = score(classifier, open_source(str(folder), labelled=True), transform)
+    right = sum(p.classes[0] == p.image.split("/")[-2] for p in predictions)
+    assert row.top1 == pytest.approx(100 * right / 41)
+    for prediction in predictions:
+        assert len(prediction.classes) == 3
+        assert 1 > prediction.probabilities[0] >= prediction.probabilities[2] > 0
+    write(tmp_path / "p.csv", predictions)
+    with open(tmp_path / "p.csv", newline="") as file:
+        lines = [*csv.DictReader(file)]
+    assert len(lines) == 3 * 41
+    assert lines[0].keys() == {"image", "rank", "class", "probability"}
+    assert lines[1]["class"] == predictions[0].classes[1]
+    write(tmp_path / "p.json", predictions)
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert told[5]["image"] == predictions[5].image
+    assert told[5]["classes"][0] == {
+        "name": predictions[5].classes[0],
+        "probability": predictions[5].probabilities[0],
+    }
+    with pytest.raises(UsageError, match=r"a \.csv or a \.json file, not to p\.txt"):
+        write(tmp_path / "p.txt", predictions)
+
+
+def test_classes_without_names_are_called_by_number(folder):
+    nameless = Classifier(SPEC.build(), SPEC, 9)
+    predictions, _ = predict(nameless, open_source(str(folder)), published_transform(SPEC), top=20)
+    assert sorted(predictions[0].classes) == [str(i) for i in range(9)]
+    assert sum(predictions[0].probabilities) == pytest.approx(1, abs=1e-5)
