@@ -49,6 +49,7 @@ def test_what_is_written_is_read_again(classifier, tmp_path):
     again = load_classifier(path)
     assert torch.equal(again(images()), classifier(images()))
     assert (again.spec, again.classes) == (TINY, NAMES)
+    assert same(load_classifier(tmp_path), again), "a run directory"
     assert not again.training
     assert not any(p.requires_grad for p in again.parameters())
     tensors = safetensors.torch.load_file(path)
@@ -100,6 +101,8 @@ def test_a_backbone_cannot_be_scored(tmp_path):
     save_backbone(tmp_path / "b.safetensors", TINY.build(), TINY)
     with pytest.raises(UsageError, match="holds a backbone without a head"):
         load_classifier(tmp_path / "b.safetensors")
+    with pytest.raises(UsageError, match="there is no weights file or run directory"):
+        load_classifier(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="at least two classes, got 1"):
         Classifier(TINY.build(), TINY, ["only"])
 

@@ -184,6 +184,14 @@ def test_a_teacher_is_listened_to_and_left_alone(kind, classifier):
         ClassificationLearner(classifier, optimiser_of(classifier), 0.0, Distillation(kind))
 
 
+def test_a_teacher_of_other_classes_is_refused_before_it_teaches(classifier):
+    teacher = Classifier(TINY.build(), TINY, 5)
+    with pytest.raises(UsageError, match="the teacher has 5 classes and the network 7"):
+        ClassificationLearner(
+            classifier, optimiser_of(classifier), 0.0, Distillation("hard"), teacher
+        )
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near(precision, classifier):
     other = copy.deepcopy(classifier)

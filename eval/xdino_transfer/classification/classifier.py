@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from xdino import checkpoint, dino_vit
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import WeightsFile
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, asked
 
+MODEL_FILE = "model.safetensors"  # of a run directory: the classifier
 TASK = "classification"  # among the facts of our own files
 
 
@@ -120,7 +121,7 @@ def save_classifier(path: Path, classifier: Classifier, **facts: Any) -> None:
 
 
 def load_classifier(path: str | Path, arch: str | None = None) -> Classifier:
-    """The classifier in a file of ours, a published XCiT classification file, or timm's.
+    """The classifier in a run directory, a file of ours, a published XCiT file, or timm's.
 
     Returns:
         The network in evaluation mode on the CPU, without gradients.
@@ -129,7 +130,7 @@ def load_classifier(path: str | Path, arch: str | None = None) -> Classifier:
         UsageError: nothing there, no known architecture, no head.
         RunFailed: a damaged file.
     """
-    file = checkpoint.read_weights(path)
+    file = checkpoint.read_weights(_classifier_in(path))
     spec = checkpoint.spec_of(file, arch)
     bare, head = _apart(file, spec)
     if head is None:
@@ -160,7 +161,7 @@ def start_from(
     Raises:
         UsageError, RunFailed: as `load_classifier`, but for files without a head.
     """
-    file = checkpoint.read_weights(path)
+    file = checkpoint.read_weights(_classifier_in(path))
     spec = checkpoint.spec_of(file, arch)
     bare, head = _apart(file, spec)
     checkpoint.build_for(bare, spec)  # which says in a sentence what does not fit
@@ -180,6 +181,13 @@ def start_from(
         else:
             _set_head(classifier, head, file)
     return classifier.train(), notices
+
+
+def _classifier_in(path: str | Path) -> str | Path:
+    """Of a run directory with a classifier its file; any other path as it is."""
+    with asked(f"cannot read {path}"):
+        file = Path(path).expanduser() / MODEL_FILE
+        return file if file.is_file() else path
 
 
 def _apart(

@@ -17,7 +17,11 @@ from torch.optim.optimizer import Optimizer
 from xdino.errors import NonFinite, UsageError, nearest
 from xdino_transfer.classification.classifier import Classifier
 from xdino_transfer.classification.ema import ModelEma
-from xdino_transfer.classification.losses import Distillation, soft_target_cross_entropy
+from xdino_transfer.classification.losses import (
+    Distillation,
+    check_classes,
+    soft_target_cross_entropy,
+)
 from xdino_transfer.classification.optim import set_rate
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +44,10 @@ class ClassificationLearner:
         teacher: [B, C, H, W] -> [B, K], asked where `distillation` has a kind.
         clip: largest norm of all gradients together; 0 for none, as published.
         precision: "fp32", "bf16" or "fp16" (with a gradient scaler, as published).
+
+    Raises:
+        UsageError: distillation without a teacher, or from one of other classes; a precision that
+            is none.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class ClassificationLearner:
         self.ema = ModelEma(classifier, ema_decay) if ema_decay else None
         self.teacher = teacher
         if teacher is not None:
+            classes = getattr(teacher, "num_classes", None)  # ours and timm's say so
+            check_classes(classifier.num_classes, classes or classifier.num_classes)
             teacher.to(self.device).eval().requires_grad_(False)
         self.dtype = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")

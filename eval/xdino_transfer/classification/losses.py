@@ -51,13 +51,18 @@ class Distillation:
         """The whole loss of a step, from the loss over targets and both networks' logits [B, K]."""
         if self.kind == "none" or teacher is None:
             return loss
-        if teacher.shape != logits.shape:
-            raise UsageError(
-                f"the teacher has {teacher.shape[1]:,} classes and the network {logits.shape[1]:,}; "
-                "distillation needs the same classes in the same order"
-            )
+        check_classes(logits.shape[1], teacher.shape[1])
         if self.kind == "soft":
             term = soft_distillation(logits, teacher, self.tau)
         else:
             term = hard_distillation(logits, teacher)
         return loss * (1 - self.alpha) + term * self.alpha
+
+
+def check_classes(network: int, teacher: int) -> None:
+    """Raises UsageError where a teacher tells other classes apart than the network."""
+    if network != teacher:
+        raise UsageError(
+            f"the teacher has {teacher:,} classes and the network {network:,}; distillation needs "
+            "the same classes in the same order"
+        )
