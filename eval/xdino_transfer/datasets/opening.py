@@ -1,0 +1,88 @@
+"""The two labelled splits of a data set to be transferred to, whatever its layout.
+
+Besides what `xdino.data.open_splits` opens (train/ + val/ with a folder a class, tars, Fashion-MNIST):
+the archives of CIFAR-10 and CIFAR-100, Flowers-102, Stanford Cars, iNaturalist, and train/ + test/.
+A folder is recognised by the files in it. What is scored on is called "val" throughout.
+"""
+
+from pathlib import Path
+
+from xdino.config import MAX_PIXELS
+from xdino.data import Source, open_source, open_splits
+from xdino.data.sources import limit_pixels
+from xdino.errors import UsageError, asked
+from xdino_transfer.datasets import cifar, inaturalist, matlab
+from xdino_transfer.datasets.checks import checked
+
+SPLITS = ("train", "val")
+
+
+def open_labelled(
+    data: str,
+    channels: int | None = None,
+    category: str = "name",
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Source, Source]:
+    """Train and val of `data`, with the same classes in the same order.
+
+    Args:
+        channels: 1 or 3; the data's own unless given.
+        category: of iNaturalist, the rank that is told apart.
+        max_pixels: images of more are unreadable.
+
+    Raises:
+        UsageError: a layout that is not whole; classes that differ between the splits, fewer than
+            two of them, or without an image in train; labels outside of the classes.
+    """
+    with asked(f"{data} cannot be read"):
+        folder = Path(data).expanduser()
+        train, val = _open(data, folder, channels, category, max_pixels)
+    for source in (train, val):
+        limit_pixels(source, max_pixels)
+        split = "train" if source is train else "val"
+        assert source.labels is not None
+        checked(source.labels, source.classes or (), f"the {split} split of {data}", split == "val")
+    return train, val
+
+
+def _open(
+    data: str, folder: Path, channels: int | None, category: str, max_pixels: int
+) -> tuple[Source, Source]:
+    if not folder.is_dir():
+        return open_splits(data, channels, max_pixels)
+    wanted = channels or 3
+    archive = cifar.recognised(folder)
+    if archive is not None:
+        train, val = (cifar.open_split(*archive, split, wanted) for split in SPLITS)
+    elif matlab.has_flowers(folder):
+        train, val = (matlab.open_flowers(folder, split, wanted) for split in SPLITS)
+    elif matlab.has_cars(folder):
+        train, val = (matlab.open_cars(folder, split, wanted) for split in SPLITS)
+    elif inaturalist.year(folder) is not None:
+        train, val = (inaturalist.open_split(folder, split, category, wanted) for split in SPLITS)
+    elif (
+        (folder / "train").is_dir() and (folder / "test").is_dir() and not (folder / "val").is_dir()
+    ):
+        return _train_and_test(data, folder, channels, max_pixels)
+    else:
+        return open_splits(data, channels, max_pixels)
+    return train, val
+
+
+def _train_and_test(
+    data: str, folder: Path, channels: int | None, max_pixels: int
+) -> tuple[Source, Source]:
+    """FOLDER/train and FOLDER/test, each with one folder a class."""
+    train, val = (
+        open_source(str(folder / part), None, channels, labelled=True, max_pixels=max_pixels)
+        for part in ("train", "test")
+    )
+    if train.classes != val.classes:
+        ours, theirs = set(train.classes or ()), set(val.classes or ())
+        parts = [
+            f"only in {split}: {', '.join(sorted(names)[:5])}"
+            for split, names in (("train", ours - theirs), ("test", theirs - ours))
+            if names
+        ]
+        raise UsageError(f"the classes of {data} differ between train and test; {'; '.join(parts)}")
+    return train, val

@@ -1,0 +1,158 @@
+"""Classifiers in files: ours, published XCiT ones, timm's; heads kept, dropped, refused."""
+
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from xdino.backbones import BackboneSpec, of_timm
+from xdino.checkpoint import load_backbone, save_backbone
+from xdino.errors import RunFailed, UsageError
+from xdino_transfer.classification.classifier import (
+    Classifier,
+    at_size,
+    load_classifier,
+    save_classifier,
+    start_from,
+)
+
+TINY = BackboneSpec(
+    "xcit_nano_12_p8",
+    shape={"embed_dim": 16, "depth": 1, "num_heads": 2},
+    input_size=32,
+    resize=37,
+)
+NAMES = ("cat", "dog", "pig")
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    model = Classifier(TINY.build(), TINY, NAMES).eval()
+    torch.nn.init.normal_(model.head.bias)
+    return model
+
+
+def images(side: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def same(one: Classifier, other: Classifier) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+
+
+def test_what_is_written_is_read_again(classifier, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_classifier(path, classifier, iteration=7)
+    again = load_classifier(path)
+    assert torch.equal(again(images()), classifier(images()))
+    assert (again.spec, again.classes) == (TINY, NAMES)
+    assert same(load_classifier(tmp_path), again), "a run directory"
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    tensors = safetensors.torch.load_file(path)
+    assert {"head.weight", "head.bias", "blocks.0.gamma1"} <= tensors.keys()
+
+
+def test_a_published_classification_file_keeps_its_head(tmp_path):
+    spec = BackboneSpec("xcit_nano_12_p16")
+    model = Classifier(spec.build(), spec, 1000).eval()
+    published = model.published_state()
+    torch.save({"model": published}, tmp_path / "xcit_nano_12_p16_224.pth")
+    again = load_classifier(tmp_path / "xcit_nano_12_p16_224.pth")
+    assert (again.num_classes, again.classes) == (1000, None)
+    assert torch.equal(again(images(64)), model(images(64)))
+    timms = timm.create_model("xcit_nano_12_p16_224").eval()
+    safetensors.torch.save_file(timms.state_dict(), tmp_path / "timm.safetensors")
+    again = load_classifier(tmp_path / "timm.safetensors")
+    with torch.no_grad():
+        assert torch.allclose(again(images(64)), timms(images(64)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "mobilenetv3_small_050"],
+)
+def test_timms_files_keep_their_heads(arch, tmp_path):
+    theirs = timm.create_model(arch, num_classes=5).eval()
+    torch.nn.init.normal_(theirs.get_classifier().bias)
+    path = tmp_path / "timm.safetensors"
+    safetensors.torch.save_file(theirs.state_dict(), path)
+    ours = load_classifier(path, arch)
+    side = of_timm(arch).input_size
+    with torch.no_grad():
+        assert torch.allclose(ours(images(side)), theirs(images(side)), atol=1e-5)
+    save_classifier(tmp_path / "ours.safetensors", ours)
+    back = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    assert back.keys() == theirs.state_dict().keys(), "timm reads what is written here"
+    assert same(load_classifier(tmp_path / "ours.safetensors"), ours)
+
+
+def test_two_heads_are_refused(tmp_path):
+    arch = "levit_128s"
+    safetensors.torch.save_file(timm.create_model(arch).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="has not one linear head but"):
+        load_classifier(tmp_path / "a.safetensors", arch)
+
+
+def test_a_backbone_cannot_be_scored(tmp_path):
+    save_backbone(tmp_path / "b.safetensors", TINY.build(), TINY)
+    with pytest.raises(UsageError, match="holds a backbone without a head"):
+        load_classifier(tmp_path / "b.safetensors")
+    with pytest.raises(UsageError, match="there is no weights file or run directory"):
+        load_classifier(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="at least two classes, got 1"):
+        Classifier(TINY.build(), TINY, ["only"])
+
+
+def test_the_head_starts_small(tmp_path):
+    save_backbone(tmp_path / "b.safetensors", TINY.build(), TINY)
+    model, notices = start_from(tmp_path / "b.safetensors", NAMES, head_scale=0.001)
+    assert notices == []
+    assert model.training
+    assert 0 < model.head.weight.abs().max() < 2e-4
+    assert not model.head.bias.any()
+    own = load_backbone(tmp_path / "b.safetensors").state_dict()
+    assert all(torch.equal(v, own[n]) for n, v in model.backbone.state_dict().items())
+
+
+def test_a_head_goes_on_where_the_classes_are_the_same(classifier, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_classifier(path, classifier)
+    kept, notices = start_from(path, NAMES, drop_path=0.1)
+    assert (same(kept, classifier), notices) == (True, [])
+    assert kept.backbone.blocks[0].drop_path_rate == 0.1
+    new, notices = start_from(path, ("a", "b"))
+    assert new.num_classes == 2
+    assert "knows 3 classes and the data has 2: a new one is trained" in notices[0]
+    _, notices = start_from(path, ("cat", "dog", "cow"))
+    assert "is for other classes" in notices[0]
+
+
+def test_it_goes_on_at_another_size(classifier):
+    at_size(classifier, 48)
+    assert (classifier.spec.input_size, classifier.spec.resize) == (48, 48)
+    assert classifier(images(48)).shape == (2, 3)
+    spec = BackboneSpec("test_vit", input_size=160, resize=160)
+    fixed = Classifier(spec.build(), spec, 3)
+    with pytest.raises(UsageError, match="has tables for images of 160 pixels"):
+        at_size(fixed, 320)
+
+
+def test_damaged_classes_and_heads_are_told(classifier, tmp_path):
+    path = tmp_path / "a.safetensors"
+    classifier.classes = ("cat", "dog")
+    save_classifier(path, classifier)
+    with pytest.raises(RunFailed, match="names 2 classes and has a head for 3"):
+        load_classifier(path)
+    classifier.classes = NAMES
+    with torch.no_grad():
+        classifier.head.weight[0, 0] = torch.nan
+    save_classifier(path, classifier)
+    with pytest.raises(RunFailed, match="not finite, in its head"):
+        load_classifier(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["xdino"])
+    assert told["facts"]["task"] == "classification"
