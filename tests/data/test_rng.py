@@ -1,14 +1,14 @@
 """Random numbers: each kind of draw has its own row of them, and the rows never change."""
 
+from pathlib import Path
+
 import numpy as np
 
 from xdino import rng
 from xdino.augment import draw_batch, multi_crop
 from xdino.data import epoch_order
-from xdino_eval.during_training import fixed_subset
-from xdino_eval.knn.vote import drawn
-from xdino_eval.linear.sgd import held_out
 
+ROOT = Path(__file__).parents[2]
 LABELS = np.repeat(np.arange(3), 10)
 
 
@@ -35,9 +35,22 @@ def test_what_is_drawn_from_them():
     table = draw_batch(multi_crop(), 2**64 - 1, 7, np.array([0, 1281166]))
     assert table["position"][0, 0].tolist() == [0.622845612718167, 0.25580199532708137]
     assert table["area"][3, 1, :2].tolist() == [0.287240465239093, 0.1991485399840171]
+
+
+def test_what_is_drawn_for_evaluations():
+    from xdino_eval.during_training import fixed_subset
+    from xdino_eval.knn.vote import drawn
+    from xdino_eval.linear.sgd import held_out
+
     assert drawn(LABELS, 2, 5, 1).tolist() == [2, 4, 15, 16, 21, 29]
     assert fixed_subset(1000, 6).tolist() == [14, 134, 257, 386, 471, 934]
     assert np.flatnonzero(held_out(LABELS, 0.2, 6)).tolist() == [0, 6, 15, 17, 21, 29]
+
+
+def test_there_is_no_stream_beside_these():
+    sources = [path for top in ("ssl", "eval", "launch") for path in (ROOT / top).rglob("*.py")]
+    drawing = [path.name for path in sources if "Philox(" in path.read_text()]
+    assert drawing == ["rng.py"]
 
 
 def test_no_two_streams_share_a_number():

@@ -6,15 +6,6 @@ from xdino.data.source import Source, fingerprint
 from xdino.data.sources import open_source, open_splits
 
 __all__ = [
-    "BadImage",
-    "CropBatch",
-    "CropLoader",
-    "Source",
-    "UnreadableImage",
-    "decode",
-    "epoch_order",
-    "fingerprint",
-    "open_source",
-    "open_splits",
-    "steps_per_epoch",
-]
+    "BadImage", "CropBatch", "CropLoader", "Source", "UnreadableImage", "decode", "epoch_order",
+    "fingerprint", "open_source", "open_splits", "steps_per_epoch",
+]  # fmt: skip

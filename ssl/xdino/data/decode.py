@@ -116,10 +116,14 @@ _SIGNATURES = [
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise UnreadableImage(
-            f"{width} x {height} pixels are more than the limit of {max_pixels:,} pixels "
-            "(data.max_pixels, or --max-pixels of an evaluation)"
-        )
+        raise _too_large(f"{width} x {height}", max_pixels)
+
+
+def _too_large(pixels: str, limit: int) -> UnreadableImage:
+    return UnreadableImage(
+        f"{pixels} pixels are more than the limit of {limit:,} pixels "
+        "(data.max_pixels, or --max-pixels of an evaluation)"
+    )
 
 
 def allow_pixels(max_pixels: int) -> None:
@@ -245,23 +249,15 @@ def _decode_pillow(
     except Image.UnidentifiedImageError:
         raise UnreadableImage("not an image, or of a kind that cannot be read") from None
     except Image.DecompressionBombError as error:  # Pillow looks at the header before we do
-        raise UnreadableImage(_bomb(str(error), max_pixels)) from error
+        found = re.search(r"\((\d+) pixels\)", str(error))
+        # Pillow's own limit holds where ours is higher (`allow_pixels`).
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise _too_large(f"{int(found[1]):,}" if found else "its", limit) from error
     except MemoryError as error:
         raise UnreadableImage("it needs more memory than there is") from error
     except Exception as error:  # over damaged files its readers raise nearly anything
         lines = str(error).splitlines()
         raise UnreadableImage(f"damaged: {lines[0] if lines else type(error).__name__}") from error
-
-
-def _bomb(message: str, max_pixels: int) -> str:
-    """Pillow's refusal in our words; its own limit holds where ours is higher (`allow_pixels`)."""
-    found = re.search(r"\((\d+) pixels\)", message)
-    pixels = f"{int(found[1]):,}" if found else "its"
-    limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-    return (
-        f"{pixels} pixels are more than the limit of {limit:,} pixels "
-        "(data.max_pixels, or --max-pixels of an evaluation)"
-    )
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

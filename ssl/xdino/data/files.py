@@ -14,16 +14,14 @@ import numpy as np
 from xdino.data.decode import HEAD, SUFFIXES, recognised
 from xdino.data.listing import ByteStrings, first, printable, shortened, size_and_time, status_of
 from xdino.data.source import StoredSource
+from xdino.data.tars import COMPRESSED
 from xdino.errors import UsageError
 
 # What is given instead of a list of paths: how the file starts, and what it is.
 _NO_LIST = [
+    *((magic, f"compressed by {by}; {undo} it") for magic, (by, undo) in COMPRESSED.items()),
     (b"PK\x03\x04", "a zip archive; unpack it"),
     (b"PK\x05\x06", "a zip archive; unpack it"),
-    (b"\x1f\x8b", "compressed by gzip; gunzip it"),
-    (b"BZh", "compressed by bzip2; bunzip2 it"),
-    (b"\xfd7zXZ", "compressed by xz; unxz it"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unzstd it"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it"),
     (b"Rar!", "a rar archive; unpack it"),
     (b"PAR1", "a Parquet file; write its images into a folder"),

@@ -7,30 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from xdino.data import listing, splits
 from xdino.data.classes import folder_labels
 from xdino.data.files import FileSource
-from xdino.data.listing import (
-    ByteStrings,
-    first,
-    folders_in,
-    holds_images,
-    loose_images,
-    no_image,
-    printable,
-    scan,
-    tars_in,
-)
+from xdino.data.listing import ByteStrings, first, folders_in, holds_images, loose_images, tars_in
 from xdino.data.shards import open_tars
 from xdino.data.source import Source
-from xdino.data.splits import (
-    is_a_part,
-    is_held_out,
-    is_split,
-    splits_among,
-    splits_said,
-    tars_that_say,
-    train_tars,
-)
 from xdino.errors import UsageError
 
 
@@ -46,17 +28,17 @@ def open_folder(
         if split == "train" and not (path / "val").is_dir() and (others := _beside(path)):
             remarks = [f"train is {path / split}, without the images of {first(others)}"]
     elif split == "val":
-        named = tars_that_say("val", tars)
+        named = splits.tars_that_say("val", tars)
         if not tars:
             raise UsageError(f"{data} has no folder val; expected {path / split}")
         source = open_tars(data, named or tars, None if named else split, channels, labelled)
     elif tars and not holds_images(path):
-        chosen, remarks = train_tars(tars)
+        chosen, remarks = splits.train_tars(tars)
         if not chosen:
             raise UsageError(f"{data} has nothing to train on but {first([t.name for t in tars])}")
         source = open_tars(data, chosen, split, channels, labelled)
     else:
-        held = [f for f in folders_in(path) if is_held_out(f) and holds_images(path / f)]
+        held = [f for f in folders_in(path) if splits.is_held_out(f) and holds_images(path / f)]
         if held:
             remarks.append(f"train is {data} without {first(held)}")
         if (path / "train").is_dir():
@@ -68,8 +50,8 @@ def open_folder(
 
 def splits_of_folder(path: Path) -> list[str]:
     """The splits that a folder is divided into, by its folders or by the names of its tars."""
-    found = splits_among(lambda split: _has_split(path, split), lambda: _beside(path))
-    return found if found or holds_images(path) else splits_said(tars_in(path))
+    found = splits.splits_among(lambda split: _has_split(path, split), lambda: _beside(path))
+    return found if found or holds_images(path) else splits.splits_said(tars_in(path))
 
 
 def check_both_splits(data: str, path: Path) -> None:
@@ -86,15 +68,15 @@ def check_both_splits(data: str, path: Path) -> None:
 
 def _has_split(path: Path, split: str) -> bool:
     folder = path / split
-    return folder.is_dir() and is_split(
+    return folder.is_dir() and splits.is_split(
         split, (path / "val").is_dir(), lambda: _beside(path), lambda: loose_images(folder)
     )
 
 
 def _beside(path: Path) -> list[str]:
     """What holds images beside the folder train, and is no other part by its name."""
-    folders = [f for f in folders_in(path) if not is_a_part(f) and holds_images(path / f)]
-    return sorted(map(printable, [*loose_images(path), *map(os.fsencode, folders)]))
+    folders = [f for f in folders_in(path) if not splits.is_a_part(f) and holds_images(path / f)]
+    return sorted(map(listing.printable, [*loose_images(path), *map(os.fsencode, folders)]))
 
 
 def _open_whole(
@@ -105,7 +87,7 @@ def _open_whole(
     facts = array("q")
 
     def listed() -> Iterator[bytes]:
-        for name, size, changed in scan(os.fsencode(path), left_out, but):
+        for name, size, changed in listing.scan(os.fsencode(path), left_out, but):
             facts.extend((size, changed))
             yield name
 
@@ -115,7 +97,7 @@ def _open_whole(
             raise UsageError(f"{data} has nothing to train on but {first(but)}")
         if tars := tars_in(path):
             return open_tars(data, tars, None, channels, labelled)
-        raise UsageError(no_image(path, left_out))
+        raise UsageError(listing.no_image(path, left_out))
     labels, classes = None, None
     if labelled:
         folders = [os.fsencode(f) for f in folders_in(path) if f not in but]

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,11 +55,8 @@ class Packed:
     notices: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Packed") -> "Packed":
-        return Packed(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
-
-
-def _values(packed: Packed) -> list[Any]:
-    return [getattr(packed, f.name) for f in dataclasses.fields(packed)]
+        names = [field.name for field in dataclasses.fields(self)]
+        return Packed(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def pack(
@@ -97,19 +93,18 @@ def pack(
     total = sum(map(len, sources.values()))
     layout = list(_layout(Path(out), sources, shards))
     done = Packed(notices=[told for source in sources.values() for told in source.notices()])
+
+    def tell(images: int) -> None:
+        if progress is not None:
+            progress(done.images + images, total)
+
     try:
         for path, parts in layout:
             writer = _Writer(data, parts, shorter_side, quality, max(1, workers))
-            tell = partial(_count, progress, done.images, total)
             done += writer.write(path, tell)
     except OSError as error:
         raise RunFailed(f"cannot write {out}: {reason(error)}") from error
     return done
-
-
-def _count(progress: Progress | None, before: int, total: int, done: int) -> None:
-    if progress is not None:
-        progress(before + done, total)
 
 
 def _check_out(out: Path, shards: int | None) -> None:
@@ -176,14 +171,15 @@ def _prefix(split: str | None, source: Source) -> bytes:
     return b""
 
 
+@dataclass(frozen=True)
 class _Writer:
     """Writes one tar."""
 
-    def __init__(
-        self, data: str, parts: list[_Part], side: int | None, quality: int, workers: int
-    ) -> None:
-        self.data, self.parts, self.workers = data, parts, workers
-        self.side, self.quality = side, quality
+    data: str
+    parts: list[_Part]
+    side: int | None
+    quality: int
+    workers: int
 
     def write(self, path: Path, tell: Callable[[int], object]) -> Packed:
         done = 0

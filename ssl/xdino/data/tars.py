@@ -34,15 +34,17 @@ from xdino.runtime.atomic import written_beside
 #: with two underscores at both ends.
 PACK_MEMBER = "__xdino_pack__"
 
+#: How compressed files start; what compressed them, and what undoes it.
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
+
 _VERSION = 2  # of the kept index
 _BLOCK = 512  # a tar's unit
 _SMALL = 1 << 20  # bytes of a .cls or of the pack's member, at most
-_COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _scan(path: Path) -> TarIndex:
     with open(path, "rb") as file:
         descriptor = file.fileno()
         start = os.pread(descriptor, 8, 0)
-        for magic, command in _COMPRESSED.items():
+        for magic, (_, command) in COMPRESSED.items():
             if start.startswith(magic):
                 raise UsageError(
                     f"{path} is compressed, which allows no random access: {command} it first"
