@@ -9,9 +9,9 @@ from xdino.config import Config
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.metrics import MetricsLog
-from xdino.plan import resolve_device
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
+from xdino.runtime.device import resolve_device
 from xdino.runtime.stopping import StopSignal
 from xdino.train import Evaluator, Listener, pretrain
 from xdino.values import shown

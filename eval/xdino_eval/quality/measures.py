@@ -27,10 +27,11 @@ from xdino.config import Crops
 from xdino.data.loader import epoch_order
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
-from xdino.plan import photometric_of, resolve_device
+from xdino.plan import photometric_of
 from xdino.run_directory import CONFIG_FILE
 from xdino.runtime import transfer
 from xdino.runtime.atomic import write_text
+from xdino.runtime.device import resolve_device
 from xdino_eval import results
 from xdino_eval.features import (
     Batch,

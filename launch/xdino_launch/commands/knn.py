@@ -65,8 +65,8 @@ def knn(
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"
         )
-    from xdino.plan import resolve_device
     from xdino.runtime import distributed
+    from xdino.runtime.device import resolve_device
     from xdino_eval import knn as rooms
     from xdino_eval.knn.search import How
     from xdino_eval.knn.sharding import folder_for

@@ -83,7 +83,7 @@ WORKERS = Whole(1, 1024)
 def _known_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refused before anything is read; auto and cpu are there without asking torch."""
     if value not in ("auto", "cpu"):
-        from xdino.plan import resolve_device
+        from xdino.runtime.device import resolve_device
 
         resolve_device(value)
     return value

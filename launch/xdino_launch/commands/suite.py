@@ -40,7 +40,7 @@ class Judgement:
     def backbone(self) -> "nn.Module":
         """Frozen, where it shall run."""
         from xdino.checkpoint import load_backbone
-        from xdino.plan import resolve_device
+        from xdino.runtime.device import resolve_device
 
         where = resolve_device(self.device)
         return load_backbone(self.weights, self.arch, self.role).to(where)

@@ -22,7 +22,7 @@ from torch import nn
 from xdino import checkpoint
 from xdino.data.sources import FileSource, Source, open_source
 from xdino.errors import UsageError, asked, world
-from xdino.plan import resolve_device
+from xdino.runtime.device import resolve_device
 from xdino_eval import attending, attention, image_files
 from xdino_eval.attention import figures, pca, video
 from xdino_eval.attention.video import Frame

@@ -11,13 +11,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from xdino import checkpoint, data, feasibility
+from xdino import checkpoint, data
 from xdino.config import MAX_PIXELS
 from xdino.data.sources import limit_pixels
 from xdino.errors import RunFailed, UsageError
-from xdino.plan import resolve_device
+from xdino.plan import feasibility
 from xdino.runtime import distributed
 from xdino.runtime.atomic import written_beside
+from xdino.runtime.device import resolve_device
 from xdino_eval import results
 from xdino_eval.features import Features, cache_key, cached, content_of, extract
 from xdino_eval.knn.sharding import cut, kept, share
