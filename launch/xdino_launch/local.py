@@ -11,10 +11,10 @@ from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.job import Evaluator, Listener
 from xdino.metrics import MetricsLog
-from xdino.plan import resolve_device
 from xdino.pretraining import pretrain
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
+from xdino.runtime.device import resolve_device
 from xdino.runtime.stopping import StopSignal
 from xdino.values import shown
 from xdino_eval import evaluators, results

@@ -128,13 +128,11 @@ class Pretraining:
             yield self.learner.kernels.why
 
     def facts(self) -> dict[str, Any]:
-        kernels = self.learner.kernels
         return {
             "data": self.plan.source.name,
             "data_fingerprint": self.fingerprint,
             "precision": self.plan.precision,
-            "fused_kernels": {"network": kernels.network, "views": kernels.views},
-            "compiled": kernels.compiled,
+            **self.learner.kernels.facts(),
         }
 
     def dimensions(self) -> dict[str, Any]:
@@ -270,6 +268,10 @@ class Pretraining:
         }
 
     def load_state_dict(self, state: dict[str, Any], run_dir: Path) -> None:
+        file = run_dir / checkpoint.STATE_FILE
+        for part in ("learner", "sampler", "spec"):
+            if not isinstance(state.get(part), dict):
+                raise RunFailed(f"{file} is the state of a run, but lacks its {part}")
         sampler = state["sampler"]
         for key, now in (("images", len(self.plan.source)), ("total_batch", self.plan.total_batch)):
             if sampler[key] != now:
@@ -287,8 +289,7 @@ class Pretraining:
             self.learner.load_state_dict(state["learner"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise RunFailed(
-                f"{run_dir / checkpoint.STATE_FILE} is not a state of this configuration: "
-                f"{reason(error)}"
+                f"{file} is not a state of this configuration: {reason(error)}"
             ) from error
 
     def export(self, path: Path, iteration: int) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import importlib.util
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ import pytest
 import safetensors
 import timm
 import torch
+import weights as torture_weights
 
 from xdino import checkpoint, dino_vit, weight_names, xcit
 from xdino.backbones import BackboneSpec
@@ -99,7 +99,7 @@ def test_published_layouts_give_the_same_features(layout, nano, images, tmp_path
     else:
         theirs = timm.create_model("xcit_nano_12_p16_224", num_classes=10)
         theirs.load_state_dict(
-            {**theirs.state_dict(), **checkpoint.to_timm_names(state)}, strict=True
+            {**theirs.state_dict(), **weight_names.to_timm_names(state)}, strict=True
         )
         if layout == "timm":
             torch.save(theirs.state_dict(), path)
@@ -358,7 +358,7 @@ def test_what_is_no_damage_is_not_called_so(small, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open", denied, raising=False)
+        patch.setattr(checkpoint.weights, "open", denied, raising=False)
         with pytest.raises(
             UsageError, match=r"cannot read .*small\.safetensors: Permission denied"
         ):
@@ -436,12 +436,7 @@ def test_more_numbers_than_bytes(tmp_path):
 
 
 def test_damaged_and_harmful_files_in_any_number():
-    spec = importlib.util.spec_from_file_location(
-        "torture_weights", pathlib.Path(__file__).parents[1] / "torture" / "weights.py"
-    )
-    torture = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(torture)
-    found = torture.run(seed=11, count=60)
+    found = torture_weights.run(seed=11, count=60)
     defects = [found.pop(name) for name in ("tracebacks", "code ran", "slow")]
     found.pop("too large")  # of a process that ran other tests before
     assert defects == [0, 0, 0]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from xdino import config, feasibility
+from xdino import config
 from xdino.errors import UsageError
-from xdino.plan import check_disk, make_plan, resolve_device
+from xdino.plan import check_disk, feasibility, make_plan
+from xdino.runtime.device import resolve_device
 
 
 def small(**overrides):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xdino import acceleration, augment, kernels, xcit
-from xdino.acceleration import Choice
+from xdino.acceleration import Choice, speed
 from xdino.augment import photometric
 from xdino.errors import UsageError
 from xdino.head import DINOHead
@@ -144,33 +144,102 @@ def test_fused_says_why_it_cannot_be():
         acceleration.choose("fussed", tiny(), CROPS, CPU)
 
 
-def test_what_fails_the_check_stays_plain(monkeypatch):
+def passing(monkeypatch, **found):
+    """Every check passes on a device that could run kernels, but for what is `found`."""
     monkeypatch.setattr(kernels, "reason", lambda device: None)
-    monkeypatch.setattr(acceleration, "check_views", lambda crops, device: None)
-    monkeypatch.setattr(acceleration, "check_network", lambda *a: "the output is 0.5 away")
+    for name in ("check_views", "check_network", "compare_views", "compare_network"):
+        why = found.get(name)
+        monkeypatch.setattr(acceleration.choice, name, lambda *a, why=why: why)
+
+
+def test_what_fails_the_check_stays_plain(monkeypatch):
+    passing(monkeypatch, check_network="the output is 0.5 away")
     found = acceleration.choose("auto", tiny(), CROPS, CUDA)
     assert (found.network, found.views) == (False, True)
     assert found.why.endswith("since the output is 0.5 away")
     # A network that is no XCiT has no kernels, and nobody would expect any.
     assert acceleration.choose("auto", nn.Linear(2, 2), CROPS, CUDA) == Choice(views=True)
-    monkeypatch.setattr(acceleration, "check_network", lambda *a: None)
+    passing(monkeypatch)
     assert acceleration.choose("auto", tiny(), CROPS, CUDA) == Choice(True, True)
-    monkeypatch.setattr(acceleration.distributed, "any_true", lambda flag: True)
+    monkeypatch.setattr(acceleration.choice.distributed, "any_true", lambda flag: True)
     found = acceleration.choose("auto", tiny(), CROPS, CUDA)
     assert found == Choice(
         why="the plain path is used: the fused kernels are not, since another process found that "
-        "they do not work"
+        "they do not work or are no faster"
     )
 
 
+def test_what_is_slower_stays_plain(monkeypatch):
+    passing(monkeypatch, compare_views="the photometric ones take 2.00 ms where")
+    found = acceleration.choose("auto", tiny(), CROPS, CUDA)
+    assert (found.network, found.views) == (True, False)
+    assert found.why.endswith("since the photometric ones take 2.00 ms where")
+    passing(monkeypatch, compare_network="those of the network take 3.00 ms where")
+    found = acceleration.choose("auto", tiny(), CROPS, CUDA)
+    assert (found.network, found.views) == (False, True)
+    # What was asked for outright is not timed.
+    monkeypatch.delattr(acceleration.choice, "compare_network")
+    assert acceleration.choose("fused", tiny(), CROPS, CUDA) == Choice(True, True)
+
+
+def test_paths_are_timed_in_turns():
+    now, order = [0.0], []
+
+    def work(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += next(seconds)
+
+        return run
+
+    turns = speed.REPEATS + 1
+    plain = work("plain", iter([9.0] + [1.0] * (turns - 1)))  # the first turn compiles
+    fused = work("fused", iter([50.0, 7.0] + [0.5] * (turns - 2)))  # one turn was disturbed
+    found = speed.time_both(plain, fused, lambda: order.append("wait"), lambda: now[0])
+    assert found == (1.0, 0.5)
+    assert order == ["wait", "plain", "wait", "wait", "fused", "wait"] * turns
+    assert speed.why_slower("they", *found) is None
+    assert (
+        speed.why_slower("they", 1e-3, 1e-3)
+        == "they take 1.00 ms where the plain path takes 1.00 ms"
+    )
+    assert speed.why_slower("they", 1e-3, float("nan")) is not None
+
+
+def test_the_comparison_runs_real_steps(monkeypatch):
+    times = {"a": (2.0, 1.0), "b": (1.0, 2.0)}
+    for name, expected in (
+        ("a", None),
+        ("b", "take 2000.00 ms where the plain path takes 1000.00 ms"),
+    ):
+
+        def timed(plain, fused, wait, name=name):
+            plain(), wait()
+            return times[name]
+
+        monkeypatch.setattr(speed, "time_both", timed)
+        model, state = tiny(), torch.get_rng_state()
+        for said in (
+            acceleration.compare_network(model, CROPS, CPU, torch.bfloat16),
+            acceleration.compare_views(CROPS, CPU),
+        ):
+            assert said is expected is None or said.endswith(expected)
+        assert torch.equal(state, torch.get_rng_state())
+
+
 def test_what_really_runs_is_what_is_told(monkeypatch):
-    for name, found in (("check_views", None), ("check_network", None)):
-        monkeypatch.setattr(acceleration, name, lambda *a, found=found: found)
-    monkeypatch.setattr(kernels, "reason", lambda device: None)
+    passing(monkeypatch)
     # torch.compile has nothing to do where the kernels run the network.
     found = acceleration.choose("auto", tiny(), CROPS, CUDA, compile=True)
     assert (found.network, found.compiled) == (True, False)
     assert "runtime.compile is left out" in found.why
+    assert found.facts() == {
+        "fused_kernels": {"network": True, "views": True},
+        "compiled": False,
+        "activation_checkpointing": False,
+    }
+    with pytest.raises(UsageError, match=r"runtime\.compile compiles the plain path"):
+        acceleration.choose("fused", tiny(), CROPS, CUDA, compile=True)
     assert acceleration.choose("plain", tiny(), CROPS, CUDA, compile=True) == Choice(compiled=True)
     assert acceleration.choose("auto", tiny(), CROPS, CPU, compile=True) == Choice(compiled=True)
     # A network that computes its activations again does it on the plain path.
@@ -179,6 +248,7 @@ def test_what_really_runs_is_what_is_told(monkeypatch):
     found = acceleration.choose("auto", thrifty, CROPS, CUDA, compile=True)
     assert (found.network, found.views, found.compiled) == (False, True, True)
     assert "activation_checkpointing" in found.why
+    assert found.facts()["activation_checkpointing"]
     with pytest.raises(UsageError, match="activation_checkpointing"):
         acceleration.choose("fused", thrifty, CROPS, CUDA)
 
@@ -223,9 +293,9 @@ def test_device_views(channels):
 @ON_GPU
 def test_device_steps_are_those_of_the_plain_path():
     losses = {}
-    for mode in ("plain", "auto"):
+    for mode in ("plain", "fused"):
         torch.manual_seed(0)
         result, learner = one_step(mode, CUDA)
         losses[mode] = result.loss
-        assert learner.student.backbone.fused == (mode == "auto")
-    assert losses["auto"] == pytest.approx(losses["plain"], rel=1e-3)
+        assert learner.student.backbone.fused == (mode == "fused")
+    assert losses["fused"] == pytest.approx(losses["plain"], rel=1e-3)

@@ -35,6 +35,7 @@ import torch
 from xdino import checkpoint, xcit
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone
+from xdino.checkpoint.plain import plain_types
 from xdino.errors import RunFailed, UsageError
 
 SECONDS, MEGABYTES = 10.0, 2000
@@ -350,7 +351,7 @@ def _trial(
         return rng.choice(good), "nothing"
     if rng.random() < 0.5:
         source, work = rng.choice(trees), rng.choice(BYTES)
-        with torch.serialization.safe_globals(checkpoint._plain_types()):
+        with torch.serialization.safe_globals(plain_types()):
             tree = torch.load(source, weights_only=False)
         tree = tree_changed(tree, rng, proof)
         path = folder / f"tree{rng.choice((source.suffix, '.pth', '.safetensors', ''))}"

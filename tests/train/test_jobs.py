@@ -1,4 +1,4 @@
-"""The loop runs any job: a second kind of training, a few lines long, stops, resumes and keeps its run."""
+"""The loop runs any job: a second kind, a few lines long, stops, resumes and keeps its run."""
 
 import json
 import os
@@ -148,7 +148,8 @@ def test_another_job_stops_resumes_to_the_bit_and_leaves_a_run(settings, tmp_pat
     assert ear.notices == ["made points", "it guesses"]
     train.run(Regression(settings), tmp_path / "parts")
     whole, parts = (
-        checkpoint.load_state(tmp_path / name / checkpoint.STATE_FILE) for name in ("whole", "parts")
+        checkpoint.load_state(tmp_path / name / checkpoint.STATE_FILE)
+        for name in ("whole", "parts")
     )
     assert whole["iteration"] == parts["iteration"] == 12
     for name, value in whole["classifier"].items():

@@ -158,5 +158,5 @@ def test_high_resolution_takes_the_folded_path_and_gives_the_same_features(monke
     images = torch.randn(1, 3, 80, 130)  # 10 x 17 tokens, 32 channels
     with torch.inference_mode():
         folded = model(images)
-        monkeypatch.setattr(xcit, "FOLD_FROM", 1000)
+        monkeypatch.setattr(xcit.layers, "FOLD_FROM", 1000)
         torch.testing.assert_close(folded, model(images), rtol=1e-5, atol=1e-6)

@@ -86,15 +86,15 @@ def _fits(what: str, needed: int, lower: str) -> None:
     """Raises UsageError where so many bytes are more than this machine's memory."""
     import torch
 
-    from xdino.feasibility import check_memory
+    from xdino.plan.feasibility import check_memory
 
     check_memory(what, needed, torch.device("cpu"), f"lower {lower}")
 
 
 def _takes(arch: str, option: str, sizes: tuple[int, ...], batch: int, training: bool) -> None:
     """Raises UsageError where there is no such network, or it does not take images of a size."""
-    from xdino import feasibility
     from xdino.backbones import BackboneSpec
+    from xdino.plan import feasibility
 
     spec = BackboneSpec(arch, input_size=max(sizes))
     network = feasibility.on_meta(spec.build)

@@ -67,7 +67,7 @@ def quality(
     the published ones at the network's size.
     """
     from xdino.data import open_source
-    from xdino.plan import resolve_device
+    from xdino.runtime.device import resolve_device
     from xdino_eval.evaluators import Quality
     from xdino_launch.evaluation.subject import crops_of_run, options_for
 

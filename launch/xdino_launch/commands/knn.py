@@ -76,8 +76,8 @@ def knn(
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"
         )
-    from xdino.plan import resolve_device
     from xdino.runtime import distributed
+    from xdino.runtime.device import resolve_device
     from xdino_eval.knn import Draws, SearchOptions
     from xdino_launch.evaluation.subject import open_one_split
 

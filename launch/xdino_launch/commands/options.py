@@ -104,7 +104,7 @@ WORKERS = Whole(1, 1024)
 def _known_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refused before anything is read; auto and cpu are there without asking torch."""
     if value not in ("auto", "cpu"):
-        from xdino.plan import resolve_device
+        from xdino.runtime.device import resolve_device
 
         resolve_device(value)
     return value
@@ -245,7 +245,7 @@ class BackboneOptions(WeightsOptions):
     def backbone(self) -> "Backbone":
         """Raises UsageError and RunFailed as `load_backbone`."""
         from xdino.checkpoint import load_backbone
-        from xdino.plan import resolve_device
+        from xdino.runtime.device import resolve_device
 
         where = resolve_device(self.device)
         return load_backbone(self.weights, self.arch, self.role).to(where)

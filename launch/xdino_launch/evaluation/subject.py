@@ -9,15 +9,16 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from xdino import checkpoint, config, data, feasibility
+from xdino import checkpoint, config, data
 from xdino.backbone import Backbone
 from xdino.config import Crops
 from xdino.data.sources import limit_pixels
 from xdino.errors import RunFailed, UsageError
-from xdino.plan import resolve_device
+from xdino.plan import feasibility
 from xdino.run_directory import CONFIG_FILE
 from xdino.runtime import distributed
 from xdino.runtime.atomic import written_beside
+from xdino.runtime.device import resolve_device
 from xdino_eval import results
 from xdino_eval.extraction import Options
 from xdino_eval.features import Features

@@ -219,8 +219,8 @@ class Runtime:
     # Keep the blocks' inputs only and compute the rest again: less memory, more time.
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of both backbones: minutes at the start, once a crop size
-    # Fused Triton kernels: "auto" where they work, which a check at the start finds out.
-    kernels: Literal["auto", "plain", "fused"] = "auto"
+    # Fused Triton kernels: "auto" where a check at the start finds them equal and faster.
+    kernels: Literal["auto", "plain", "fused"] = "plain"
     log_every: Positive = 10  # iterations
     checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
     keep_every: Count = 20  # epochs between checkpoints that are kept; 0: none
