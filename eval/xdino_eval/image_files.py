@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from xdino.data.decode import SUFFIXES, UnreadableImage, decode
+from xdino.data.listing import entries
 from xdino.errors import UsageError, asked, reason
 
 #: What Pillow raises for damaged files; its readers of rare formats raise nearly anything.
@@ -34,10 +35,9 @@ def listed(folder: Path) -> list[Path]:
     Raises:
         UsageError: the folder cannot be listed.
     """
-    with asked(f"{folder} cannot be listed"), os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_file()]
-    found = [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    return [folder / name for name in sorted(found)]
+    with asked(f"{folder} cannot be listed"):
+        found = [Path(os.fsdecode(e.path)) for e in entries(os.fsencode(folder)) if e.is_file()]
+    return [path for path in found if path.name.lower().endswith(SUFFIXES)]
 
 
 def shown_size(path: Path) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """Configuration: strict, every mistake at once, the nearest name for each."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from xdino import config
+from xdino.config import recipe_files
 from xdino.errors import UsageError
 
 
@@ -289,3 +291,13 @@ def test_a_key_below_a_section_that_is_a_text(tmp_path):
     ):
         with pytest.raises(UsageError, match="section"):
             config.load(name, overrides)
+
+
+def test_an_installed_wheel_has_its_recipes_inside(tmp_path, monkeypatch):
+    assert config.recipes_dir() == Path(__file__).parents[2] / "configs"
+    package = tmp_path / "site-packages" / "xdino"
+    monkeypatch.setattr(recipe_files, "__file__", str(package / "config" / "recipe_files.py"))
+    (package / "configs").mkdir(parents=True)  # where the wheel puts them, beside the code
+    (package / "configs" / "mine.yaml").write_text("optim:\n  lr: 1e-3\n")
+    assert config.recipes() == ["mine"]
+    assert config.load("mine").optim.lr == 1e-3

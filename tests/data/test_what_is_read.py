@@ -242,6 +242,27 @@ def test_folders_that_are_held_out_by_name(tmp_path, held):
         open_source(str(only), "train")
 
 
+@pytest.mark.parametrize(
+    ("files", "train"),
+    [
+        (("train/n/1.png", "val/n/2.png"), ["n/1.png"]),
+        (("train/1.png", "apple/2.png"), ["apple/2.png", "train/1.png"]),
+        (("train/n/1.png", "apple/2.png"), ["n/1.png"]),
+        (("train/1.png", "2.png"), ["2.png", "train/1.png"]),
+        (("train/1.png", "unlabeled/2.png", "Test/3.png"), ["1.png"]),
+        (("val/n/1.png", "apple/2.png"), ["apple/2.png"]),
+        (("n/train/1.png", "n/val/2.png"), ["n/train/1.png", "n/val/2.png"]),
+    ],
+)
+def test_folders_and_tars_have_one_rule(tmp_path, files, train):
+    for name in files:
+        picture(tmp_path / "folder" / name)
+    folder = str(tmp_path / "folder")
+    tar = str(write_tar(tmp_path / "x.tar", *sorted(files)))
+    assert names(open_source(folder, "train")) == names(open_source(tar, "train")) == train
+    assert splits_of(folder) == splits_of(tar)
+
+
 # The order of classes
 
 

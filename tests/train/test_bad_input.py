@@ -128,7 +128,8 @@ for name in sys.argv[1:]:
 
 def test_a_higher_limit_lifts_pillows_own(zoo, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of its own; it refuses above 1,000
-    monkeypatch.setattr("xdino.data.decode.MAX_PIXELS", 1_000)
+    # By its full name the module: `xdino.data` calls its function so.
+    monkeypatch.setattr(sys.modules["xdino.data.decode"], "MAX_PIXELS", 1_000)
     data = (zoo / "palette.gif").read_bytes()  # 1,200 pixels
     with pytest.raises(UnreadableImage, match=r"1,200 pixels are more than the limit of 1,000 pix"):
         decode(data, max_pixels=2_000)
@@ -176,14 +177,14 @@ def test_a_stopped_run_keeps_its_list(tiny, zoo, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_that_runs_out_names_the_image_in_hand(zoo, monkeypatch, workers):
-    from xdino import data
     from xdino.augment.multi_crop import multi_crop
+    from xdino.data import loader as room
 
     def out_of_memory(image, *rest):
         if image.shape[:2] == (1000, 20):
             raise MemoryError("no room")
 
-    monkeypatch.setattr(data, "crop", out_of_memory)
+    monkeypatch.setattr(room, "crop", out_of_memory)
     loader = CropLoader(
         open_source(str(zoo)), multi_crop(16, local_count=0), 31, 0, workers=workers,
         max_bad_share=0.2,

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def multi_crop(
     global_blur: tuple[float, ...] = (1.0, 0.1),
     global_solarize: tuple[float, ...] = (0.0, 0.2),
     local_blur: float = 0.5,
-    **photometric: object,
+    **photometric: Any,
 ) -> MultiCrop:
     """DINO's multi-crop; the defaults are the published ones. Sizes in pixels.
 
@@ -164,7 +165,7 @@ def multi_crop(
         for blur, solarize in zip(global_blur, global_solarize, strict=True)
     ]
     views += [View(local_size, local_scale, local_blur, 0.0)] * local_count
-    return MultiCrop(tuple(views), **photometric)  # type: ignore[arg-type]
+    return MultiCrop(tuple(views), **photometric)
 
 
 def at_sizes(crops: MultiCrop, global_size: int, local_size: int, globals_: int = 2) -> MultiCrop:

@@ -32,6 +32,7 @@ from functools import lru_cache
 import numpy as np
 import simplejpeg
 from PIL import Image, TiffTags
+from PIL.TiffImagePlugin import TiffImageFile
 
 from xdino.config import MAX_PIXELS
 
@@ -287,7 +288,7 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """One channel of deep pixels -> uint8 [H, W], by the rule at the top."""
     low, high = _black_and_white(image)
-    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     levels = np.asarray(image)
     if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
         levels = levels.view(np.uint32)  # Pillow has no unsigned mode and wraps them
@@ -318,9 +319,9 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
 
 def _black_and_white(image: Image.Image) -> tuple[float, float]:
     """The values that mean black and white."""
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImageFile):
         return (0, 1) if image.mode == "F" else (0, 65535)
-    tags = image.tag_v2  # type: ignore[attr-defined]
+    tags = image.tag_v2
     said = [_first_number(tags.get(tag)) for tag in (_SMIN, _SMAX)]
     if all(map(math.isfinite, said)) and said[0] < said[1]:
         return said[0], said[1]

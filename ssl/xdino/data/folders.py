@@ -22,7 +22,8 @@ def open_folder(
     """The images of the folder `path`, or of its `split`. `data`: what a person called it."""
     if split is None:
         return _open_whole(data, path, [], channels, labelled)
-    tars, remarks = tars_in(path), []  # type: list[Path], list[str]
+    tars = tars_in(path)
+    remarks: list[str] = []
     if _has_split(path, split):
         source = _open_whole(data, path / split, [], channels, labelled)
         if split == "train" and not (path / "val").is_dir() and (others := _beside(path)):

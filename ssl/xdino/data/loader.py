@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -92,6 +92,7 @@ class CropBatch:
     epoch: int
 
 
+@dataclass(eq=False)
 class CropLoader:
     """Micro-batches of crops for one rank.
 
@@ -111,50 +112,39 @@ class CropLoader:
     a source smaller than one batch, or with a number of channels other than the crops'.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        crops: MultiCrop,
-        batch_size: int,
-        seed: int,
-        accumulate: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 2,
-        prefetch: int = 3,
-        pin_memory: bool = False,
-        max_bad_share: float = 0.05,
-        early_crops: MultiCrop | None = None,
-        early_iterations: int = 0,
-        known_bad: Iterable[BadImage] = (),
-    ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("accumulate", accumulate, 1),
-            ("world_size", world_size, 1),
-            ("workers", workers, 0),
-            ("prefetch", prefetch, 1),
-        ):
-            if value < least:
-                raise UsageError(f"{name} must be at least {least}, got {value}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}")
-        if not 0 <= max_bad_share <= 1:
-            raise UsageError(f"data.max_bad_share must be from 0 to 1, got {max_bad_share}")
-        if source.channels != crops.channels:
+    source: Source
+    crops: MultiCrop
+    batch_size: int
+    seed: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 2
+    prefetch: int = 3
+    pin_memory: bool = False
+    max_bad_share: float = 0.05
+    early_crops: MultiCrop | None = None
+    early_iterations: int = 0
+    known_bad: InitVar[Iterable[BadImage]] = ()
+
+    bad: dict[int, tuple[str, str]] = field(init=False, default_factory=dict)
+    wait_seconds: float = field(init=False, default=0.0)
+
+    def __post_init__(self, known_bad: Iterable[BadImage]) -> None:
+        least = {"batch_size": 1, "accumulate": 1, "world_size": 1, "workers": 0, "prefetch": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UsageError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be from 0 to {self.world_size - 1}, got {self.rank}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UsageError(f"data.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
+        if self.source.channels != self.crops.channels:
             raise UsageError(
-                f"{source.name} has {source.channels} channels, but mean and std have "
-                f"{crops.channels}"
+                f"{self.source.name} has {self.source.channels} channels, but mean and std have "
+                f"{self.crops.channels}"
             )
-        self.source, self.crops, self.seed = source, crops, seed
-        self.batch_size, self.accumulate = batch_size, accumulate
-        self.rank, self.world_size = rank, world_size
-        self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
-        self.max_bad_share = max_bad_share
-        self.early_crops, self.early_iterations = early_crops, early_iterations
-        self.steps_per_epoch = steps_per_epoch(len(source), self.global_batch)
-        self.bad: dict[int, tuple[str, str]] = {}
-        self.wait_seconds = 0.0
+        self.steps_per_epoch = steps_per_epoch(len(self.source), self.global_batch)
         self._news: queue.SimpleQueue[BadImage] = queue.SimpleQueue()
         self._lock = threading.Lock()
         for known in known_bad:

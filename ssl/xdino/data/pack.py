@@ -183,7 +183,8 @@ class _Writer:
 
     def write(self, path: Path, tell: Callable[[int], object]) -> Packed:
         done = 0
-        shrunk, unreadable = 0, []  # type: int, list[tuple[str, str]]
+        shrunk = 0
+        unreadable: list[tuple[str, str]] = []
         with written_beside(path) as beside, _tar(beside) as tar:
             for part in self.parts:
                 names = _member_names(part)
@@ -271,7 +272,8 @@ def _member_names(part: _Part) -> Iterator[bytes]:
 
     WebDataset cuts a name at its first dot, so "a.b.jpg" and "a.c.jpg" would be one sample.
     """
-    folder, taken = None, set()  # type: bytes | None, set[bytes]
+    folder: bytes | None = None
+    taken: set[bytes] = set()
     for index in part.indices.tolist():
         own = part.source.member(index)
         pieces = [p for p in own.split(b"/") if p not in (b"", b".", b"..")]

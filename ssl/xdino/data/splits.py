@@ -62,6 +62,7 @@ def split_said(path: Path) -> str | None:
 
 
 def tars_that_say(split: str, tars: Sequence[Path]) -> list[Path]:
+    """Those of `tars` whose names speak of `split`."""
     return [tar for tar in tars if split_said(tar) == split]
 
 
@@ -71,11 +72,10 @@ def train_tars(tars: Sequence[Path]) -> tuple[list[Path], list[str]]:
     What says train, or where that is unclear, what is not held out.
     """
     said = [split_said(tar) for tar in tars]
-    wanted = (
-        ["train"] if "train" in said and ("val" in said or None not in said) else ["train", None]
-    )
+    clear = "train" in said and ("val" in said or None not in said)
+    wanted = {"train"} if clear else {"train", None}
     chosen = [tar for tar, split in zip(tars, said, strict=True) if split in wanted]
-    left = [tar.name for tar in tars if tar not in chosen]
+    left = [tar.name for tar, split in zip(tars, said, strict=True) if split not in wanted]
     count = f"{len(chosen):,} tars" if len(chosen) != 1 else "1 tar"
     return chosen, [f"train is {count}, without {first(left)}"] if left else []
 

@@ -113,6 +113,10 @@ class _Headers(io.RawIOBase):
         return self._at
 
 
+class _Tar(tarfile.TarFile):
+    members: list[tarfile.TarInfo]  # there, but not in the types that Python ships for it
+
+
 def _scan(path: Path) -> TarIndex:
     with open(path, "rb") as file:
         descriptor = file.fileno()
@@ -137,12 +141,11 @@ def _scan_one(path: Path, descriptor: int, position: int, samples: "_Samples") -
     headers = _Headers(path, descriptor)
     headers.seek(position)
     try:
-        with tarfile.open(
+        with _Tar.open(
             fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape"
         ) as tar:
             while (member := tar.next()) is not None:
-                # tarfile keeps them all, a kilobyte for each image.
-                tar.members.clear()  # type: ignore[attr-defined]
+                tar.members.clear()  # tarfile keeps them all, a kilobyte for each image
                 if member.size < 0 or tar.offset <= position:
                     raise tarfile.ReadError(f"a damaged header at byte {position:,}")
                 position = tar.offset
@@ -199,8 +202,10 @@ class _Samples:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor = path, descriptor
         self.members, self._last = 0, ""
-        self._names, self._classes = [], []  # type: list[bytes], list[bytes]
-        self._offsets, self._sizes = [], []  # type: list[int], list[int]
+        self._names: list[bytes] = []
+        self._classes: list[bytes] = []
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
         self._pack: dict[str, Any] = {}
         self._others: dict[str, int] = {}
         self._stem: str | None = None
