@@ -36,9 +36,9 @@ def count(gpus: int | None, processes: int | None) -> int:
             "them out under torchrun or srun"
         )
     if gpus is not None:
-        import torch
+        from xdino.runtime.device import cuda_devices  # imports torch, which --help does without
 
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = cuda_devices()
         if gpus > there:
             advice = ": --processes N trains on the CPU" if there == 0 else ""
             raise UsageError(f"--gpus {gpus}, but this machine has {there}{advice}")

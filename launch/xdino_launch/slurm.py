@@ -5,6 +5,7 @@ its time is up, or when another job takes its place, they are asked to stop: the
 end with 75, and the script puts the same job into the queue again. So it goes on until it is done.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,11 +173,29 @@ def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
     recipe, script = logs / f"{name}.yaml", logs / f"{name}.sh"
     command = ["sbatch", "--parsable", *resources.options(), f"--job-name={run.name}"]
     command += [f"--output={str(logs).replace('%', '%%')}/%j.log", f"--chdir={os.getcwd()}"]
-    with world(f"write {logs}"):
-        logs.mkdir(parents=True, exist_ok=True)
-    write_text(recipe, text)
-    write_text(script, job_script([*command, str(script)], recipe, run, resources))
-    return _handed_over([*command, str(script)])
+    with _removed_where_refused(*reversed(logs.parents), logs, recipe, script):
+        with world(f"write {logs}"):
+            logs.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, text)
+        write_text(script, job_script([*command, str(script)], recipe, run, resources))
+        return _handed_over([*command, str(script)])
+
+
+@contextlib.contextmanager
+def _removed_where_refused(*paths: Path) -> Iterator[None]:
+    """Take away again what the block made of `paths`, parents first, where it fails.
+
+    What was there before stays, a folder with anything else in it too, and all of it where SLURM
+    may have queued the job without saying so: it would read its configuration.
+    """
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except (UsageError, RunFailed) as error:
+        for path in () if "timed out" in str(error) else reversed(new):
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
 
 
 def job_script(command: list[str], recipe: Path, run: Path, resources: Resources) -> str:
@@ -194,10 +213,8 @@ def job_script(command: list[str], recipe: Path, run: Path, resources: Resources
 def _handed_over(command: list[str]) -> str:
     # Of an allocation that this runs in, the new job must not inherit anything.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    try:
+    with world("run sbatch"):
         done = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise RunFailed(f"cannot run sbatch: {error}") from error
     told = " ".join(done.stderr.replace("sbatch: error:", " ").split())
     if done.returncode and re.search(r"contact|connect|timed out|munge", told, re.IGNORECASE):
         raise RunFailed(f"SLURM does not answer: {told}")

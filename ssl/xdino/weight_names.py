@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from xdino import dino_vit, xcit
 from xdino.errors import RunFailed, UsageError
 
+ROLES = ("teacher", "student")  # of the two networks of self-distillation
 # DistributedDataParallel and torch.compile put these before every name.
 _TRANSPARENT = ("module.", "_orig_mod.")
 # What trainers call the part of themselves that is a network: DINO and DINOv2 (teacher, backbone),

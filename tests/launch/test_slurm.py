@@ -165,7 +165,29 @@ def test_a_folder_of_something_else_is_found_before_the_queue(commands, tmp_path
 def test_what_sbatch_says_is_said(commands, tmp_path, said, kind, sentence):
     sbatch_arguments(commands, tmp_path, f"echo '{said}' >&2; exit 1")
     with pytest.raises(kind, match=sentence):
-        submit(config.load("debug"), tmp_path / "run", Resources())
+        submit(config.load("debug"), tmp_path / "runs" / "a", Resources())
+    assert not (tmp_path / "runs").exists(), "a job that there is none of leaves nothing"
+
+
+def test_what_fails_leaves_a_waiting_job_its_files(commands, tmp_path):
+    def files():
+        return sorted(path.name for path in (tmp_path / "run-slurm").iterdir())
+
+    sbatch_arguments(commands, tmp_path)
+    submit(config.load("debug"), tmp_path / "run", Resources())
+    waiting = files()
+    sbatch_arguments(commands, tmp_path, "exit 1")
+    for recipe in ("debug", "demo"):
+        with pytest.raises(UsageError, match="refuses the job"):
+            submit(config.load(recipe), tmp_path / "run", Resources())
+        assert files() == waiting
+    # Perhaps it is in the queue: nobody knows.
+    sbatch_arguments(
+        commands, tmp_path, "echo 'Socket timed out on send/recv operation' >&2; exit 1"
+    )
+    with pytest.raises(RunFailed, match="timed out"):
+        submit(config.load("demo"), tmp_path / "run", Resources())
+    assert len(files()) == 4
 
 
 def test_times_are_whole_minutes():

@@ -84,7 +84,7 @@ def weights_path(path: str | Path, role: str = "teacher") -> Path:
     Raises:
         UsageError: nothing there.
     """
-    if role not in ("teacher", "student"):
+    if role not in weight_names.ROLES:
         raise UsageError(f'role must be "teacher" or "student", got "{role}"')
     with asked(f"cannot read {path}"):
         path = Path(path).expanduser()
@@ -185,7 +185,7 @@ def _facts(tree: Any) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         raise RunFailed("it is damaged: its facts are none")
     iteration, role = tree.get("iteration", 0), tree.get("role", "teacher")
-    if not isinstance(iteration, int) or role not in ("teacher", "student"):
+    if not isinstance(iteration, int) or role not in weight_names.ROLES:
         raise RunFailed(f"it is damaged: no iteration {iteration!r:.40} of a {role!r:.40}")
     return dict(tree)
 
@@ -211,7 +211,7 @@ def _read_pickle(path: Path, role: str) -> WeightsFile:
         if not isinstance(tree, dict) or _is_network(tree, size):
             break
         key = _inner(tree, role)
-        whose = key if key in ("teacher", "student") else whose
+        whose = key if key in weight_names.ROLES else whose
         tree = tree[key] if key is not None else None
     if not _is_network(tree, size):
         raise RunFailed(
@@ -233,7 +233,7 @@ def _inner(tree: dict[Any, Any], role: str) -> str | None:
     names = (role, "model", "state_dict", "model_state_dict", "network", "net", "backbone",
              "encoder", "student", "teacher")  # fmt: skip
     key = next((name for name in names if isinstance(tree.get(name), dict)), None)
-    if key in ("teacher", "student") and key != role:
+    if key in weight_names.ROLES and key != role:
         raise UsageError(f"it holds the {key} alone: --role {key}")
     return key
 

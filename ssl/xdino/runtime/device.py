@@ -10,6 +10,11 @@ from xdino.errors import UsageError
 from xdino.runtime import rendezvous
 
 
+def cuda_devices() -> int:
+    """How many CUDA devices this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that `name` says: auto, cpu, cuda or cuda:N.
 
@@ -18,7 +23,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: any other name, or a device that this machine does not have.
     """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = cuda_devices()
     if name == "auto":
         name = "cuda" if found else "cpu"
     if name == "cpu":

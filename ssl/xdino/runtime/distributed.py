@@ -382,13 +382,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         # Every process holds equally many images, so the mean of means is the mean.
         centre: Tensor = _MeanOverProcesses.apply(x.mean(dims))
         var: Tensor = _MeanOverProcesses.apply((x - centre.view(shape)).square().mean(dims))
-        if self.track_running_stats and self.running_mean is not None:
+        mean_kept, var_kept = self.running_mean, self.running_var
+        if self.track_running_stats and mean_kept is not None and var_kept is not None:
             with torch.no_grad():
                 count = x.numel() // x.shape[1] * world_size()
                 momentum = 0.1 if self.momentum is None else self.momentum
-                self.running_mean.lerp_(centre.to(self.running_mean.dtype), momentum)
+                mean_kept.lerp_(centre.to(mean_kept.dtype), momentum)
                 unbiased = var * (count / max(count - 1, 1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
+                var_kept.lerp_(unbiased.to(var_kept.dtype), momentum)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(var + self.eps)
