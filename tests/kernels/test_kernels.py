@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from xdino import acceleration, augment, kernels, xcit
-from xdino.acceleration import Choice, speed
+from xdino.acceleration import Choice, choice, equality, speed
+from xdino.acceleration.speed import Comparison
 from xdino.augment import photometric
 from xdino.errors import UsageError
 from xdino.head import DINOHead
@@ -109,7 +110,9 @@ def tiny():
 def test_without_triton_everything_is_plain(no_triton):
     found = acceleration.choose("auto", tiny(), CROPS, CUDA)
     assert (found.network, found.views) == (False, False)
-    assert "the plain path is used" in found.why
+    assert (
+        "the plain path is used, not the fused kernels, for the views and the network" in found.why
+    )
     assert "triton cannot be imported" in found.why
     with pytest.raises(UsageError, match="triton cannot be imported"):
         acceleration.choose("fused", tiny(), CROPS, CUDA)
@@ -144,113 +147,126 @@ def test_fused_says_why_it_cannot_be():
         acceleration.choose("fussed", tiny(), CROPS, CPU)
 
 
-def passing(monkeypatch, **found):
-    """Every check passes on a device that could run kernels, but for what is `found`."""
+@pytest.fixture
+def works(monkeypatch):
+    """Kernels that can run, agree and are twice as fast: `works(views=..., network=...)` changes it.
+
+    A text is why a part does not agree, a number its speed-up.
+    """
+
+    def claim(**parts):
+        for part, claimed in ({"views": 2.0, "network": 2.0} | parts).items():
+            why = claimed if isinstance(claimed, str) else None
+            times = Comparison([claimed] * 3 if why is None else [], [1.0] * 3)
+            single, several = {"views": ("views", "views"), "network": ("network", "networks")}[
+                part
+            ]
+            monkeypatch.setattr(equality, f"check_{single}", lambda *a, why=why: why)
+            monkeypatch.setattr(speed, f"compare_{several}", lambda *a, times=times: times)
+
     monkeypatch.setattr(kernels, "reason", lambda device: None)
-    for name in ("check_views", "check_network", "compare_views", "compare_network"):
-        why = found.get(name)
-        monkeypatch.setattr(acceleration.choice, name, lambda *a, why=why: why)
+    monkeypatch.setattr(choice, "_fuses_xca", lambda *a: True)
+    claim()
+    return claim
 
 
-def test_what_fails_the_check_stays_plain(monkeypatch):
-    passing(monkeypatch, check_network="the output is 0.5 away")
+def test_auto_takes_what_agrees_and_is_faster(works, monkeypatch):
+    fused = {"network": True, "xca": True, "views": True}
     found = acceleration.choose("auto", tiny(), CROPS, CUDA)
-    assert (found.network, found.views) == (False, True)
-    assert found.why.endswith("since the output is 0.5 away")
+    assert (found.network, found.views, found.why) == (True, True, None)
+    assert found.facts() == {
+        "fused_kernels": fused, "compiled": False, "activation_checkpointing": False,
+        "fused_speedup": {"views": 2.0, "network": 2.0},
+    }  # fmt: skip
+
+    works(network="the output is 0.5 away")
+    found = acceleration.choose("auto", tiny(), CROPS, CUDA)
+    assert (found.network, found.views, found.speedup) == (False, True, {"views": 2.0})
+    assert found.why == (
+        "the plain path is used, not the fused kernels, for the network, since the output is 0.5 away"
+    )
+    works(network=1.01, views=0.5)
+    found = acceleration.choose("auto", tiny(), CROPS, CUDA)
+    assert (found.network, found.views) == (False, False)
+    assert found.why == (
+        "the plain path is used, not the fused kernels, for the views, since they are not faster here "
+        "(1000.0 ms against 500.0 ms); for the network, since they are not faster here (1000.0 ms "
+        "against 1010.0 ms)"
+    )
+    assert found.facts()["fused_kernels"] == dict.fromkeys(fused, False)
+    assert found.facts()["fused_speedup"] == {"views": 0.5, "network": 1.01}
+
     # A network that is no XCiT has no kernels, and nobody would expect any.
-    assert acceleration.choose("auto", nn.Linear(2, 2), CROPS, CUDA) == Choice(views=True)
-    passing(monkeypatch)
-    assert acceleration.choose("auto", tiny(), CROPS, CUDA) == Choice(True, True)
-    monkeypatch.setattr(acceleration.choice.distributed, "any_true", lambda flag: True)
+    works()
+    found = acceleration.choose("auto", nn.Linear(2, 2), CROPS, CUDA)
+    assert (found.network, found.views, found.why) == (False, True, None)
+    # One process must not go another way than the rest.
+    monkeypatch.setattr(choice.distributed, "any_true", lambda flag: True)
     found = acceleration.choose("auto", tiny(), CROPS, CUDA)
-    assert found == Choice(
-        why="the plain path is used: the fused kernels are not, since another process found that "
-        "they do not work or are no faster"
+    assert (found.network, found.views) == (False, False)
+    assert found.why == (
+        "the plain path is used, not the fused kernels, for the views and the network, since another "
+        "process found that they do not work"
     )
 
 
-def test_what_is_slower_stays_plain(monkeypatch):
-    passing(monkeypatch, compare_views="the photometric ones take 2.00 ms where")
-    found = acceleration.choose("auto", tiny(), CROPS, CUDA)
-    assert (found.network, found.views) == (True, False)
-    assert found.why.endswith("since the photometric ones take 2.00 ms where")
-    passing(monkeypatch, compare_network="those of the network take 3.00 ms where")
-    found = acceleration.choose("auto", tiny(), CROPS, CUDA)
-    assert (found.network, found.views) == (False, True)
-    # What was asked for outright is not timed.
-    monkeypatch.delattr(acceleration.choice, "compare_network")
-    assert acceleration.choose("fused", tiny(), CROPS, CUDA) == Choice(True, True)
+def test_two_paths_are_timed_in_turns():
+    ran, now = [], [0.0]
 
-
-def test_paths_are_timed_in_turns():
-    now, order = [0.0], []
-
-    def work(name, seconds):
-        def run():
-            order.append(name)
+    def path(name, seconds):
+        def work():
+            ran.append(name)
             now[0] += next(seconds)
 
-        return run
+        return work
 
-    turns = speed.REPEATS + 1
-    plain = work("plain", iter([9.0] + [1.0] * (turns - 1)))  # the first turn compiles
-    fused = work("fused", iter([50.0, 7.0] + [0.5] * (turns - 2)))  # one turn was disturbed
-    found = speed.time_both(plain, fused, lambda: order.append("wait"), lambda: now[0])
-    assert found == (1.0, 0.5)
-    assert order == ["wait", "plain", "wait", "wait", "fused", "wait"] * turns
-    assert speed.why_slower("they", *found) is None
-    assert (
-        speed.why_slower("they", 1e-3, 1e-3)
-        == "they take 1.00 ms where the plain path takes 1.00 ms"
-    )
-    assert speed.why_slower("they", 1e-3, float("nan")) is not None
+    warming = [50.0, 9.0]
+    plain = path("plain", iter([*warming, 3.0, 3.0, 3.0, 3.0, 30.0, 3.0, 3.0]))
+    fused = path("fused", iter([*warming, 2.0, 2.0, 20.0, 2.0, 20.0, 2.0, 2.0]))
+    found = speed.in_turns(plain, fused, CPU, clock=lambda: now[0])
+    assert ran == ["plain", "fused"] * 9
+    assert found.fused == pytest.approx([2.0, 2.0, 20.0, 2.0, 20.0, 2.0, 2.0])
+    assert found.speedup == pytest.approx(1.5)
+    assert found.why_not() is None
 
 
-def test_the_comparison_runs_real_steps(monkeypatch):
-    times = {"a": (2.0, 1.0), "b": (1.0, 2.0)}
-    for name, expected in (
-        ("a", None),
-        ("b", "take 2000.00 ms where the plain path takes 1000.00 ms"),
-    ):
-
-        def timed(plain, fused, wait, name=name):
-            plain(), wait()
-            return times[name]
-
-        monkeypatch.setattr(speed, "time_both", timed)
-        model, state = tiny(), torch.get_rng_state()
-        for said in (
-            acceleration.compare_network(model, CROPS, CPU, torch.bfloat16),
-            acceleration.compare_views(CROPS, CPU),
-        ):
-            assert said is expected is None or said.endswith(expected)
-        assert torch.equal(state, torch.get_rng_state())
+def test_comparisons_run_and_leave_no_trace():
+    """On the plain path twice, which is all that a CPU has."""
+    model, before = tiny(), torch.get_rng_state()
+    found = speed.compare_networks(model, CROPS, 1, CPU, torch.bfloat16)
+    assert len(found.plain) == len(found.fused) == speed.ROUNDS
+    assert min(found.plain + found.fused) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_really_runs_is_what_is_told(monkeypatch):
-    passing(monkeypatch)
-    # torch.compile has nothing to do where the kernels run the network.
+def test_what_cannot_be_timed_stays_plain():
+    triton_here()
+
+    def full():
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 2 GiB")
+
+    compared, why = speed.tried(full)
+    assert compared is None
+    assert why.startswith("they cannot be timed here (OutOfMemoryError: out of memory")
+
+
+def test_what_needs_the_plain_path_gets_it(works):
+    # torch.compile and the kernels would both run the network; what was asked for by name does.
     found = acceleration.choose("auto", tiny(), CROPS, CUDA, compile=True)
-    assert (found.network, found.compiled) == (True, False)
-    assert "runtime.compile is left out" in found.why
-    assert found.facts() == {
-        "fused_kernels": {"network": True, "views": True},
-        "compiled": False,
-        "activation_checkpointing": False,
-    }
-    with pytest.raises(UsageError, match=r"runtime\.compile compiles the plain path"):
-        acceleration.choose("fused", tiny(), CROPS, CUDA, compile=True)
+    assert (found.network, found.views, found.compiled) == (False, True, True)
+    assert found.why.endswith("for the network, since runtime.compile needs the plain path")
     assert acceleration.choose("plain", tiny(), CROPS, CUDA, compile=True) == Choice(compiled=True)
     assert acceleration.choose("auto", tiny(), CROPS, CPU, compile=True) == Choice(compiled=True)
-    # A network that computes its activations again does it on the plain path.
     thrifty = tiny()
     thrifty.set_grad_checkpointing(True)
+    found = acceleration.choose("auto", thrifty, CROPS, CUDA)
+    assert (found.network, found.views, found.activation_checkpointing) == (False, True, True)
+    assert "activation_checkpointing needs" in found.why
     found = acceleration.choose("auto", thrifty, CROPS, CUDA, compile=True)
-    assert (found.network, found.views, found.compiled) == (False, True, True)
-    assert "activation_checkpointing" in found.why
-    assert found.facts()["activation_checkpointing"]
-    with pytest.raises(UsageError, match="activation_checkpointing"):
-        acceleration.choose("fused", thrifty, CROPS, CUDA)
+    assert "runtime.compile and runtime.activation_checkpointing need the plain path" in found.why
+    for model, asked in ((thrifty, {}), (tiny(), {"compile": True})):
+        with pytest.raises(UsageError, match="needs the plain path; use auto or plain"):
+            acceleration.choose("fused", model, CROPS, CUDA, **asked)
 
 
 def test_use_kernels_reaches_networks_inside():

@@ -1,7 +1,6 @@
-"""Do the fused kernels compute what the plain path does, on this device?
+"""Whether the fused kernels compute what the plain path does, on the device that they would run on.
 
-Kernels are compiled on the machine that they run on, by the Triton that is found there. So a small
-network and a few crops go through both paths, forward and backward, before they are trusted.
+A small network and a few crops go through both paths, forward and backward.
 """
 
 import copy
@@ -22,6 +21,41 @@ FLOAT32_BOUND, MIXED_BOUND = 1e-3, 0.1
 LEVEL_BOUND = 0.05  # mean difference of the views, in levels of 0..255
 
 
+def twins(
+    model: XCiT, depth: int, drop_path_rate: float, device: torch.device
+) -> tuple[XCiT, XCiT]:
+    """A network of `depth` blocks like those of `model`, in training: on the plain path, and fused."""
+    block = _block(model)
+    plain = XCiT(
+        model.patch_size,
+        model.embed_dim,
+        depth,
+        block.attn.num_heads,
+        in_chans=model.in_chans,
+        drop_path_rate=drop_path_rate,
+        mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
+    )
+    plain.to(device).train()
+    fused = copy.deepcopy(plain)
+    fused.fused = True
+    return plain, fused
+
+
+def _block(model: XCiT) -> XCABlock:
+    block = model.blocks[0]
+    assert isinstance(block, XCABlock)
+    return block
+
+
+def head_dim(model: XCiT) -> int:
+    """Channels a head."""
+    return model.embed_dim // _block(model).attn.num_heads
+
+
+def drop_path_rate(model: XCiT) -> float:
+    return _block(model).drop_path_rate
+
+
 def check_network(
     model: XCiT, device: torch.device, autocast: torch.dtype | None = None
 ) -> str | None:
@@ -31,7 +65,8 @@ def check_network(
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _exact_products():
-        plain, fused = both_paths(model, device)
+        torch.manual_seed(0)
+        plain, fused = twins(model, 2, 0.2, device)
         size = 3 * model.patch_size, 5 * model.patch_size
         images = torch.randn(4, model.in_chans, *size, device=device)
         bounds = {torch.float32: FLOAT32_BOUND}
@@ -50,20 +85,6 @@ def check_network(
                         f"{bound:.0e}"
                     )
     return None
-
-
-def both_paths(model: XCiT, device: torch.device) -> tuple[XCiT, XCiT]:
-    """Two blocks of a network of `model`'s width on the plain path, and the same on the fused."""
-    block = model.blocks[0]
-    assert isinstance(block, XCABlock)
-    torch.manual_seed(0)
-    plain = XCiT(
-        model.patch_size, model.embed_dim, 2, block.attn.num_heads,
-        in_chans=model.in_chans, drop_path_rate=0.2,
-    ).to(device).train()  # fmt: skip
-    fused = copy.deepcopy(plain)
-    fused.fused = True
-    return plain, fused
 
 
 def check_views(crops: augment.MultiCrop, device: torch.device) -> str | None:

@@ -1,85 +1,127 @@
-"""Are the fused kernels faster than the plain path, on this device and at the sizes of the run?"""
+"""Whether the fused kernels are the faster ones here, on work of the run's own shape."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from xdino import augment
-from xdino.acceleration.equality import both_paths, failures, first_line
-from xdino.augment import photometric
+from xdino.acceleration import equality
+from xdino.augment import MultiCrop, draw_batch, photometric
 from xdino.xcit import XCiT
 
-IMAGES = 32  # of the largest crop: enough that the device works, and not only its launches
-REPEATS = 7
-Work = Callable[[], object]
+ROUNDS = 7  # each runs both paths in turn, since a device warms up and throttles
+FASTER_BY = 1.03  # two timings of one and the same path differ by as much
 
 
-def time_both(
-    plain: Work, fused: Work, wait: Work, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, float]:
-    """Median seconds of each, run in turns; the first turn, which compiles, does not count.
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of both paths, one of each a round."""
 
-    `wait`: until the device has done all that it was given.
-    """
-    seconds: tuple[list[float], list[float]] = [], []
-    for _ in range(REPEATS + 1):
-        for work, found in zip((plain, fused), seconds, strict=True):
-            wait()
-            begun = clock()
-            work()
-            wait()
-            found.append(clock() - begun)
-    return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
+    plain: list[float]
+    fused: list[float]
 
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the kernels are: the median of the rounds' ratios."""
+        return statistics.median(p / f for p, f in zip(self.plain, self.fused, strict=True))
 
-def why_slower(what: str, plain: float, fused: float) -> str | None:
-    """Half a sentence where `fused` seconds are no less than `plain` ones; None where they are."""
-    if fused < plain:
-        return None
-    return f"{what} take {1e3 * fused:.2f} ms where the plain path takes {1e3 * plain:.2f} ms"
+    def why_not(self) -> str | None:
+        """Why not to take the kernels; None where they are faster."""
+        if self.speedup >= FASTER_BY:
+            return None
+        ours, theirs = (1e3 * statistics.median(x) for x in (self.fused, self.plain))
+        return f"they are not faster here ({ours:.1f} ms against {theirs:.1f} ms)"
 
 
-def compare_network(
-    model: XCiT, crops: augment.MultiCrop, device: torch.device, autocast: torch.dtype | None
-) -> str | None:
-    """Why the kernels are no gain for a network of this width on these crops; None where they are.
-
-    Two blocks of it, forward and backward, in the precision of the run.
-    """
-    size = crops.views[0].size
-
-    def step(network: XCiT) -> None:
-        network.zero_grad()
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            tokens = network.patch_tokens(images)[0]
-        tokens.float().square().mean().backward()
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        plain, fused = both_paths(model, device)
-        images = torch.randn(IMAGES, model.in_chans, size, size, device=device)
-        return _compared("those of the network", lambda: step(plain), lambda: step(fused), device)
-
-
-def compare_views(crops: augment.MultiCrop, device: torch.device) -> str | None:
-    """Why the photometric kernels are no gain for these crops on `device`; None where they are."""
-    size = crops.views[0].size
-    table = augment.draw_batch(crops, 0, 0, np.arange(IMAGES))[0]
-    generator = torch.Generator().manual_seed(0)
-    shape = IMAGES, size, size, crops.channels
-    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-
-    def views(fused: bool) -> object:
-        return photometric.photometric(pixels, table, crops, fused=fused)
-
-    return _compared("the photometric ones", lambda: views(False), lambda: views(True), device)
-
-
-def _compared(what: str, plain: Work, fused: Work, device: torch.device) -> str | None:
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+def tried(compare: Callable[[], Comparison]) -> tuple[Comparison | None, str | None]:
+    """A comparison and why not to take the kernels; no comparison where one path did not run."""
     try:
-        return why_slower(what, *time_both(plain, fused, wait))
-    except failures() as error:
-        return f"{what} do not run here ({first_line(error)})"
+        found = compare()
+    except equality.failures() as error:
+        return None, f"they cannot be timed here ({equality.first_line(error)})"
+    return found, found.why_not()
+
+
+def in_turns(
+    plain: Callable[[], object],
+    fused: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Both timed `ROUNDS` times, after two runs of each to compile and to settle."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def seconds(work: Callable[[], object]) -> float:
+        wait()
+        began = clock()
+        work()
+        wait()
+        return clock() - began
+
+    for work in (plain, fused, plain, fused):
+        work()
+    rounds = [(seconds(plain), seconds(fused)) for _ in range(ROUNDS)]
+    return Comparison([p for p, _ in rounds], [f for _, f in rounds])
+
+
+def compare_networks(
+    model: XCiT,
+    crops: MultiCrop,
+    images: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Comparison:
+    """The student's forward and backward pass over `images` images' crops, on both paths."""
+    with _without_trace(device):
+        depth, rate = len(model.blocks), equality.drop_path_rate(model)
+        plain, fused = equality.twins(model, depth, rate, device)
+        groups = [
+            torch.randn(views * images, model.in_chans, size, size, device=device)
+            for size, views in crops.groups
+        ]
+
+        def step(network: XCiT) -> None:
+            network.zero_grad()
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                features = torch.cat([network(group) for group in groups])
+            features.float().square().mean().backward()
+
+        return in_turns(lambda: step(plain), lambda: step(fused), device)
+
+
+def compare_views(crops: MultiCrop, images: int, device: torch.device) -> Comparison:
+    """From uint8 crops on the device to views, of `images` images, on both paths."""
+    with _without_trace(device):
+        table = draw_batch(crops, 0, 0, np.arange(images))  # [V, B]
+        work, first = [], 0
+        for size, views in crops.groups:
+            shape = (views * images, size, size, crops.channels)
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            work.append((pixels, table[first : first + views].reshape(-1)))
+            first += views
+
+        def make(fused: bool) -> None:
+            for pixels, rows in work:
+                photometric.photometric(pixels, rows, crops, fused=fused)
+
+        return in_turns(lambda: make(False), lambda: make(True), device)
+
+
+@contextlib.contextmanager
+def _without_trace(device: torch.device) -> Iterator[None]:
+    """Random numbers go on as if nothing had been drawn; the peak of memory is the run's own."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)

@@ -105,6 +105,7 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         plan.device,
         AUTOCAST[plan.precision],
         config.runtime.compile,
+        config.train.batch_size,
     )
     if learner.kernels.compiled:
         for network in (student, teacher):
