@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xdino import rng
 from xdino.backbone import Backbone
 from xdino.data.sources import Source
+from xdino.runtime import rng
 from xdino_eval.backbone_tokens import PooledTokens, needs_both
 from xdino_eval.feature_cache import cache_key, cached, mapped
 from xdino_eval.features import Features, Progress, extract

@@ -212,15 +212,14 @@ def extract(
     read = np.concatenate([np.empty(0, np.int64), *kept])
     features = features[:filled]
     _refuse_broken(features, source, read)
-    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels)[read])
-    return Features(
-        features=features,
-        labels=labels,
-        indices=torch.from_numpy(read),
-        skipped=skipped,
-        data=source.name,
-        transform=f"{transform.describe()}, {precision}",
-    )
+    told = f"{transform.describe()}, {precision}"
+    labels = _labels_at(source, read)
+    return Features(features, labels, torch.from_numpy(read), skipped, source.name, told)
+
+
+def _labels_at(source: Source, places: np.ndarray) -> Tensor | None:
+    """int64 [N], None where the source has none."""
+    return None if source.labels is None else torch.from_numpy(np.asarray(source.labels)[places])
 
 
 def _refuse_broken(features: Tensor, source: Source, read: np.ndarray) -> None:

@@ -2,11 +2,17 @@
 
 Attention, principal components, neighbours and the demo all come on sheets from here. Every PNG says
 that it was drawn here (`drawn_here`), so that no command takes its own pictures for photographs.
+
+matplotlib comes from here, too, without remarks about folders and fonts: where its folder of settings
+cannot be written (a home that is read-only), it makes another and says so, which is nothing a person who
+asked for a picture can use. Of a folder that is nowhere to be had it makes an error: a sentence here.
 """
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +21,28 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from xdino.errors import world
 from xdino_eval.image_files import DAMAGED, printable
-from xdino_eval.plotting import matplotlib
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, matplotlib says nothing of its cache, nor of letters that its font lacks."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            warnings.filterwarnings("ignore", message="Matplotlib")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+with quiet(), world("find a folder for matplotlib's cache"):
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG as FigureCanvasSVG
+    from matplotlib.figure import Figure as Figure
 
 ROW, GAP, BESIDE = 18, 12, 4  # pixels: a line of text, between tiles, between pictures of a tile
 CAPTION = 360  # pixels that a caption may take where its pictures are narrower

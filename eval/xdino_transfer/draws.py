@@ -9,8 +9,7 @@ Letters: B images.
 
 import numpy as np
 
-# The second half of the Philox key; pretraining's draws have the small numbers.
-RANDAUGMENT, ERASING, MIXING, CROPPING, SUBSETS = 16, 17, 18, 19, 20
+from xdino.runtime import rng
 
 
 def counters(epoch: int, indices: np.ndarray, repeats: np.ndarray | int = 0) -> np.ndarray:
@@ -19,7 +18,7 @@ def counters(epoch: int, indices: np.ndarray, repeats: np.ndarray | int = 0) -> 
     return np.stack(columns, axis=-1).astype(np.uint64)
 
 
-def uniforms(seed: int, stream: int, places: np.ndarray, count: int) -> np.ndarray:
+def uniforms(seed: int, stream: rng.Stream, places: np.ndarray, count: int) -> np.ndarray:
     """float64 [B, count] in (0, 1), both ends left out; `places` are uint64 [B, 3].
 
     Raises:
@@ -27,12 +26,5 @@ def uniforms(seed: int, stream: int, places: np.ndarray, count: int) -> np.ndarr
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
-    generator = np.random.Philox(key=np.array([seed, stream], np.uint64))
-    state = generator.state
-    raw = np.empty((len(places), count), np.uint64)
-    for row, place in enumerate(places):  # the first word of the counter counts within the place
-        state["state"]["counter"][0] = 0
-        state["state"]["counter"][1:] = place
-        generator.state = state
-        raw[row] = generator.random_raw(count)
+    raw = rng.raw_of_places(stream, seed, places, count)
     return ((raw >> np.uint64(12)) + 0.5) * 2.0**-52

@@ -116,7 +116,7 @@ class Pretraining:
         check_disk(self.plan, run_dir)
 
     def build(self, from_init: bool) -> None:
-        self.learner = distributed.together(lambda: build_learner(self.plan, from_init))
+        self.learner = distributed.together(lambda: build_learner(self.plan, from_init=from_init))
         self._alarm = self._new_alarm()
 
     def ask_every_step(self) -> None:

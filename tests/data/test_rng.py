@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xdino import rng
 from xdino.augment import draw_batch, multi_crop
 from xdino.data import epoch_order
+from xdino.runtime import rng
 
 ROOT = Path(__file__).parents[2]
 LABELS = np.repeat(np.arange(3), 10)
@@ -18,9 +18,14 @@ def test_every_stream_gives_what_it_has_always_given():
         rng.Stream.CROPS: [13842265018121420432, 11257523566242097324],
         rng.Stream.ORDER: [2406238767389017420, 6231312613656076686],
         rng.Stream.FEW_SHOT: [14202272653433690070, 11169665451076001206],
+        rng.Stream.RANDAUGMENT: [16413745700467840621, 3918412631335091936],
+        rng.Stream.ERASING: [3593769638329494522, 12564388200684783836],
+        rng.Stream.MIXING: [17130347558422680106, 3890590815531505008],
+        rng.Stream.CROPPING: [12556660312917698515, 8469149315118166682],
+        rng.Stream.SUBSETS: [13258688754225584980, 4646783191420176013],
     }
     assert rng.raw_of_images(rng.Stream.CROPS, 3, 5, np.array([4, 9]), 2)[1].tolist() == first[1]
-    for stream in (rng.Stream.ORDER, rng.Stream.FEW_SHOT):
+    for stream in set(rng.Stream) - {rng.Stream.CROPS}:
         assert rng.raw(stream, 3, 5, 2).tolist() == first[stream]
     assert set(first) == set(rng.Stream)
     assert rng.probe_image(4, 2, 9).random(2).tolist() == [0.861258484163283, 0.09187847492831491]
@@ -38,7 +43,7 @@ def test_what_is_drawn_from_them():
 
 
 def test_what_is_drawn_for_evaluations():
-    from xdino_eval.during_training import fixed_subset
+    from xdino_eval.extraction import fixed_subset
     from xdino_eval.knn.vote import drawn
     from xdino_eval.linear.sgd import held_out
 
@@ -55,7 +60,7 @@ def test_there_is_no_stream_beside_these():
 
 def test_no_two_streams_share_a_number():
     """One key each, so that no counter, however far it runs, meets another's."""
-    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 3
+    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 8
     rows = [rng.raw(stream, 7, 2, 1000) for stream in rng.Stream]
     rows += list(rng.raw_of_images(rng.Stream.CROPS, 7, 3, np.arange(5), 200))
     assert len(np.unique(np.concatenate(rows))) == sum(map(len, rows))

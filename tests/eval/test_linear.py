@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torchvision.transforms import functional as TF
 
-from xdino import rng
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import rng
 from xdino_eval import linear
 from xdino_eval.features import Features
 from xdino_eval.linear import logistic

@@ -21,7 +21,7 @@ from xdino import data, xcit
 from xdino_eval import linear
 from xdino_eval.features import Features, extract
 from xdino_eval.linear import logistic
-from xdino_eval.linear.grid import Grid, Tokens, grid_probe_features, split
+from xdino_eval.linear.grid import Grid, PooledTokens, grid_probe_features, split
 from xdino_eval.linear.sgd import Sgd
 from xdino_eval.transform import EvalTransform
 
@@ -42,7 +42,7 @@ def fashion() -> tuple[Features, Features]:
         network = xcit.XCiT(patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=2)
     transform = EvalTransform(28, 28, (0.286,), (0.353,))
     found = [
-        extract(Tokens(network, ("both",)), source, transform, 250, indices=range(count))
+        extract(PooledTokens(network, ("both",)), source, transform, 250, indices=range(count))
         for source, count in zip(data.open_splits("fashion_mnist_sample"), (2000, 500), strict=True)
     ]
     mean, std = found[0].features.mean(0), found[0].features.std(0)  # untrained: all nearly alike

@@ -223,13 +223,13 @@ def test_a_kill_during_an_evaluation_loses_no_step(tiny, tmp_path):
 
 
 def test_a_signal_while_planning_leaves_nothing(tiny, tmp_path, monkeypatch):
-    from xdino import train
+    from xdino import pretraining
 
     def plan(*arguments):
         ask_to_stop()
         time.sleep(30)
 
-    monkeypatch.setattr(train, "make_plan", plan)
+    monkeypatch.setattr(pretraining, "make_plan", plan)
     with pytest.raises(Stopped, match="while it was planned"):
         pretrain(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -18,11 +18,20 @@ import torch
 from torch.nn import functional as F
 
 from xdino.errors import world
-from xdino_eval import plotting
+from xdino_eval import sheets
 from xdino_eval.attention.maps import MASS, Maps, mask
 from xdino_eval.backbone_tokens import Lattice
-from xdino_eval.plotting import Figure, FigureCanvasAgg, matplotlib
-from xdino_eval.sheets import DRAWN, Tile, as_rgb, save, sheet, wrapped
+from xdino_eval.sheets import (
+    DRAWN,
+    Figure,
+    FigureCanvasAgg,
+    Tile,
+    as_rgb,
+    matplotlib,
+    save,
+    sheet,
+    wrapped,
+)
 
 COLOURS = matplotlib.colormaps["inferno"]
 COLUMNS = 4
@@ -210,7 +219,7 @@ def _channel_figure(
     figure.colorbar(shown, ax=list(grid.flat), label="attention weight", shrink=min(1, 3 / rows))
     lines = wrapped(NOTE, lambda line: len(line) > size[0] * 14)
     figure.suptitle("\n".join(lines), fontsize=8)
-    with world(f"write {path}"), plotting.quiet():
+    with world(f"write {path}"), sheets.quiet():
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(path, metadata=DRAWN)
 

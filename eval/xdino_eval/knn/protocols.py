@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdino import rng
 from xdino.errors import UsageError
-from xdino.runtime import distributed
+from xdino.runtime import distributed, rng
 from xdino_eval.features import Features
 from xdino_eval.knn.search import EXACT, SearchOptions
 from xdino_eval.knn.tables import JoinedTable, Table, UnitTable, normalise

@@ -76,14 +76,7 @@ def logistic_probe(
     chosen, scores = grid[0], list[float]()
     if len(grid) > 1:
         held = held_out(y, holdout, seed)
-        if not held.any():
-            raise UsageError(
-                f"{len(y)} training images are too few to hold out {holdout:g} of them"
-            )
-        scores = _held_out_scores(x, y, held, grid, notes, unfinished, progress)
-        chosen = grid[int(np.argmax(scores))]
-        if chosen in (grid[0], grid[-1]):
-            notes.append(f"C = {chosen:g} is an end of the grid")
+        chosen, scores = _choose(x, y, held, grid, notes, unfinished, progress)
     (model,) = _fits(x, y, [chosen])
     if model.n_iter_.max() >= MAX_ITER:
         notes.append(f"C = {chosen:g}: not converged after {MAX_ITER} iterations")
@@ -100,6 +93,25 @@ def logistic_probe(
     }
     probe = folded(model, mean, std, trial.classes)
     return trial.end(probe, settings, train, val, list(dict.fromkeys(notes)), unfinished)
+
+
+def _choose(
+    x: np.ndarray,
+    y: np.ndarray,
+    held: np.ndarray,
+    grid: Sequence[float],
+    notes: list[str],
+    unfinished: Unfinished | None,
+    progress: Progress | None,
+) -> tuple[float, list[float]]:
+    """The C that tells the images `held` out apart best, and the scores of all."""
+    if not held.any():
+        raise UsageError(f"{len(y)} training images are too few to hold out any of them")
+    scores = _held_out_scores(x, y, held, grid, notes, unfinished, progress)
+    chosen = grid[int(np.argmax(scores))]
+    if chosen in (grid[0], grid[-1]):
+        notes.append(f"C = {chosen:g} is an end of the grid")
+    return chosen, scores
 
 
 def _grid(cs: str | Sequence[float]) -> tuple[float, ...]:

@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from xdino import rng
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
-from xdino.runtime import transfer
+from xdino.runtime import rng, transfer
 from xdino_eval.features import Batch, Features, autocast, read_batches
 from xdino_eval.transform import EvalTransform, resample
 

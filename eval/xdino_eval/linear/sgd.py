@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from xdino import rng
 from xdino.backbone import Backbone
 from xdino.data.sources import Source, fingerprint
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import rng
 from xdino_eval.features import Features, Progress, device_of, evaluating, extract
 from xdino_eval.linear.probe import Probe, Trained, Trial, check
 from xdino_eval.linear.probe_augment import AugmentedImages

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdino_transfer.draws import ERASING, uniforms
+from xdino.runtime.rng import Stream
+from xdino_transfer.draws import uniforms
 
 ATTEMPTS = 10  # boxes tried for an image; where none fits, nothing is erased
 
@@ -51,7 +52,7 @@ class Erasing:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of images at `places` (see `draws.counters`) the boxes, int64 [B, 4], zeros for none, and
         the seeds of their noise, int64 [B]."""
-        uniform = uniforms(seed, ERASING, places, 2 * ATTEMPTS + 4)
+        uniform = uniforms(seed, Stream.ERASING, places, 2 * ATTEMPTS + 4)
         area, log_ratio, (down, across, erased, noise) = np.split(
             uniform.T, [ATTEMPTS, 2 * ATTEMPTS]
         )

@@ -15,7 +15,8 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from xdino.errors import UsageError
-from xdino_transfer.draws import MIXING, uniforms
+from xdino.runtime.rng import Stream
+from xdino_transfer.draws import uniforms
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Mixup:
         The published code draws in every process for itself, so parts differ here too.
         """
         place = np.array([[part, iteration, 0]], np.uint64)
-        mixed, switched, lam, down, across = uniforms(seed, MIXING, place, 5)[0].tolist()
+        mixed, switched, lam, down, across = uniforms(seed, Stream.MIXING, place, 5)[0].tolist()
         if not self.mixes or mixed >= self.probability:
             return Mix()
         cut = self.cutmix_alpha > 0 and (self.mixup_alpha <= 0 or switched < self.switch)

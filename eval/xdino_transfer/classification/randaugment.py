@@ -19,7 +19,8 @@ from scipy.special import ndtri
 from timm.data.auto_augment import NAME_TO_OP
 
 from xdino.errors import UsageError
-from xdino_transfer.draws import RANDAUGMENT, counters, uniforms
+from xdino.runtime.rng import Stream
+from xdino_transfer.draws import counters, uniforms
 
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
@@ -103,7 +104,7 @@ class RandAugment:
     ) -> np.ndarray:
         """What happens to images `indices` [B] in an epoch: a structured array [B, L]."""
         places = counters(epoch, indices, repeats)
-        uniform = uniforms(seed, RANDAUGMENT, places, 4 * self.layers)
+        uniform = uniforms(seed, Stream.RANDAUGMENT, places, 4 * self.layers)
         uniform = uniform.reshape(len(places), self.layers, 4)
         table = np.empty(uniform.shape[:2], TABLE_DTYPE)
         table["operation"] = uniform[..., 0] * len(OPERATIONS)

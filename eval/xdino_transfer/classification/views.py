@@ -19,9 +19,10 @@ from torch import Tensor
 from xdino.augment.multi_crop import ATTEMPTS, boxes, crop
 from xdino.errors import UsageError
 from xdino.runtime import transfer
+from xdino.runtime.rng import Stream
 from xdino_transfer.classification.erasing import Erasing
 from xdino_transfer.classification.randaugment import RandAugment
-from xdino_transfer.draws import CROPPING, counters, uniforms
+from xdino_transfer.draws import counters, uniforms
 
 SMALL, PADDING = 32, 4  # up to this size, images are shifted by as many pixels instead of resized
 
@@ -69,7 +70,7 @@ class TrainingView:
     ) -> Draws:
         """What happens to images `indices` [B] in an epoch."""
         places = counters(epoch, indices, repeats)
-        uniform = uniforms(seed, CROPPING, places, 2 * ATTEMPTS + 3)
+        uniform = uniforms(seed, Stream.CROPPING, places, 2 * ATTEMPTS + 3)
         table = np.empty(len(places), CROP_DTYPE)
         low, high = self.scale
         table["area"] = low + (high - low) * uniform[:, :ATTEMPTS]

@@ -7,7 +7,8 @@ import numpy as np
 
 from xdino.data import Source
 from xdino.errors import UsageError
-from xdino_transfer.draws import SUBSETS, uniforms
+from xdino.runtime.rng import Stream
+from xdino_transfer.draws import uniforms
 
 
 class Subset(Source):
@@ -79,7 +80,7 @@ def _part(source: Source, size: Callable[[int], int], part: str, seed: int) -> S
     """`size(images)` of each class: those with the smallest of numbers drawn for all of them."""
     if source.labels is None:
         raise UsageError(f"{source.name} has no classes to take a part of")
-    order = uniforms(seed, SUBSETS, np.zeros((1, 3), np.uint64), len(source))[0]
+    order = uniforms(seed, Stream.SUBSETS, np.zeros((1, 3), np.uint64), len(source))[0]
     chosen = []
     for label in np.unique(source.labels):
         members = np.flatnonzero(source.labels == label)

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from xdino_eval.plotting import Figure, FigureCanvasSVG, matplotlib
+from xdino_eval.sheets import Figure, FigureCanvasSVG, matplotlib
 
 POINTS = 1_500  # of a curve; a long run logs tens of thousands
 COLOURS = ("#1f5fa8", "#c8551b", "#3a8f4d", "#7d4bb0")  # of runs, or of a single run's curves

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdino import rng
+from xdino.runtime import rng
 
 ATTEMPTS = 10  # boxes tried per view before the central fallback, as torchvision does
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdino import rng
 from xdino.augment.multi_crop import MultiCrop, boxes, crop, draw_batch, serial_threads
 from xdino.data.decode import UnreadableImage
 from xdino.data.source import Source
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import rng
 
 
 @lru_cache(maxsize=2)

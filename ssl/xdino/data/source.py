@@ -15,11 +15,11 @@ from itertools import takewhile
 import numpy as np
 from PIL import Image
 
-from xdino import rng
 from xdino.config import MAX_PIXELS
 from xdino.data.decode import allow_pixels, decode
 from xdino.data.listing import ByteStrings, left_out_sentence, printable
 from xdino.errors import UsageError
+from xdino.runtime import rng
 
 _SAMPLED, _PIECE = 64, 1 << 16  # images whose first and last bytes a fingerprint reads
 

@@ -8,8 +8,9 @@ shuffling is not.
 A row is named by a key of two words and a counter of four. The key is (seed, `Stream`), the counter
 (a place in the row, image, epoch, 0), so that two streams share no number. The probe's rows are older
 and have the epoch where the others have their stream: they share no number among themselves, except
-as `probe_held_out` says, and only the probe draws them. torch's generators (weights at the start, dropped
-paths) are seeded where networks are built.
+as `probe_held_out` says, but a few with the streams of the same number (image 0 of epochs 1 to 3 and
+16 to 20); what is drawn from them has nothing to do with each other. torch's generators (weights at
+the start, dropped paths) are seeded where networks are built.
 """
 
 from enum import IntEnum
@@ -23,6 +24,11 @@ class Stream(IntEnum):
     CROPS = 1  # of an image in an epoch: boxes, flips, colours
     ORDER = 2  # of an epoch's images
     FEW_SHOT = 3  # which images of a class vote, in a repeat ("epoch")
+    RANDAUGMENT = 16  # of a classifier's training images, as the next four
+    ERASING = 17
+    MIXING = 18  # of a batch
+    CROPPING = 19
+    SUBSETS = 20  # which images of a class are learned from
 
 
 def raw(stream: Stream, seed: int, epoch: int, count: int) -> np.ndarray:
@@ -35,11 +41,18 @@ def raw_of_images(
     stream: Stream, seed: int, epoch: int, indices: np.ndarray, count: int
 ) -> np.ndarray:
     """The first `count` numbers of each of the images `indices` [B] in an epoch: uint64 [B, count]."""
+    columns = np.broadcast_arrays(indices, epoch, 0)
+    return raw_of_places(stream, seed, np.stack(columns, axis=-1).astype(np.uint64), count)
+
+
+def raw_of_places(stream: Stream, seed: int, places: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` numbers at each of the places uint64 [B, 3]: uint64 [B, count]."""
     generator = np.random.Philox(key=_key(stream, seed))
     state = generator.state
-    numbers = np.empty((len(indices), count), np.uint64)
-    for row, index in enumerate(indices):  # setting the counter costs a tenth of a new generator
-        state["state"]["counter"][:] = (0, index, epoch, 0)
+    numbers = np.empty((len(places), count), np.uint64)
+    for row, place in enumerate(places):  # setting the counter costs a tenth of a new generator
+        state["state"]["counter"][0] = 0  # counts within the place
+        state["state"]["counter"][1:] = place
         generator.state = state
         numbers[row] = generator.random_raw(count)
     return numbers
