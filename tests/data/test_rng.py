@@ -44,10 +44,10 @@ def test_what_is_drawn_from_them():
 
 def test_what_is_drawn_for_evaluations():
     from xdino_eval.extraction import fixed_subset
-    from xdino_eval.knn.vote import drawn
+    from xdino_eval.knn.protocols import sample_shots
     from xdino_eval.linear.sgd import held_out
 
-    assert drawn(LABELS, 2, 5, 1).tolist() == [2, 4, 15, 16, 21, 29]
+    assert sample_shots(LABELS, 2, 5, 1).tolist() == [2, 4, 15, 16, 21, 29]
     assert fixed_subset(1000, 6).tolist() == [14, 134, 257, 386, 471, 934]
     assert np.flatnonzero(held_out(LABELS, 0.2, 6)).tolist() == [0, 6, 15, 17, 21, 29]
 
