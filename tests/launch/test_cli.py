@@ -124,6 +124,15 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_to_start_from_are_named_once(xdino, tmp_path):
+    command = ["pretrain", "debug", "--run", tmp_path / "run", "--print-config", "--init", "a.pt"]
+    code, out, _ = xdino(*command, "--train.init", "a.pt")
+    assert (code, "init: a.pt" in out) == (0, True)
+    code, out, error = xdino(*command, "--train.init", "b.pt")
+    assert (code, out) == (2, "")
+    assert "--init is 'a.pt', but --train.init is 'b.pt': give one" in error
+
+
 def test_pretrain_prints_the_backbone_and_leaves_a_finished_run_alone(xdino, run, folder):
     code, out, err = xdino("pretrain", run / "config.yaml", "--run", run)
     assert code == 0

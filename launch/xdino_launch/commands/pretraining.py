@@ -79,10 +79,12 @@ def pretrain(
 
     with StopSignal(last=ctx.obj is True) as stop:  # before the imports, which take seconds
         from xdino import config as configuration
+        from xdino.values import shown
 
         overrides = parse_overrides(ctx.args)
-        if init is not None:
-            overrides["train.init"] = init
+        if init is not None and overrides.setdefault("train.init", init) != init:
+            given = shown(overrides["train.init"])
+            raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         resolved = configuration.load(config, overrides)
