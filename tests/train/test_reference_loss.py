@@ -1,50 +1,57 @@
-"""The loss of 200 steps of `debug`, in float32 on one thread, against a curve that is kept as text.
+"""The loss of 200 iterations of `debug`, held to what it was: a change of what is learned is seen.
 
-It notices what no single test of a part does: a schedule one step late, a centre that moves before it
-is used, crops drawn otherwise. The kept curve is renewed, on purpose only, by
+    python tests/train/test_reference_loss.py
 
-    python tests/train/test_reference_loss.py > tests/train/reference_loss.txt
+writes reference_loss.txt anew. Do so where another curve is meant, and say why in the commit.
+
+How far apart rounding may bring two CPUs was tried by kernels for SSE 4 and AVX2 in the place of
+AVX-512: the losses lay 3e-7 from each other at most, of their value, and 7e-7 from those of weights
+that began with noise of 1e-6. Real changes lie beyond: a learning rate 0.2 % higher 9e-5, weight
+decay from its end to its beginning 5e-5, clipping at 2.9 for 3.0 3e-4, a centre momentum of 0.901
+for 0.9 4e-3. The bound is between.
 """
 
-import sys
+import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from xdino import config
 from xdino.pretraining import pretrain
-from xdino.run_directory import RunDirectory
 
-KEPT = Path(__file__).with_name("reference_loss.txt")
+FILE = Path(__file__).with_name("reference_loss.txt")
+BOUND = 1e-5  # of the value
+OVERRIDES = {
+    "train.batch_size": "50",  # 200 iterations make an epoch
+    "train.precision": "fp32",
+    "evaluate.every": "0",
+    "runtime.device": "cpu",
+    "runtime.log_every": "10",
+}
 
 
-def curve(run: Path, **overrides: str) -> np.ndarray:
-    """(iteration, loss) of every tenth step and the first, float64 [21, 2]."""
-    options = {
-        "train.epochs": "2", "train.precision": "fp32", "evaluate.every": "0",
-        "runtime.device": "cpu", "runtime.log_every": "10", "runtime.checkpoint_every": "1000",
-    }  # fmt: skip
-    options |= {key.replace("__", "."): value for key, value in overrides.items()}
-    threads = torch.get_num_threads()
+def losses(run: Path) -> dict[int, float]:
+    """Made in `run`, by iteration."""
     torch.set_num_threads(1)
-    try:
-        pretrain(config.load("debug", options), run)
-    finally:
-        torch.set_num_threads(threads)
-    return np.array([(row["iteration"], row["loss"]) for row in RunDirectory(run).rows()])
+    pretrain(config.load("debug", OVERRIDES), run)
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["iteration"]: row["loss"] for row in rows}
 
 
 @pytest.mark.slow
-def test_the_loss_of_debug_follows_the_kept_curve(tmp_path):
-    kept, now = np.loadtxt(KEPT), curve(tmp_path)
-    assert np.array_equal(kept[:, 0], now[:, 0])
-    # Weights changed by 1e-6 move it by 7e-7 of itself, a warm-up of 9 instead of 10 % by 5e-3.
-    np.testing.assert_allclose(now[:, 1], kept[:, 1], rtol=1e-4)
+def test_the_losses_are_those_that_were(tmp_path):
+    lines = [line.split() for line in FILE.read_text().splitlines() if line[0] != "#"]
+    expected = {int(iteration): float(loss) for iteration, loss in lines}
+    assert losses(tmp_path) == pytest.approx(expected, rel=BOUND)
+    assert (len(expected), max(expected)) == (21, 200)
 
 
 if __name__ == "__main__":
+    options = " ".join(f"--{key} {value}" for key, value in OVERRIDES.items())
+    head = f"# Iteration and loss of `xdino pretrain debug {options}`, one thread;\n"
+    head += f"# written by `python {FILE.parent.parent.name}/{FILE.parent.name}/{Path(__file__).name}`.\n"
     with tempfile.TemporaryDirectory() as folder:
-        np.savetxt(sys.stdout, curve(Path(folder)), fmt=("%d", "%.6f"))
+        found = losses(Path(folder))
+    FILE.write_text(head + "".join(f"{i} {loss}\n" for i, loss in found.items()))
