@@ -125,7 +125,7 @@ def _norm_conv_sum(
 
 
 @triton.jit
-def _tap_backward(
+def _add_tap(
     gradient, weight, row, channel, real, value, scale, d_value, total, T,
     C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, tap: tl.constexpr,
 ):  # fmt: skip
@@ -139,6 +139,17 @@ def _tap_backward(
     g = g.to(tl.float32) * scale[:, None]
     factor = tl.load(weight + tap * C + channel, mask=real, other=0.0).to(tl.float32)
     return d_value + g * factor[None, :], total + g * value, g
+
+
+@triton.jit
+def _batch_norm(values, statistics, weight, bias, channel, real, C: tl.constexpr):
+    """Values after their BatchNorm, and before its weight and bias."""
+    mean = tl.load(statistics + channel, mask=real, other=0.0)
+    rstd = tl.load(statistics + C + channel, mask=real, other=0.0)
+    w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    x_hat = (values - mean[None, :]) * rstd[None, :]
+    return x_hat * w[None, :] + b[None, :], x_hat
 
 
 @triton.jit
@@ -165,46 +176,22 @@ def _conv_backward(
         mask = (row < T)[:, None] & real[None, :]
         at = row.to(tl.int64)[:, None] * C + channel[None, :]
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        x_hat = v
         if NORM:
-            mean = tl.load(statistics + channel, mask=real, other=0.0)
-            rstd = tl.load(statistics + C + channel, mask=real, other=0.0)
-            bn_w = tl.load(bn_weight + channel, mask=real, other=0.0).to(tl.float32)
-            bn_b = tl.load(bn_bias + channel, mask=real, other=0.0).to(tl.float32)
-            x_hat = (v - mean[None, :]) * rstd[None, :]
-            v = x_hat * bn_w[None, :] + bn_b[None, :]
+            v, x_hat = _batch_norm(v, statistics, bn_weight, bn_bias, channel, real, C)
         scale = tl.full((BLOCK,), 1.0, tl.float32)
         if DROP:
             scale = tl.load(drop + row // (h * w), mask=row < T, other=0.0)
         d = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-        d, p0, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p0, T, C, h, w, 0
-        )
-        d, p1, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p1, T, C, h, w, 1
-        )
-        d, p2, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p2, T, C, h, w, 2
-        )
-        d, p3, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p3, T, C, h, w, 3
-        )
-        d, p4, centre = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p4, T, C, h, w, 4
-        )
-        d, p5, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p5, T, C, h, w, 5
-        )
-        d, p6, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p6, T, C, h, w, 6
-        )
-        d, p7, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p7, T, C, h, w, 7
-        )
-        d, p8, _ = _tap_backward(
-            gradient, weight, row, channel, real, v, scale, d, p8, T, C, h, w, 8
-        )
-        by_g += centre
+        d, p0, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p0, T, C, h, w, 0)
+        d, p1, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p1, T, C, h, w, 1)
+        d, p2, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p2, T, C, h, w, 2)
+        d, p3, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p3, T, C, h, w, 3)
+        d, p4, g = _add_tap(gradient, weight, row, channel, real, v, scale, d, p4, T, C, h, w, 4)
+        d, p5, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p5, T, C, h, w, 5)
+        d, p6, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p6, T, C, h, w, 6)
+        d, p7, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p7, T, C, h, w, 7)
+        d, p8, _ = _add_tap(gradient, weight, row, channel, real, v, scale, d, p8, T, C, h, w, 8)
+        by_g += g  # at the centre, tap 4
         if NORM:
             d *= tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32)[None, :]
         d = d.to(d_x.dtype.element_ty)
