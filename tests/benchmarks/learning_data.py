@@ -33,7 +33,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 WALLPAPERS = (
     "lomiri-wallpapers-16.04",
@@ -244,11 +244,11 @@ def make_objects(
     """
     number = 0
     objects = {"train": 0, "val": 0}
-    for category, cuts in cut_outs(packages).items():
-        chosen = _generator(seed, 2, len(category)).permutation(len(cuts))
+    for place, (category, cuts) in enumerate(cut_outs(packages).items()):
+        chosen = _generator(seed, 2, place).permutation(len(cuts))
         for rank, index in enumerate(chosen):
             split = "val" if rank < math.ceil(len(cuts) / 4) else "train"
-            name, cut = cuts[index]
+            cut = cuts[index][1]
             generator = _generator(seed, 3, number)
             images = (
                 _placed(_ground(generator, size), cut.copy(), generator, 0.75, 1.0)
@@ -272,14 +272,18 @@ def make_pasted(
         name, cut = cuts[index]
         generator = _generator(seed, 5, number)
         for split, count in (("train", train), ("val", val)):
-
-            def image(pictures: list[Image.Image] = sides[split]) -> Image.Image:
-                picture = pictures[generator.integers(len(pictures))]
-                ground = _square(picture, generator, (0, 0, *picture.size), size)
-                return _placed(ground, cut.copy(), generator, 0.3, 0.5)
-
-            _write(out / split / f"{number:03d}-{name}", (image() for _ in range(count)))
+            images = (_pasted(sides[split], cut, generator, size) for _ in range(count))
+            _write(out / split / f"{number:03d}-{name}", images)
     return {"classes": len(chosen), "train a class": train, "val a class": val}
+
+
+def _pasted(
+    pictures: list[Image.Image], cut: Image.Image, generator: np.random.Generator, size: int
+) -> Image.Image:
+    """`cut`, a third to a half as long as the frame, on a piece of one of the pictures."""
+    picture = pictures[generator.integers(len(pictures))]
+    ground = _square(picture, generator, (0, 0, *picture.size), size)
+    return _placed(ground, cut.copy(), generator, 0.3, 0.5)
 
 
 # Writing
