@@ -16,6 +16,7 @@ import itertools
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ class Judge:
         """Of the training and the validation images; None: their pixels."""
         if backbone is None:
             return [pixels(source, self.size) for source in self.splits]
-        transform = EvalTransform.of(backbone)  # type: ignore[arg-type]
+        transform = EvalTransform.of(backbone)
         return [extract(backbone, source, transform, workers=1) for source in self.splits]
 
     def __call__(self, backbone: nn.Module | None, at_end: bool = False) -> dict[str, float | None]:
@@ -174,10 +175,11 @@ def train_ours(job: Job, say: Say) -> None:
         clock = Clock()
 
         def evaluate(backbone: nn.Module) -> dict[str, float]:
-            minutes = clock.seconds / 60
+            minutes, number = clock.seconds / 60, next(done)
             with clock.paused():
                 found = judge(backbone)
-                say({"step": next(done), "minutes": minutes, **found})
+                if number < epochs * steps:
+                    say({"step": number, "minutes": minutes, **found})
             return {"knn_top1": found["knn"] or 0.0}
 
         path = pretrain(asked, Path(folder) / "run", evaluate)
@@ -288,9 +290,9 @@ class Published(Loop):
     def _network(self, drop_path: float) -> nn.Module:
         ours = self.spec.build()  # says what the shape is
         width, patch = ours.embed_dim, ours.patch_size
-        heads = ours.blocks[0].attn.num_heads  # type: ignore[index,union-attr]
+        heads = ours.blocks[0].attn.num_heads
         backbone = self.xcit.XCiT(
-            patch_size=max(patch, 8), embed_dim=width, depth=len(ours.blocks), num_heads=heads,  # type: ignore[arg-type,call-overload]
+            patch_size=max(patch, 8), embed_dim=width, depth=len(ours.blocks), num_heads=heads,
             eta=self.config.model.eta or 1.0, tokens_norm=True, num_classes=0,
             drop_path_rate=drop_path,
         )  # fmt: skip
@@ -298,16 +300,18 @@ class Published(Loop):
             first, second = (
                 self.xcit.conv3x3(3, width // 2, 2),
                 self.xcit.conv3x3(width // 2, width, 2),
-            )  # type: ignore[operator]
+            )
             backbone.patch_embed.proj = nn.Sequential(first, nn.GELU(), second)
         for parent in list(backbone.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.SyncBatchNorm):
                     setattr(parent, name, nn.BatchNorm2d(child.num_features))
         head = self.config.head
-        projection = self.dino.main.DINOHead(
-            width, head.prototypes, use_bn=head.use_bn, norm_last_layer=head.norm_last_layer
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # weight_norm has a successor
+            projection = self.dino.main.DINOHead(
+                width, head.prototypes, use_bn=head.use_bn, norm_last_layer=head.norm_last_layer
+            )
         return self.dino.utils.MultiCropWrapper(backbone, projection)
 
     def begin(self, epochs: int) -> None:
@@ -357,7 +361,7 @@ class Published(Loop):
 
     def backbone(self) -> nn.Module:
         ours = self.spec.build()
-        ours.load_state_dict(self.teacher.backbone.state_dict())  # type: ignore[union-attr]
+        ours.load_state_dict(self.teacher.backbone.state_dict())
         return ours
 
 
@@ -367,7 +371,7 @@ class Supervised(Loop):
     def begin(self, epochs: int) -> None:
         c, total = self.config, epochs * self.steps
         self.network = self.spec.build(drop_path=c.model.drop_path)
-        self.head = nn.Linear(self.network.embed_dim, int(self.labels().max()) + 1)  # type: ignore[arg-type]
+        self.head = nn.Linear(self.network.embed_dim, int(self.labels().max()) + 1)
         self.augment = transforms.Compose(
             [
                 transforms.RandomResizedCrop(c.crops.global_size, (0.3, 1.0)),
