@@ -182,8 +182,8 @@ def _opened(out: Path, asked: dict[str, Any]) -> Rows:
         return []
     told = json.loads(out.read_text())
     for key, value in asked.items():
-        if told[key] != value:
-            raise click.UsageError(f"{out} was made with {key} {told[key]}, not {value}")
+        if told.get(key) != value:
+            raise click.UsageError(f"{out} was made with {key} {told.get(key)}, not {value}")
     return list(told["results"])
 
 
@@ -198,6 +198,12 @@ def _saved(out: Path, asked: dict[str, Any], results: Rows) -> None:
     }
     with written_beside(out) as beside:
         beside.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _made(path: str) -> dict[str, Any] | None:
+    """What `learning_data.py` wrote about a folder."""
+    told = Path(path) / "data.json"
+    return json.loads(told.read_text()) if told.exists() else None
 
 
 def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
@@ -232,7 +238,7 @@ def main(
     if unknown := [name for name in chosen if name not in ARMS]:
         raise click.UsageError(f"no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
     told = _pairs(settings, "--set")
-    asked = {"minutes": minutes, "settings": told}
+    asked = {"minutes": minutes, "points": points, "settings": told, "common": COMMON}
     results = _opened(out, asked)
     for name, path in _pairs(sets, "--data").items():
         for seed in map(int, seeds.split(",")):
@@ -247,8 +253,10 @@ def main(
                 if job.arm.kind == "published" and not (dino and xcit):
                     raise click.UsageError(f"{arm} needs --dino and --xcit")
 
-            def finished(arm: str, rows: Rows, name: str = name, seed: int = seed) -> None:
-                facts = {"machine": machine(), "commit": commit()}
+            def finished(
+                arm: str, rows: Rows, name: str = name, path: str = path, seed: int = seed
+            ) -> None:
+                facts = {"made": _made(path), "machine": machine(), "commit": commit()}
                 results.append({"data": name, "arm": arm, "seed": seed, "rows": rows, **facts})
                 _saved(out, asked, results)
 
