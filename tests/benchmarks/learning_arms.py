@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from xdino import checkpoint, config, data
+from xdino.job import Listener
 from xdino.plan import Plan, make_plan
-from xdino.train import Listener, pretrain
+from xdino.pretraining import pretrain
 from xdino_eval import knn
 from xdino_eval.features import Features, extract, pixels
 from xdino_eval.linear import logistic_probe
