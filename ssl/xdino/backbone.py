@@ -155,9 +155,6 @@ class Backbone(nn.Module):
     def std(self) -> tuple[float, ...]:
         return self.spec.std
 
-    def forward(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training (timm's name, and timm's refusal)."""
         assert not enable, "gradient checkpointing not supported"

@@ -24,13 +24,13 @@ from xdino.backbone import Backbone
 from xdino.config import Config
 from xdino.data import BadImage, CropBatch, CropLoader, fingerprint
 from xdino.errors import RunFailed, UsageError, reason
+from xdino.job import Evaluator, Listener
 from xdino.learner import Learner
 from xdino.plan import Plan, build_learner, check_disk, make_plan
 from xdino.runtime import distributed, transfer
 from xdino.runtime.stopping import StopSignal
 from xdino.schedules import StepSettings
 from xdino.stepping import StepResult
-from xdino.train import Evaluator, Listener
 
 
 def pretrain(

@@ -17,9 +17,7 @@ from xdino import checkpoint, metrics, nonfinite
 from xdino import config as configuration
 from xdino.data import BadImage
 from xdino.errors import NonFinite, RunFailed, Stopped
-from xdino.job import Evaluator as Evaluator
-from xdino.job import Job
-from xdino.job import Listener as Listener
+from xdino.job import Evaluator, Job, Listener
 from xdino.run_directory import INITIAL_FILE, RunDirectory, environment
 from xdino.runtime import distributed
 from xdino.runtime.stopping import StopSignal

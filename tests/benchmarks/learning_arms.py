@@ -11,6 +11,7 @@ networks, head, loss, schedules and order of a step. Without a scaler, for bf16 
 patch 4, which xcit.py does not have, is made of its own `conv3x3`.
 """
 
+import abc
 import contextlib
 import itertools
 import random
@@ -197,7 +198,7 @@ def replaced(settings: config.Config, section: str, **values: Any) -> config.Con
 # A plain loop, for the arms that are not ours
 
 
-class Loop:
+class Loop(abc.ABC):
     """Steps in an order of images of its own, laid out once the pilot has timed some."""
 
     def __init__(self, job: Job) -> None:
@@ -228,16 +229,17 @@ class Loop:
             return contextlib.nullcontext()
         return torch.autocast("cpu", self.mixed)
 
+    @abc.abstractmethod
     def begin(self, epochs: int) -> None:
         """Fresh networks, and schedules for so many epochs."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, number: int, pictures: list[Image.Image], labels: Tensor) -> None:
-        raise NotImplementedError
+        """One optimisation step on a batch."""
 
+    @abc.abstractmethod
     def backbone(self) -> nn.Module:
         """What is judged, as a backbone of ours."""
-        raise NotImplementedError
 
 
 def train_loop(loop: Loop, say: Say) -> None:

@@ -161,6 +161,10 @@ def runs(request, cluster, images, tmp_path_factory):
     return Runs(cluster, images, tmp_path_factory.mktemp("runs"), request.param)
 
 
+#: What one task cannot show, or shows alike.
+two_tasks = pytest.mark.parametrize("runs", [2], ids=["two tasks"], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def left_alone(runs):
     """The backbone of a run that nothing disturbed; its job is not queued again."""
@@ -268,10 +272,9 @@ def test_srun_alone_joins_its_tasks(runs, left_alone):
     assert resumed_at(run) == [0]
 
 
+@two_tasks
 def test_a_task_that_is_lost_ends_the_job(runs):
     """The others do not hold the node, and the job is not queued again."""
-    if runs.tasks == 1:
-        pytest.skip("there is no other")
     run = runs.folder / "lost"
     job = runs.submit(run, 0.5)
     runs.until_trained(job, run, 3)
@@ -292,10 +295,9 @@ def process_of(job: str, task: int) -> int:
     raise AssertionError(f"job {job} has no task {task}")
 
 
+@two_tasks
 def test_a_failure_is_not_queued_again(runs, tmp_path):
     """A recipe that was good at submission, and whose images are gone when the job starts."""
-    if runs.tasks == 1:
-        pytest.skip("the same with one")
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (14, 14)).save(images / "0.png")

@@ -75,8 +75,7 @@ def logistic_probe(
     notes: list[str] = []
     chosen, scores = grid[0], list[float]()
     if len(grid) > 1:
-        held = held_out(y, holdout, seed)
-        chosen, scores = _choose(x, y, held, grid, notes, unfinished, progress)
+        chosen, scores = _choose(x, y, holdout, seed, grid, notes, unfinished, progress)
     (model,) = _fits(x, y, [chosen])
     if model.n_iter_.max() >= MAX_ITER:
         notes.append(f"C = {chosen:g}: not converged after {MAX_ITER} iterations")
@@ -98,15 +97,17 @@ def logistic_probe(
 def _choose(
     x: np.ndarray,
     y: np.ndarray,
-    held: np.ndarray,
+    holdout: float,
+    seed: int,
     grid: Sequence[float],
     notes: list[str],
     unfinished: Unfinished | None,
     progress: Progress | None,
 ) -> tuple[float, list[float]]:
-    """The C that tells the images `held` out apart best, and the scores of all."""
+    """The C that tells the images held out apart best, and the scores of all."""
+    held = held_out(y, holdout, seed)
     if not held.any():
-        raise UsageError(f"{len(y)} training images are too few to hold out any of them")
+        raise UsageError(f"{len(y)} training images are too few to hold out {holdout:g} of them")
     scores = _held_out_scores(x, y, held, grid, notes, unfinished, progress)
     chosen = grid[int(np.argmax(scores))]
     if chosen in (grid[0], grid[-1]):

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from xdino.data import Source
+from xdino.data.idx import ArraySource
 from xdino.errors import UsageError, asked
 from xdino_eval.suite import safe_pickle
-from xdino_transfer.datasets.arrays import ColourArrays
 from xdino_transfer.datasets.checks import checked, existing
 
 SIDE = 32
@@ -87,7 +87,7 @@ def open_split(layout: Layout, folder: Path, split: str, channels: int = 3) -> S
     where = f"{layout.name}'s {split} split in {folder}"
     numbers = checked(np.concatenate(labels), classes, where, empty=split != "train")
     images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-    return ColourArrays(str(folder), images, numbers, classes, split, channels)
+    return ArraySource(str(folder), images, numbers, classes, channels, split)
 
 
 def _class_names(layout: Layout, folder: Path) -> tuple[str, ...]:

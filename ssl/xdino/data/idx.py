@@ -26,7 +26,10 @@ _SAMPLE_FOLDER = Path(__file__).parents[1] / "assets" / "fashion_mnist_sample"
 
 
 class ArraySource(Source):
-    """Images in memory, uint8 [N, H, W]; three channels repeat the one."""
+    """Images in memory, all of one size: grey, uint8 [N, H, W], or colour, uint8 [N, H, W, 3].
+
+    Three channels of grey repeat the one; one channel of colour is its luma.
+    """
 
     batch_reads = 64  # crops of 28 pixels are all interpreter: threads that take turns double it
 
@@ -46,7 +49,10 @@ class ArraySource(Source):
         return len(self._images)
 
     def read(self, index: int) -> np.ndarray:
-        image = self._images[index][:, :, None]
+        image = self._images[index]
+        if image.ndim == 3:
+            return image if self.channels == 3 else _luma(image)[:, :, None]
+        image = image[:, :, None]
         return image if self.channels == 1 else np.repeat(image, 3, axis=2)
 
     def encoded(self, index: int) -> bytes:
@@ -67,6 +73,12 @@ class ArraySource(Source):
     def stamps(self) -> bytes:
         digest = hashlib.blake2b(self._images.tobytes(), digest_size=32)
         return str(self._images.shape).encode() + digest.digest()
+
+
+def _luma(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> [H, W] (ITU-R 601), in whole numbers as Pillow's "L" rounds them."""
+    weights = np.array([19595, 38470, 7471], np.uint32)  # of 65,536
+    return ((image.astype(np.uint32) @ weights + 0x8000) >> 16).astype(np.uint8)
 
 
 def open_named(data: str, split: str | None, channels: int | None) -> Source | None:
