@@ -124,9 +124,16 @@ def _await_all(store: dist.Store, here: int, world: int, deadline: float, limit:
         pause = min(pause * 1.5, 0.5)
 
 
+# DDP's reducer keeps the group, and so gloo's threads, beyond its end. One that has yet to let go of
+# the last tensor it carried asks for Python's lock; asked of an interpreter that has closed, that
+# aborts the process ("terminate called without an active exception"). They need microseconds.
+_LETTING_GO = 0.2  # seconds
+
+
 def stop() -> None:
     if is_active():
         dist.destroy_process_group()
+        time.sleep(_LETTING_GO)
 
 
 _LOST = re.compile(
