@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from xdino.data.scattered import scattered
 from xdino.data.source import Source, png
 from xdino.errors import UsageError
 
 #: Data sets that have a name instead of a place.
-NAMES = ("fashion_mnist", "fashion_mnist_sample")
+NAMES = ("fashion_mnist", "fashion_mnist_sample", "fashion_mnist_scattered")
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -87,6 +88,8 @@ def open_named(data: str, split: str | None, channels: int | None) -> Source | N
     split = split or "train"
     if data == "fashion_mnist_sample":
         return _open(data, _SAMPLE_FOLDER, split, split, channels)
+    if data == "fashion_mnist_scattered":
+        return _open(data, _SAMPLE_FOLDER, split, split, channels, scatter=True)
     if name == "fashion_mnist":
         folder = place or os.environ.get("XDINO_FASHION_MNIST") or _FASHION_FOLDER
         prefix = {"val": "t10k"}.get(split, split)
@@ -94,7 +97,14 @@ def open_named(data: str, split: str | None, channels: int | None) -> Source | N
     return None
 
 
-def _open(data: str, folder: Path, prefix: str, split: str, channels: int | None) -> Source:
+def _open(
+    data: str,
+    folder: Path,
+    prefix: str,
+    split: str,
+    channels: int | None,
+    scatter: bool = False,
+) -> Source:
     images = _read(folder, f"{prefix}-images-idx3-ubyte", 3)
     labels = _read(folder, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64)
     if len(images) != len(labels):
@@ -103,6 +113,8 @@ def _open(data: str, folder: Path, prefix: str, split: str, channels: int | None
         )
     if len(images) == 0 or labels.max() >= len(FASHION_CLASSES):
         raise UsageError(f"{folder} holds no {split} images with labels from 0 to 9")
+    if scatter:
+        images = scattered(images, seed=("train", "val").index(split))
     return ArraySource(data, images, labels, FASHION_CLASSES, channels or 1, split)
 
 

@@ -46,7 +46,8 @@ def open_source(
     """The source that `data` names.
 
     data: "fashion_mnist", "fashion_mnist:FOLDER" (IDX files, plain or .gz),
-    "fashion_mnist_sample" (shipped: 10,000 and 2,000 images), a folder, a tar file, a folder of
+    "fashion_mnist_sample" (shipped: 10,000 and 2,000 images), "fashion_mnist_scattered" (the same
+    garments at random places, see `scattered`), a folder, a tar file, a folder of
     tar files, or a text file with one path a line. split: "train" or "val"; of a folder or tar,
     its (sub)folder of that name, or the tars whose names say so ("train" falls back on what does
     not call itself val or test). channels: 1 for Fashion-MNIST and 3 for files unless given.
