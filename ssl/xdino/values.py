@@ -135,7 +135,11 @@ def _several(kinds: tuple[Any, ...], value: object) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: object) -> Any:
+    """One of them. Where the first is off, YAML's words for yes and no do: yes is the second."""
     words = {str(choice): choice for choice in choices}
+    switch_word = str(value).strip().lower()
+    if choices[0] == "off" and str(value) not in words and switch_word in _SWITCH:
+        return choices[int(_SWITCH[switch_word])]
     if isinstance(value, bool) or str(value) not in words:
         raise ValueError(f"cannot be {shown(value)}: {nearest(str(value)[:60], words)}")
     return words[str(value)]

@@ -133,7 +133,33 @@ def precision_option() -> Callable[..., Any]:
 
 
 class Commands(click.Group):
-    """A group that names the nearest command when there is no such one."""
+    """A group that shows its help when it is called alone, and names the nearest command.
+
+    chapters: names of commands by the heading that they stand under in the help.
+    """
+
+    def __init__(
+        self, *arguments: Any, chapters: dict[str, tuple[str, ...]] | None = None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.chapters = chapters or {}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences, in the order of the work."""
+        told = {name for names in self.chapters.values() for name in names}
+        others = tuple(name for name in self.list_commands(ctx) if name not in told)
+        for chapter, names in {**self.chapters, "Commands": others}.items():
+            commands = {name: self.get_command(ctx, name) for name in names}
+            rows = [(name, c.get_short_help_str(200)) for name, c in commands.items() if c]
+            if rows:
+                with formatter.section(chapter):
+                    formatter.write_dl(rows)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:  # the Tab key parses, too
+            click.echo(ctx.get_help())
+            ctx.exit(0)
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
