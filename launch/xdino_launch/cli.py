@@ -40,7 +40,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 
 CHAPTERS = {  # of the help; what is in none comes last
-    "Pretrain": ("demo", "recipes", "pretrain", "submit", "report", "replay"),
+    "Pretrain": ("demo", "recipes", "pretrain", "submit", "runs", "report", "replay"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
@@ -59,6 +59,7 @@ def xdino() -> None:
 
 for command in (
     listing.recipes,
+    listing.runs,
     pretraining.pretrain,
     pretraining.submit,
     replaying.replay,
