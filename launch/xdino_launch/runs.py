@@ -14,6 +14,7 @@ from typing import Any
 
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.lock import holder_of
+from xdino.values import span
 from xdino_eval import results
 
 DEEPEST = 3  # folders below the given one in which runs are looked for
@@ -165,7 +166,7 @@ def table(runs: Iterable[RunState], now: float | None = None) -> str:
                 f"{run.iteration:,}{of}",
                 *(f"{n:.{d}f}" if n is not None else "-" for n, d in
                   ((run.loss, 3), (run.knn, 1), (run.linear, 1))),
-                f"{age(now - run.changed)} ago",
+                f"{span(now - run.changed)} ago",
                 run.path,
             )
         )  # fmt: skip
@@ -177,15 +178,3 @@ def table(runs: Iterable[RunState], now: float | None = None) -> str:
         ).rstrip()
         for row in rows
     )
-
-
-def age(seconds: float) -> str:
-    """A span of time in its largest unit.
-
-    >>> age(59), age(7300), age(200_000)
-    ('59 s', '2 h', '2 d')
-    """
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -36,6 +36,22 @@ def shown(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
+def span(seconds: float) -> str:
+    """A span of time in its two largest units.
+
+    >>> span(59), span(600), span(7300), span(200_000)
+    ('59 s', '10 min', '2 h 1 min', '2 d 7 h')
+    """
+    if seconds < 60:
+        return f"{max(seconds, 0):.0f} s"
+    minutes = int(seconds // 60)
+    hours, days = minutes // 60, minutes // 1440
+    large, small = (
+        (f"{days} d", f"{hours % 24} h") if days else (f"{hours} h", f"{minutes % 60} min")
+    )
+    return small if not hours else large if small[0] == "0" else f"{large} {small}"
+
+
 def whole(text: str) -> int:
     """A decimal integer.
 

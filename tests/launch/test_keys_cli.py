@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import click
 import pytest
 
 from xdino import config
@@ -129,3 +130,44 @@ def test_the_tab_key_knows_recipes_keys_and_words(words, offered, not_offered):
     assert done.stderr == ""
     assert set(offered) <= set(found)
     assert not_offered not in found
+
+
+def options_of(command):
+    """Option names that the help shows, and the words behind each."""
+    shown = {}
+    for param in command.params:
+        if isinstance(param, click.Option) and not param.hidden:
+            names, told = param.get_help_record(click.Context(command))
+            for name in re.findall(r"--[\w-]+", names):
+                shown[name] = told
+    return shown
+
+
+def every_command():
+    for name, command in cli.xdino.commands.items():
+        below = command.commands if isinstance(command, click.Group) else {"": command}
+        yield from ((f"{name} {part}".strip(), one) for part, one in below.items())
+
+
+def test_options_mean_one_thing_in_every_command():
+    for name, command in every_command():
+        shown = options_of(command)
+        if "--size" in shown and not name.startswith("bench"):
+            assert shown["--size"].startswith("Side of the square that the network sees"), name
+        if "--results" in shown:
+            assert shown["--results"].startswith("Append to this results.json"), name
+        if "--out" in shown:
+            assert "results.json" not in shown["--out"], name
+        for option, start in (("--json", "JSON on standard output"), ("--seed", "")):
+            assert shown.get(option, start).startswith(start), name
+
+
+@pytest.mark.parametrize(
+    ("command", "older"),
+    [("knn", "--out"), ("quality", "--out"), ("retrieval", "--out"), ("davis", "--size"),
+     ("attention", "--size"), ("segment-score", "--size"), ("retrieval", "--size")],
+)  # fmt: skip
+def test_older_names_of_options_are_understood_and_not_shown(command, older):
+    known = {name for param in cli.xdino.commands[command].params for name in param.opts}
+    assert older in known
+    assert older not in options_of(cli.xdino.commands[command])
