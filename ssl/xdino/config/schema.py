@@ -292,6 +292,8 @@ class Runtime:
     """A page at Weights & Biases. on, true and yes mean online; no and false mean off."""
     wandb_project: str = "xdino"
     """The project that the page belongs to."""
+    tensorboard: bool = False
+    """Scalars for TensorBoard, in the run's folder tensorboard/ (needs xdino[tensorboard])."""
 
 
 @dataclass(frozen=True, config=STRICT)
