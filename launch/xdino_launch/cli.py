@@ -24,6 +24,7 @@ from xdino_launch.commands import (
     features,
     knn,
     linear,
+    listing,
     neighbours,
     packing,
     pictures,
@@ -38,13 +39,27 @@ from xdino_launch.commands.options import Commands
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+CHAPTERS = {  # of the help; what is in none comes last
+    "Pretrain": ("demo", "recipes", "pretrain", "submit", "runs", "report", "replay"),
+    "Judge the features": (
+        "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
+    ),
+    "Look": ("attention", "neighbours"),
+    "Use elsewhere": ("features", "export", "pack"),
+}  # fmt: skip
+
+
+@click.group(
+    cls=Commands, chapters=CHAPTERS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="xdino")
 def xdino() -> None:
     """Pretrain XCiT without labels (DINO), judge the features, look at the attention."""
 
 
 for command in (
+    listing.recipes,
+    listing.runs,
     pretraining.pretrain,
     pretraining.submit,
     replaying.replay,
@@ -73,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         os.environ.update(rendezvous.from_slurm(os.environ))
         # Commands learn whether they are all that this process is for.
-        xdino.main(args=given, standalone_mode=False, obj=arguments is None)
+        xdino.main(given, "xdino", standalone_mode=False, obj=arguments is None)
     except click.ClickException as error:
         fail(error.format_message(), EXIT_USAGE)
     except UsageError as error:

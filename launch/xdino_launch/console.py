@@ -2,25 +2,64 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Container, Iterable
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from xdino.job import Listener
+from xdino.values import span
 from xdino_eval.results import Row
 
 QUIET_SECONDS = 10.0  # between two plain lines
 LONGEST_SETTING = 16  # characters of a setting that a table shows
+WIDE = 120  # columns of a terminal on which a table of results has all of its own
+NOTHING = "-"  # where a row has no such number
+TEXTS = ("protocol", "settings", "features", "data")
+
+
+class _Bar(Progress):
+    """A run's bar on one line and its numbers on the next: both whole on 80 columns."""
+
+    numbers = ""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            expand=True,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.numbers)
+
+
+class Pace:
+    """How long a run still takes, by the rows of late: whatever its speed, evaluations included."""
+
+    ROWS = 20
+
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+        self._rows: deque[tuple[int, float]] = deque(maxlen=self.ROWS)
+
+    def left(self, iteration: int, now: float) -> str:
+        """ "2 h 10 min left", from the second row on; nothing at the end."""
+        self._rows.append((iteration, now))
+        first, began = self._rows[0]
+        if iteration <= first or iteration >= self._iterations:
+            return ""
+        each = (now - began) / (iteration - first)
+        return f"{span((self._iterations - iteration) * each)} left"
 
 
 class ConsoleListener(Listener):
@@ -28,9 +67,10 @@ class ConsoleListener(Listener):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or stderr_console()
-        self.progress: Progress | None = None
+        self.progress: _Bar | None = None
         self._last_line = 0.0
         self._iterations = 0
+        self._pace = Pace(0)
 
     def __enter__(self) -> "ConsoleListener":
         return self
@@ -41,6 +81,7 @@ class ConsoleListener(Listener):
 
     def started(self, facts: dict[str, Any]) -> None:
         self._iterations = facts["iterations"]
+        self._pace = Pace(self._iterations)
         verb = "continuing" if facts["iteration"] else "pretraining"
         self.notice(
             f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
@@ -49,39 +90,32 @@ class ConsoleListener(Listener):
             f"{facts['precision']} on {facts['device']}"
         )
         if self.console.is_terminal:
-            self.progress = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=self.console,
-            )
+            self.progress = _Bar(self.console)
             self.progress.add_task(
-                "", total=self._iterations, completed=facts["iteration"], epoch=0, numbers=""
+                "", total=self._iterations, completed=facts["iteration"], epoch=0, left=""
             )
             self.progress.start()
 
     def step(self, row: dict[str, Any]) -> None:
-        numbers = " · ".join(_numbers(row))
+        numbers = _numbers(row)
+        left = self._pace.left(row["iteration"], time.monotonic()) if "loss" in row else ""
         if self.progress is not None:
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=row["iteration"], epoch=row["epoch"])
             if "loss" in row:
-                self.progress.update(task, numbers=numbers)
+                self.progress.numbers = " · ".join(numbers)
+                self.progress.update(task, left=left)
         due = time.monotonic() - self._last_line >= QUIET_SECONDS
         due = due or row["iteration"] == self._iterations
         if "loss" not in row or (self.progress is None and due):
             if "loss" in row:
                 self._last_line = time.monotonic()
-            self.notice(
-                f"epoch {row['epoch']} · iteration {row['iteration']:,}/{self._iterations:,} · "
-                + numbers
-            )
+            where = f"epoch {row['epoch']} · iteration {row['iteration']:,}/{self._iterations:,}"
+            self.notice(" · ".join([where, *numbers, *([left] if left else [])]))
 
     def notice(self, sentence: str) -> None:
-        self.console.print(sentence, soft_wrap=True, markup=False)
+        """Wrapped on a terminal, between words; one line elsewhere, for whoever searches a log."""
+        self.console.print(sentence, soft_wrap=not self.console.is_terminal, markup=False)
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
@@ -126,40 +160,84 @@ def stdout_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140, **PLAIN)
 
 
-def results_table(rows: Iterable[Row]) -> Table:
-    """The rows for a terminal: accuracies in per cent, one line a row, metrics where there are any."""
+def print_results(rows: Iterable[Row], console: Console | None = None) -> None:
+    """Rows on standard output, whole at 80 columns: what all of them share stands below the table."""
+    console, rows = console or stdout_console(), list(rows)
+    shared = _shared(rows) if console.width < WIDE else {}
+    console.print(results_table(rows, shared))
+    for name, value in shared.items():
+        if value != NOTHING:
+            console.print(f"{name}: {value}")
+    for note in dict.fromkeys(note for row in rows for note in row.notes):
+        console.print(f"note: {note}", soft_wrap=not console.is_terminal)
+
+
+def results_table(rows: Iterable[Row], without: Container[str] = ()) -> Table:
+    """The rows for a terminal: accuracies in per cent, one line a row, metrics where there are any.
+
+    without: columns to leave out.
+    """
     rows = list(rows)
-    named = any(row.metrics for row in rows)
+    columns = {name: values for name, values in _columns(rows).items() if name not in without}
     out = Table(title=None, header_style="bold", pad_edge=False)
-    for name in ("protocol", "settings", "features", "data"):
-        out.add_column(name, overflow="fold")
-    if named:
-        out.add_column("metrics, per cent", no_wrap=True)
-    for name in ("top-1", "top-5", "train", "val", "s"):
-        out.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        out.add_row(
-            row.protocol,
-            ", ".join(
-                f"{name} {_short(value)}"
-                for name, value in row.settings.items()
-                if len(_short(value)) <= LONGEST_SETTING  # the file has them all
-            ),
-            row.features,
-            row.data,
-            *([_lines(row.metrics)] if named else []),
-            *("-" if value is None else f"{value:.2f}" for value in (row.top1, row.top5)),
-            f"{row.train_size:,}",
-            f"{row.val_size:,}",
-            f"{row.seconds:.1f}",
-        )
+    for name in columns:
+        if name in TEXTS:
+            out.add_column(name, overflow="fold")
+        elif name.startswith("metrics"):
+            out.add_column(name, no_wrap=True)
+        else:
+            out.add_column(name, justify="right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        out.add_row(*cells)
     return out
 
 
-def _lines(metrics: dict[str, float]) -> str:
+def _columns(rows: list[Row]) -> dict[str, list[str]]:
+    """What a table shows of the rows, by its heading."""
+    settings = [
+        ", ".join(
+            f"{name} {_short(value)}"
+            for name, value in row.settings.items()
+            if len(_short(value)) <= LONGEST_SETTING  # the file has them all
+        )
+        for row in rows
+    ]
+    unit = "" if any(row.protocol.startswith("quality") for row in rows) else ", per cent"
+    named = {f"metrics{unit}": [_lines(row.metrics, ".2f" if unit else ".4g") for row in rows]}
+    return {
+        "protocol": [row.protocol for row in rows],
+        "settings": settings,
+        "features": [row.features for row in rows],
+        "data": [row.data for row in rows],
+        **(named if any(row.metrics for row in rows) else {}),
+        "top-1": [_per_cent(row.top1) for row in rows],
+        "top-5": [_per_cent(row.top5) for row in rows],
+        "train": [f"{row.train_size:,}" for row in rows],
+        "val": [f"{row.val_size:,}" for row in rows],
+        "s": [f"{row.seconds:.1f}" for row in rows],
+    }
+
+
+def _shared(rows: list[Row]) -> dict[str, str]:
+    """What is the same in all rows and needs no column; what no row has, as well."""
+    columns = _columns(rows)
+    same = {name: columns[name][0] for name in columns if rows and len(set(columns[name])) == 1}
+    told = {
+        name: same[name]
+        for name in ("features", "data", "train", "val", "settings")
+        if name in same
+    }
+    return told | {name: NOTHING for name in ("top-1", "top-5") if same.get(name) == NOTHING}
+
+
+def _per_cent(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _lines(metrics: dict[str, float], form: str) -> str:
     """One line a metric, the values under each other."""
     longest = max(map(len, metrics), default=0)
-    return "\n".join(f"{name:<{longest}} {value:6.2f}" for name, value in metrics.items())
+    return "\n".join(f"{name:<{longest}} {value:6{form}}" for name, value in metrics.items())
 
 
 def _short(value: object) -> str:

@@ -122,7 +122,7 @@ def judge_at_end(
 
 
 def _log(config: Config, run: Path, iteration: int, row: results.Row, listener: Listener) -> None:
-    """The row's numbers in metrics.jsonl and on the run's wandb page, once."""
+    """The row's numbers in metrics.jsonl and on the run's pages, once."""
     epoch = 0
     for logged in RunDirectory(run).rows():
         if "linear_top1" in logged and logged["iteration"] == iteration:
@@ -131,7 +131,8 @@ def _log(config: Config, run: Path, iteration: int, row: results.Row, listener: 
     told = {"iteration": iteration, "epoch": epoch, **numbers("linear", [row])}
     runtime = config.runtime
     tree = configuration.to_tree(config)
-    log = MetricsLog(run, iteration, runtime.wandb, runtime.wandb_project, tree)
+    mode, project = runtime.wandb, runtime.wandb_project
+    log = MetricsLog(run, iteration, mode, project, tree, tensorboard=runtime.tensorboard)
     try:
         log.write(told)
     finally:

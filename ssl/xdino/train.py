@@ -345,6 +345,7 @@ class _Loop:
             runtime.wandb_project,
             configuration.to_tree(self.job.config),
             self.listener.notice,
+            runtime.tensorboard,
         )
 
     def _tell(self, log: metrics.MetricsLog | None, row: dict[str, Any]) -> None:

@@ -36,6 +36,22 @@ def shown(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
+def span(seconds: float) -> str:
+    """A span of time in its two largest units.
+
+    >>> span(59), span(600), span(7300), span(200_000)
+    ('59 s', '10 min', '2 h 1 min', '2 d 7 h')
+    """
+    if seconds < 60:
+        return f"{max(seconds, 0):.0f} s"
+    minutes = int(seconds // 60)
+    hours, days = minutes // 60, minutes // 1440
+    large, small = (
+        (f"{days} d", f"{hours % 24} h") if days else (f"{hours} h", f"{minutes % 60} min")
+    )
+    return small if not hours else large if small[0] == "0" else f"{large} {small}"
+
+
 def whole(text: str) -> int:
     """A decimal integer.
 
@@ -135,7 +151,11 @@ def _several(kinds: tuple[Any, ...], value: object) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: object) -> Any:
+    """One of them. Where the first is off, YAML's words for yes and no do: yes is the second."""
     words = {str(choice): choice for choice in choices}
+    switch_word = str(value).strip().lower()
+    if choices[0] == "off" and str(value) not in words and switch_word in _SWITCH:
+        return choices[int(_SWITCH[switch_word])]
     if isinstance(value, bool) or str(value) not in words:
         raise ValueError(f"cannot be {shown(value)}: {nearest(str(value)[:60], words)}")
     return words[str(value)]

@@ -153,6 +153,9 @@ def test_a_string_key_takes_the_text_as_it_is(text, tmp_path):
         ("evaluate.linear", "none", None), ("optim.warmup_epochs", "05%", "05%"),
         ("optim.warmup_epochs", "0.5", 0.5), ("crops.global_scale", "[0.3, 1.0]", (0.3, 1.0)),
         ("train.init", "null", None), ("train.init", "none", "none"), ("evaluate.data", "2024", "2024"),
+        ("runtime.wandb", "no", "off"), ("runtime.wandb", "False", "off"),
+        ("runtime.wandb", "on", "online"), ("runtime.wandb", "yes", "online"),
+        ("runtime.wandb", "offline", "offline"),
     ],
 )  # fmt: skip
 def test_texts_mean_the_same_in_recipes_and_on_the_command_line(key, text, value, tmp_path):
@@ -175,7 +178,7 @@ def test_tuples_need_no_brackets():
         ("loss.student_temp", "0"), ("crops.std", "nan"), ("crops.mean", "inf"), ("model.in_chans", "2"),
         ("model.in_chans", "4"), ("head.prototypes", "99999999999999"), ("head.use_bn", "maybe"),
         ("crops.global_scale", "0.5"), ("train.init", ""), ("data.path", "a\0b"), ("data.path", "\ud800"),
-        ("runtime.wandb", "no"), ("optim.lr", "1" * 400),
+        ("runtime.wandb", "maybe"), ("optim.lr", "1" * 400),
     ],
 )  # fmt: skip
 def test_texts_that_no_key_of_its_kind_takes(key, text):

@@ -210,7 +210,7 @@ def test_the_command_leaves_rows_beside_the_weights(tmp_path, xdino):
         Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(images / f"{i}.png")
     command = ("--data", images, "--views", "3", "--device", "cpu")
     for _ in range(2):
-        code, out, error = xdino("quality", tmp_path, *command)
+        code, out, error = xdino("quality", tmp_path, *command, "--json")
         assert code == 0, error
     (told,) = json.loads(out)
     first, second = quality.rows_of(tmp_path)
@@ -227,7 +227,10 @@ def test_the_command_leaves_rows_beside_the_weights(tmp_path, xdino):
     shutil.copy(weights, early)
     out = tmp_path / "elsewhere.json"
     for path in (tmp_path, weights, early):
-        assert xdino("quality", path, *command, "--out", out)[0] == 0
+        code, told, _ = xdino("quality", path, *command, "--results", out)
+        assert code == 0
+        assert "rankme" in told
+        assert "note: too few images" in told
     for row in results.load(out):
         assert row.settings["view_scale"] == [0.5, 1.0], "those of the run"
         assert row.settings["view_size"] == 16

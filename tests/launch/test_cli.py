@@ -142,6 +142,22 @@ def test_pretrain_prints_the_backbone_and_leaves_a_finished_run_alone(xdino, run
     assert "knn_top1" in metrics[-1]
 
 
+def test_a_run_is_continued_by_its_name_alone(xdino, run, tmp_path):
+    code, out, err = xdino("pretrain", "--run", run)
+    assert (code, out.strip()) == (0, str(run / "backbone.safetensors"))
+    assert "finished run" in err
+    code, out, err = xdino("pretrain", "--optim.lr", "1", "--run", run)  # an option is no recipe
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "optim.lr (0.0005 against 1.0)" in err
+    nothing = tmp_path / "nothing"
+    (tmp_path / "broken" / "config.yaml").mkdir(parents=True)
+    for folder in (nothing, tmp_path / "broken", tmp_path / ("x" * 300)):
+        code, out, err = xdino("pretrain", "--run", folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "holds no run to continue: name a recipe first" in xdino("pretrain", "--run", nothing)[2]
+    assert not nothing.exists()
+
+
 def test_print_config_resolves_everything(xdino, tmp_path):
     code, out, _ = xdino(
         "pretrain", "debug", "--run", tmp_path / "r", "--optim.lr=0.5", "--print-config"

@@ -187,7 +187,7 @@ def test_several_protocols_at_once_say_what_the_commands_say(tiny, folder, tmp_p
     found = {"iteration": 6, "epoch": 2}
     for name, *command in (
         ("knn", "knn", "--k", "20", "--json"),
-        ("quality", "quality", "--limit", "30"),
+        ("quality", "quality", "--limit", "30", "--json"),
         ("logistic", "linear", "--json"),
     ):
         code, out, error = xdino(command[0], judged, "--data", folder, *command[1:])

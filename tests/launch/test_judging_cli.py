@@ -111,7 +111,7 @@ def test_a_number_is_printed_before_it_is_written(run, tmp_path, xdino):
     for out, sentence in ((tmp_path / "file" / "r.json", "cannot write"),
                           (tmp_path / "damaged.json", "damaged.json")):  # fmt: skip
         for command in (("knn", "--k", "3", "--json"), ("linear", "--c", "1", "--json"),
-                        ("quality", "--views", "2")):  # fmt: skip
+                        ("quality", "--views", "2", "--json")):  # fmt: skip
             code, told, error = xdino(command[0], run, "--data", data, "--out", out, *command[1:])
             assert code == 1, command
             assert json.loads(told), command

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -115,7 +116,7 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
         log.write({"iteration": iteration + 1, "loss": 1.0})
         log.write({"iteration": iteration + 1, "knn_top1": 50.0})  # at the same iteration
         log.write({"iteration": 1, "linear_top1": 60.0})  # and one that comes late
-        ids.append(log._page.run.id)
+        ids.append(log._pages[0].run.id)
         log.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb-id.txt").read_text()
     kept = list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}/*.wandb"))
@@ -184,3 +185,54 @@ def test_the_picture_of_the_views(tmp_path, channels):
     assert picture.size == (6 * (6 * 18 - 2), 6 * (3 * 18 - 2)), "six times as large as 16 pixels"
     assert picture.getpixel((0, 0)) == (128, 128, 128)  # zero is the mean
     assert picture.getpixel((6 * 2 * 18, 0)) == (191, 191, 191)  # one is a standard deviation above
+
+
+def scalars(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return {
+        tag: [(event.step, round(event.value, 4)) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_the_rows_and_hides_what_is_made_again(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    for i in (1, 2, 3):
+        log.write({"iteration": i, "epoch": 1, "loss": float(i), "note": "no number"})
+    log.close()
+    log = MetricsLog(tmp_path, 1, tensorboard=True)
+    log.write({"iteration": 2, "loss": 20.0})
+    log.write({"iteration": 2, "knn_top1": 50.5})
+    log.close()
+    assert scalars(tmp_path) == {
+        "epoch": [(1, 1.0)],
+        "loss": [(1, 1.0), (2, 20.0)],
+        "knn_top1": [(2, 50.5)],
+    }
+
+
+def test_tensorboard_that_fails_or_is_not_there_does_not_end_a_run(tmp_path, monkeypatch):
+    told = []
+    (tmp_path / "tensorboard").write_text("in the way")
+    log = MetricsLog(tmp_path, 0, notice=told.append, tensorboard=True)
+    log.write({"iteration": 1, "loss": 1.0})
+    log.close()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    MetricsLog(tmp_path, 1, notice=told.append, tensorboard=True).close()
+    assert rows(tmp_path) == [{"iteration": 1, "loss": 1.0}]
+    assert told[0].startswith("TensorBoard failed (")
+    assert "pip install 'xdino[tensorboard]'" in told[1]
+    assert all(sentence.endswith("the run goes on without its page") for sentence in told)
+
+
+def test_pages_are_imported_only_where_they_are_asked_for(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom xdino.metrics import MetricsLog\n"
+        f"log = MetricsLog(Path({str(tmp_path)!r}), 0)\nlog.write({{'iteration': 1}})\n"
+        "assert not {'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

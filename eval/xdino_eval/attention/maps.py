@@ -66,7 +66,7 @@ def network_input(
     if height * width * transform.size**2 > LARGEST * min(height, width) ** 2:
         raise UsageError(
             f"{width} x {height} pixels with the shorter side at {transform.size} come to more "
-            f"than the limit of {LARGEST / 1e6:,.0f} million pixels: lower --size"
+            f"than the limit of {LARGEST / 1e6:,.0f} million pixels: lower --shorter-side"
         )
     pixels = torch.from_numpy(resize_shorter(image, transform.size).copy())
     inputs = transform.normalise(pixels[None].to(device_of(backbone)))  # [1, C, H', W']

@@ -132,7 +132,7 @@ def _check(out: Path, videos: list[Video], side: int, patch: int) -> None:
         if height * width > LARGEST:
             raise UsageError(
                 f"the frames of {video.name} with a shorter side of {side} pixels come to more than "
-                f"the limit of {LARGEST / 1e6:,.0f} million pixels: lower --size"
+                f"the limit of {LARGEST / 1e6:,.0f} million pixels: lower --shorter-side"
             )
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out needs a folder, and {out} is a file")

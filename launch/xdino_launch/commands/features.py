@@ -33,7 +33,7 @@ def features(judged: SubjectOptions, out: Path) -> None:
 
 
 @click.command()
-@takes(judged=BackboneOptions)
+@takes(judged=BackboneOptions, output=OutputOptions)
 @click.option(
     "--data",
     required=True,
@@ -45,23 +45,22 @@ def features(judged: SubjectOptions, out: Path) -> None:
 @click.option("--lidar-images", default=1_000, show_default=True, type=Whole(2, 10**6))
 @click.option("--views", default=50, show_default=True, type=Whole(2, 1000), help="For LiDAR.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
-@click.option("--out", type=Place(file=True), help="Append to this file, else to the run's.")
 @batch_option()
 @workers_option()
 @precision_option()
 @on_one_process
 def quality(
     judged: BackboneOptions,
+    output: OutputOptions,
     data: str,
     split: str,
     limit: int,
     lidar_images: int,
     views: int,
     seed: int,
-    out: str | None,
     **how: Any,
 ) -> None:
-    """RankMe, LiDAR and the spread of the frozen features, as JSON; no labels needed.
+    """RankMe, LiDAR and the spread of the frozen features; no labels needed.
 
     LiDAR's views are the global crops of the run that the weights lie in, or, where there is none,
     the published ones at the network's size.
@@ -76,4 +75,4 @@ def quality(
     options = replace(options_for(resolve_device(judged.device), **how), limit=limit)
     evaluate = Quality(crops_of_run(Path(judged.weights)), lidar_images, views, seed)
     rows = evaluate(backbone, source, source, options)
-    OutputOptions(out, as_json=True).tell(rows, judged.weights)
+    output.tell(rows, judged.weights)

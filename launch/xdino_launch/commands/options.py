@@ -101,6 +101,38 @@ SEED = Whole(0, 2**32 - 1)  # what scikit-learn and faiss take, too
 WORKERS = Whole(1, 1024)
 
 
+class Renamed(click.Option):
+    """An option whose names behind the first are older ones: understood, and not shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        return f"'{self.opts[0]}'"
+
+
+def shorter_side_option(**how: Any) -> Callable[..., Any]:
+    """The size of a whole image in its own proportions; `--size` is a square's side everywhere."""
+    how = {"type": PIXELS, "help": "Shorter side of the image, in pixels."} | how
+    return click.option("--shorter-side", "--size", "size", cls=Renamed, **how)
+
+
+def results_option() -> Callable[..., Any]:
+    """Where rows of results go; `--out` is what a command makes, a file or a folder."""
+    return click.option(
+        "--results",
+        "--out",
+        "out",
+        cls=Renamed,
+        type=Place(file=True),
+        help="Append to this results.json; default: the one of a run.",
+    )
+
+
 def _known_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Refused before anything is read; auto and cpu are there without asking torch."""
     if value not in ("auto", "cpu"):
@@ -133,7 +165,33 @@ def precision_option() -> Callable[..., Any]:
 
 
 class Commands(click.Group):
-    """A group that names the nearest command when there is no such one."""
+    """A group that shows its help when it is called alone, and names the nearest command.
+
+    chapters: names of commands by the heading that they stand under in the help.
+    """
+
+    def __init__(
+        self, *arguments: Any, chapters: dict[str, tuple[str, ...]] | None = None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.chapters = chapters or {}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences, in the order of the work."""
+        told = {name for names in self.chapters.values() for name in names}
+        others = tuple(name for name in self.list_commands(ctx) if name not in told)
+        for chapter, names in {**self.chapters, "Commands": others}.items():
+            commands = {name: self.get_command(ctx, name) for name in names}
+            rows = [(name, c.get_short_help_str(200)) for name, c in commands.items() if c]
+            if rows:
+                with formatter.section(chapter):
+                    formatter.write_dl(rows)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:  # the Tab key parses, too
+            click.echo(ctx.get_help())
+            ctx.exit(0)
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -268,8 +326,12 @@ class SubjectOptions(BackboneOptions):
     """What is judged, on which images, and how they are shown to it."""
 
     data: str = option("--data", required=True, type=Place(), help=LABELLED)
-    size: int | None = option("--size", type=PIXELS, help="Centre crop in pixels.")
-    resize: int | None = option("--resize", type=PIXELS, help="Shorter side before it, in pixels.")
+    size: int | None = option(
+        "--size", type=PIXELS, help="Side of the square that the network sees, in pixels."
+    )
+    resize: int | None = option(
+        "--resize", type=PIXELS, help="Shorter side before the square is cut out, in pixels."
+    )
     mean: tuple[float, ...] | None = option("--mean", type=Numbers(), help=CHANNELS)
     std: tuple[float, ...] | None = option("--std", type=Numbers(above=0), help=CHANNELS)
     batch_size: int = given(batch_option())
@@ -289,11 +351,11 @@ class SubjectOptions(BackboneOptions):
 class OutputOptions:
     """Where rows of results go."""
 
-    out: str | None = option("--out", type=Place(file=True), help="Append to this results.json.")
+    out: str | None = given(results_option())
     as_json: bool = option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 
     def file(self, weights: str) -> Path | None:
-        """--out, else results.json of a run's folder, else nowhere."""
+        """--results, else results.json of a run's folder, else nowhere."""
         if self.out:
             return Path(self.out)
         return Path(weights) / "results.json" if Path(weights).is_dir() else None
@@ -301,12 +363,12 @@ class OutputOptions:
     def tell(self, rows: "Sequence[Row]", weights: str) -> None:
         """Rows to standard output, then to the file: a disk that refuses them loses none."""
         from xdino_eval import results
-        from xdino_launch.console import results_table, stdout_console
+        from xdino_launch.console import print_results
 
         if self.as_json:
             click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         else:
-            stdout_console().print(results_table(rows))
+            print_results(rows)
         sys.stdout.flush()
         target = self.file(weights)
         if target is not None:

@@ -9,17 +9,16 @@ import click
 from xdino import values
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
-    PIXELS,
     BackboneOptions,
     Number,
     OutputOptions,
     Place,
     Whole,
     on_one_process,
+    shorter_side_option,
     takes,
 )
 
-size_option = click.option("--size", type=PIXELS, help="Shorter side in pixels.")
 mass_option = click.option(
     "--mass", default=0.6, show_default=True, type=Number(), help="Share held by the mask."
 )
@@ -34,7 +33,7 @@ def _check_mass(value: float) -> None:
 @takes(judged=BackboneOptions)
 @click.argument("images", nargs=-1, required=True, type=Place())
 @click.option("--out", required=True, type=Place(Path), help="Folder for the pictures.")
-@size_option
+@shorter_side_option()
 @mass_option
 @click.option(
     "--layer",
@@ -88,7 +87,7 @@ def _void(ignore: str | None) -> int | str | None:
 @click.command("segment-score")
 @takes(judged=BackboneOptions, output=OutputOptions)
 @click.option("--data", required=True, type=Place(), help="Folder with images/ and masks/.")
-@size_option
+@shorter_side_option()
 @mass_option
 @click.option("--layer", type=Whole(1, 1000), help="Layer of an XCiT, block of a ViT.")
 @click.option("--ignore", help='Value of masks that is void, or "none"; default: 255 in palettes.')

@@ -1,77 +1,50 @@
 """`xdino pretrain` and `xdino submit`."""
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from xdino.errors import UsageError
+from xdino.errors import UsageError, asked
 from xdino_launch.commands.options import Number, Whole
+from xdino_launch.commands.overrides import KEYED, Keyed, complete_recipe, parse_overrides
 
 HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no limit
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """["--optim.lr", "1e-3", "--train.epochs=10"] -> {"optim.lr": "1e-3", "train.epochs": "10"}."""
-    from xdino import config
-    from xdino.values import shown
-
-    overrides: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        option = rest.pop(0)
-        key, equals, value = option.removeprefix("--").partition("=")
-        if not option.startswith("--") or "." not in key:
-            leaves = {known.split(".")[1]: known for known in config.dotted_keys()}
-            name = leaves.get(key.replace("-", "_"))
-            hint = "name the recipe first; overrides are --section.key value"
-            if name:
-                hint = f'did you mean "--{name}"?'
-            raise UsageError(f'"{option}" is not an option of pretrain: {hint}')
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UsageError(f"--{key} needs a value: --{key} VALUE")
-            value = rest.pop(0)
-        key = config.spelt(key)
-        if key in overrides:
-            raise UsageError(
-                f"--{key} is given twice, with {shown(overrides[key])} and {shown(value)}"
-            )
-        overrides[key] = value
-    return overrides
-
-
-@click.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog="Every key of the configuration is an option: --optim.lr 1e-3 --data.path FOLDER ...",
-)
-@click.argument("config")
+@click.command(cls=Keyed, context_settings=KEYED)
+@click.argument("config", metavar="[CONFIG]", required=False, shell_complete=complete_recipe)
 @click.option(
     "--run",
     "--run-dir",
     "run_dir",
-    required=True,
     type=click.Path(),
     help="The run's folder. Under torchrun write --run-dir: it takes --run for an option of its own.",
 )
 @click.option("--init", help="Weights to start from (a new run; continuing needs nothing).")
 @click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
 @click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
-@click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
+@click.option(
+    "--print-config",
+    is_flag=True,
+    help="Print the resolved configuration, each key with what it means, and stop.",
+)
 @click.pass_context
 def pretrain(
     ctx: click.Context,
-    config: str,
-    run_dir: str,
+    config: str | None,
+    run_dir: str | None,
     init: str | None,
     gpus: int | None,
     processes: int | None,
     print_config: bool,
 ) -> None:
-    """Pretrain by a recipe's name or a YAML file; continue the run that RUN holds.
+    """Pretrain by a recipe's name or a YAML file; continue the run that --run holds.
 
+    Of a run that was begun, `pretrain --run RUN` is enough. `xdino recipes` lists the recipes.
     --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
     xdino_launch pretrain CONFIG --run-dir DIR, or submit.
     """
@@ -81,7 +54,16 @@ def pretrain(
         from xdino import config as configuration
         from xdino.values import shown
 
+        if config is not None and config.startswith("--"):  # a key: there is no recipe
+            ctx.args.insert(0, config)
+            config = None
         overrides = parse_overrides(ctx.args)
+        if config is not None and run_dir is None and not print_config:
+            raise UsageError("Missing option '--run': the folder of a new run, or one to continue")
+        if config is None:
+            config = _begun(run_dir)
+            if gpus is None and processes is None:
+                gpus, processes = _begun_by(Path(str(run_dir)))
         if init is not None and overrides.setdefault("train.init", init) != init:
             given = shown(overrides["train.init"])
             raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
@@ -89,8 +71,11 @@ def pretrain(
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         resolved = configuration.load(config, overrides)
         if print_config:
-            click.echo(configuration.to_yaml(resolved), nl=False)
+            remarks = configuration.comments(config)
+            kept = {key: remark for key, remark in remarks.items() if key not in overrides}
+            click.echo(configuration.commented(resolved, kept), nl=False)
             return
+        assert run_dir is not None
         with stop.abandoning("before it began"):
             from xdino_launch import processes as launcher
             from xdino_launch.local import run_pretraining
@@ -105,8 +90,46 @@ def pretrain(
     sys.exit(code)
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@click.argument("config")
+def _begun(run_dir: str | None) -> str:
+    """The configuration of the run in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from xdino import config
+
+    if run_dir is None:
+        raise UsageError(f"name a recipe: {', '.join(config.recipes())}, or a YAML file")
+    file = Path(run_dir) / "config.yaml"
+    with asked(f"--run {run_dir}"):
+        if file.is_file():
+            return str(file)
+    raise UsageError(
+        f"{run_dir} holds no run to continue: name a recipe first, one of "
+        f"{', '.join(config.recipes())}, or a YAML file"
+    )
+
+
+def _begun_by(run: Path) -> tuple[int | None, int | None]:
+    """--gpus and --processes as the run in a folder had them; none where they need not be given."""
+    from xdino import config
+    from xdino_launch.processes import LAUNCHED
+
+    if any(os.environ.get(name, "1") != "1" for name in LAUNCHED):
+        return None, None
+    try:
+        starts = json.loads((run / "environment.json").read_text(encoding="utf-8"))["starts"]
+        count = int(starts[-1]["processes"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None, None
+    if count < 2:
+        return None, None
+    on_cpu = config.load(str(run / "config.yaml")).runtime.device == "cpu"
+    return (None, count) if on_cpu else (count, None)
+
+
+@click.command(cls=Keyed, context_settings=KEYED)
+@click.argument("config", shell_complete=complete_recipe)
 @click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
 @click.option("--nodes", default=1, show_default=True, type=Whole(1, 10_000))
 @click.option("--gpus-per-node", default=8, show_default=True, type=Whole(0, 1024))

@@ -12,12 +12,15 @@ from xdino_launch.commands.options import (
     Number,
     OutputOptions,
     Place,
+    Renamed,
     Whole,
     batch_option,
     given,
     on_one_process,
     option,
     precision_option,
+    results_option,
+    shorter_side_option,
     takes,
     workers_option,
 )
@@ -39,7 +42,7 @@ class Judgement(BackboneOptions):
         OutputOptions(out, self.as_json).tell(self.signed([row], backbone), self.weights)
 
 
-OUT = click.option("--out", type=Place(file=True), help="Append to this results.json.")
+SIDE = "Side of the square that the network sees, in pixels."
 
 
 def progress(verb: str) -> Any:
@@ -52,11 +55,20 @@ def progress(verb: str) -> Any:
 @takes(judgement=Judgement)
 @click.option("--data", required=True, type=Place(), help="Folder that holds the sets.")
 @click.option("--dataset", default="roxford5k", show_default=True, help="roxford5k or rparis6k.")
-@click.option("--size", default=224, show_default=True, type=PIXELS, help="Longer side.")
+@click.option(
+    "--longer-side",
+    "--size",
+    "size",
+    cls=Renamed,
+    default=224,
+    show_default=True,
+    type=PIXELS,
+    help="Longer side of the image, in pixels.",
+)
 @click.option("--multiscale", is_flag=True, help="Average scales 1, 1/sqrt2 and 1/2.")
 @click.option("--crop-queries", is_flag=True, help="Query boxes alone, as the benchmark has it.")
 @workers_option()
-@OUT
+@results_option()
 @on_one_process
 def retrieval(
     judgement: Judgement,
@@ -94,10 +106,10 @@ def retrieval(
 @click.option("--data", required=True, type=Place(), help="Copydays folder.")
 @click.option("--distractors", type=Place(Path), help="Images among the originals.")
 @click.option("--whitening", type=Place(Path), help="Images to learn whitening on.")
-@click.option("--size", default=320, show_default=True, type=PIXELS, help="Both sides.")
+@click.option("--size", default=320, show_default=True, type=PIXELS, help=SIDE)
 @batch_option(16)
 @workers_option()
-@OUT
+@results_option()
 @on_one_process
 def copydetection(
     judgement: Judgement,
@@ -132,7 +144,7 @@ def copydetection(
 @click.option("--data", required=True, type=Place(Path), help="DAVIS-2017 folder.")
 @click.option("--out", required=True, type=Place(Path), help="Folder for masks.")
 @click.option("--split", default="val", show_default=True, help="ImageSets/2017/SPLIT.txt")
-@click.option("--size", default=480, show_default=True, type=Whole(64, 2**13), help="Shorter side.")
+@shorter_side_option(default=480, show_default=True, type=Whole(64, 2**13))
 @click.option("--context", default=7, show_default=True, type=Whole(1, 10_000), help="Frames.")
 @click.option(
     "--radius", default=12, show_default=True, type=Whole(0, 100_000), help="0: no limit."

@@ -5,8 +5,9 @@ A recipe is a YAML file of sections with keys below them; whatever it leaves out
 on the command line, are read by the type of their key (`xdino.values`).
 """
 
+from xdino.config.keys import Setting, about, commented, settings
 from xdino.config.parsing import differing_keys, parse, spelt, to_tree, to_yaml, unfused
-from xdino.config.recipe_files import load, recipes, recipes_dir
+from xdino.config.recipe_files import HEAD, comments, file_of, head, load, recipes, recipes_dir
 from xdino.config.schema import (
     FREE,
     KEYS,
@@ -28,7 +29,8 @@ from xdino.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "FREE", "KEYS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate", "Head", "Loss",
-    "Model", "Optim", "Runtime", "Teacher", "Train", "differing_keys", "dotted_keys", "in_epochs",
-    "load", "parse", "recipes", "recipes_dir", "spelt", "to_tree", "to_yaml", "unfused",
+    "FREE", "HEAD", "KEYS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate", "Head",
+    "Loss", "Model", "Optim", "Runtime", "Setting", "Teacher", "Train", "about", "commented", "comments",
+    "differing_keys", "dotted_keys", "file_of", "head", "in_epochs", "load", "parse", "recipes",
+    "recipes_dir", "settings", "spelt", "to_tree", "to_yaml", "unfused",
 ]  # fmt: skip

@@ -48,17 +48,69 @@ def load(name: str, overrides: Mapping[str, str] | None = None) -> Config:
     return parse(tree, str(name))
 
 
+HEAD = ("command", "hardware", "hours", "expected")
+
+
+def head(name: str) -> dict[str, str]:
+    """What the head of a shipped recipe says: "about", then what `HEAD` names."""
+    told, key = {"about": ""}, "about"
+    for line in (recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if not line.startswith("#") or (key == HEAD[-1] and not text):
+            break
+        word, colon, value = text.partition(":")
+        if colon and word in HEAD:
+            key, text = word, value.strip()
+        told[key] = f"{told.get(key, '')} {text}".strip()
+    return told
+
+
+def comments(name: str) -> dict[str, str]:
+    """What a recipe or file says above and behind its keys, by dotted key.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    path = file_of(name)
+    _read(path)  # no anchors, no tags, not deep: nothing in it can make composing it long
+    text = _text_of(path)
+    root, lines = yaml.compose(text, Loader=yaml.SafeLoader), text.splitlines()
+    found = {}
+    for section, below in root.value if isinstance(root, yaml.MappingNode) else ():
+        for key, value in below.value if isinstance(below, yaml.MappingNode) else ():
+            number = key.start_mark.line
+            told: list[str] = []
+            while number and lines[number - 1].strip().startswith("#"):
+                number -= 1
+                told.insert(0, lines[number])
+            if value.end_mark.line == key.start_mark.line:
+                behind = lines[key.start_mark.line][value.end_mark.column :]
+                told += [behind] if behind.strip().startswith("#") else []
+            if words := " ".join(line.strip().lstrip("# ") for line in told):
+                found[spelt(f"{section.value}.{key.value}")] = words
+    return found
+
+
 def _recipe(name: str) -> dict[str, Any]:
     """The sections of a recipe or a file, as texts."""
+    return _read(file_of(name))
+
+
+def file_of(name: str) -> Path:
+    """The file that a recipe's name or a path means; a path need not be there.
+
+    Raises:
+        UsageError: no recipe is called so.
+    """
     path = Path(name)
     with asked(f"cannot read {shown(name)}"):
         is_file = path.suffix in (".yaml", ".yml") or path.is_file()
         held = path / "config.yaml"
         is_run = not is_file and held.is_file()
     if is_file:
-        return _read(path)
+        return path
     if name in recipes():
-        return _read(recipes_dir() / f"{name}.yaml")
+        return recipes_dir() / f"{name}.yaml"
     if name.startswith("--"):
         raise UsageError(f"name a recipe before the options, got {name}")
     if is_run:

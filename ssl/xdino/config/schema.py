@@ -1,8 +1,11 @@
 """The sections and keys of a configuration, and the only place where their defaults live.
 
-A default is the published trainer's unless a comment says otherwise. All sections but `runtime` and
-`evaluate` decide what is learned. `runtime` holds what may change when a run is continued: where it
-runs, how often it logs and saves; `FREE` names the other keys that may.
+A default is the published trainer's unless the text below it says otherwise. All sections but
+`runtime` and `evaluate` decide what is learned. `runtime` holds what may change when a run is
+continued: where it runs, how often it logs and saves; `FREE` names the other keys that may.
+
+The text below a key says what it is, in which unit, and what to try: `keys` reads it from here for
+`xdino pretrain --help`, `--print-config` and docs/settings.md.
 """
 
 import dataclasses
@@ -53,20 +56,30 @@ def in_epochs(duration: float | str, epochs: int) -> float:
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
-    """The backbone: an XCiT by its published name (patch 16, 8 or 4), or any timm model by name.
+    """The backbone: an XCiT by its published name, or any timm model by name.
 
-    `None` means: as the name says. The other values reshape an XCiT.
+    null means: as the name says. The other values reshape an XCiT.
     """
 
     arch: str = "xcit_small_12_p16"
-    in_chans: Literal[1, 3] | None = None  # grey or colour; None: as the data set has it
+    """Its name: xcit_ with nano_12, tiny_12, tiny_24, small_12, small_24, medium_24 or large_24 and _p16,
+    _p8 or _p4; or any of timm's names, of which vit_small_patch16_224.dino is DINO's own ViT."""
+    in_chans: Literal[1, 3] | None = None
+    """Channels: 1 for grey, 3 for colour; null: as the data set has it."""
     patch_size: Literal[4, 8, 16] | None = None
+    """Side of a patch in pixels. Smaller ones see more and cost more."""
     embed_dim: Width | None = None
+    """Width of a token, in numbers; a multiple of num_heads."""
     depth: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Number of XCA blocks, before the two of class attention."""
     num_heads: Width | None = None
-    eta: Annotated[float, Field(gt=0, le=1e4)] | None = None  # LayerScale at the start
+    """Number of heads of each attention."""
+    eta: Annotated[float, Field(gt=0, le=1e4)] | None = None
+    """Factor of LayerScale at the start; small for deep networks."""
     tokens_norm: bool | None = None
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the student only
+    """Whether class attention normalises all tokens, not the class token alone."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Probability that a block of the student is left out; the teacher keeps all."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -74,11 +87,17 @@ class Head:
     """The projection head. Many prototypes suit large data; hundreds to thousands, small data."""
 
     prototypes: Annotated[int, Field(ge=2, le=2**28)] = 65536
+    """Number of outputs, K."""
     hidden_dim: Width = 2048
+    """Width of the hidden layers, in numbers."""
     bottleneck_dim: Width = 256
+    """Width before the last layer, in numbers."""
     layers: Annotated[int, Field(ge=1, le=100)] = 3
-    norm_last_layer: bool = True  # False does better for small networks, True is steadier
+    """Number of layers up to the bottleneck."""
+    norm_last_layer: bool = True
+    """Whether the prototypes keep length 1: false does better for small networks, true is steadier."""
     use_bn: bool = False
+    """Whether hidden layers have BatchNorm: helps where a run has few steps."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,53 +105,74 @@ class Loss:
     """Temperatures and centre. A teacher above 0.07 is usually unstable; warm it up from 0.04."""
 
     student_temp: Temperature = 0.1
+    """Temperature of the student's softmax: its logits are divided by it."""
     warmup_teacher_temp: Temperature = 0.04
+    """Temperature of the teacher's softmax at the start; lower it if the loss does not fall."""
     teacher_temp: Temperature = 0.04
-    warmup_teacher_temp_epochs: Epochs = 0.0  # a table of one value an epoch
+    """Temperature of the teacher's softmax after its warm-up."""
+    warmup_teacher_temp_epochs: Epochs = 0.0
+    """Epochs between the two, or a share of the run such as 10%; changes once an epoch."""
     centre_momentum: Share = 0.9
+    """Share of the old centre that a step keeps. Also as center_momentum."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Teacher:
-    """Momentum of the moving average, cosine to its end. Small batches want it higher (0.9995 at 256)."""
+    """The teacher: a moving average of the student, its momentum on a cosine from start to end."""
 
     momentum: Share = 0.996
+    """Share of the old teacher a step keeps, at the start. Small batches want more: 0.9995 at 256."""
     momentum_end: Share = 1.0
+    """The same share at the end of the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Crops:
-    """Multi-crop and its photometric part; scales are shares of the image's area, the rest
-    probabilities and strengths as in torchvision's ColorJitter."""
+    """Multi-crop and its photometric part, strengths as in torchvision's ColorJitter."""
 
     global_size: Pixels = 224
+    """Side of the two global crops in pixels."""
     global_scale: Scale = (0.4, 1.0)
+    """Their smallest and largest share of the image's area. With 8 local crops 0.3,1.0 is usual."""
     global_blur: tuple[Share, Share] = (1.0, 0.1)
+    """Probability of blur, of the first and of the second."""
     global_solarize: tuple[Share, Share] = (0.0, 0.2)
+    """Probability of solarization, of the first and of the second."""
     local_count: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Number of local crops, which only the student sees; 0 for none."""
     local_size: Pixels = 96
+    """Side of the local crops in pixels."""
     local_scale: Scale = (0.05, 0.4)
+    """Their smallest and largest share of the image's area."""
     local_blur: Share = 0.5
+    """Probability of blur, of each local crop."""
     flip: Share = 0.5
+    """Probability of a horizontal flip; 0 where left and right differ."""
     jitter: Share = 0.8
+    """Probability of colour jitter, whose strengths are the next four."""
     brightness: Share = 0.4
+    """Strength of jitter in brightness: a factor from 1 - 0.4 to 1 + 0.4."""
     contrast: Share = 0.4
+    """Strength of jitter in contrast, as a factor."""
     saturation: Share = 0.2
+    """Strength of jitter in saturation, as a factor."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Strength of jitter in hue, in turns of the colour circle."""
     grayscale: Share = 0.2
-    mean: tuple[Annotated[float, Field(ge=-1e4, le=1e4)], ...] | None = (
-        None  # None: ImageNet's (its luma for one channel)
-    )
+    """Probability that a crop loses its colours. Also as greyscale."""
+    mean: tuple[Annotated[float, Field(ge=-1e4, le=1e4)], ...] | None = None
+    """Subtracted from pixels in 0 to 1, a value a channel; null: ImageNet's (of grey, its luma)."""
     std: tuple[Annotated[float, Field(ge=1e-4, le=1e4)], ...] | None = None
+    """Pixels are divided by it afterwards, a value a channel; goes with mean."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Curriculum:
-    """Small crops for the first `share` of the iterations, those of `crops` for the rest.
+    """Small crops for the first part of the run, those of `crops` for the rest; off by default.
 
     FastDINOv2 (arXiv 2507.03779): half the sizes for 75 % of the run, 1.6 times less time for
     DINOv2 with a ViT-B. Its second part, patches of Gaussian noise in the later crops, serves
-    robustness to corruption and is not here. Off unless `share` is above 0.
+    robustness to corruption and is not here.
 
     BatchNorm (XCiT's stem and its local patch interaction) keeps running statistics of the crops
     it saw, each update counting a tenth: during the small part they are those of small crops, while
@@ -142,90 +182,118 @@ class Curriculum:
     """
 
     share: Share = 0.0
+    """Share of the iterations with small crops; 0 for none."""
     global_size: Pixels = 112
+    """Side of the global crops in pixels, during that share."""
     local_size: Pixels = 48
+    """Side of the local crops in pixels, during that share."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    """`path`: a folder (flat, nested, or with train/), a text list of files, a tar file or a folder
-    of them, `fashion_mnist` or `fashion_mnist_sample`."""
+    """The images to learn from; no labels needed."""
 
     path: str = ""
-    max_bad_share: Share = (
-        0.05  # unreadable images are skipped up to this share, then the run stops
-    )
-    max_pixels: Annotated[int, Field(ge=1, le=2**40)] = (
-        MAX_PIXELS  # of an image; a larger one counts as unreadable
-    )
+    """A folder (flat, nested, or with train/), a text list of files, a tar file or a folder of them,
+    fashion_mnist or fashion_mnist_sample."""
+    max_bad_share: Share = 0.05
+    """Share of images that may be unreadable: they are skipped; beyond it the run stops."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**40)] = MAX_PIXELS
+    """Pixels of an image at most; a larger one counts as unreadable."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Optim:
-    """`lr` is for a total batch of 256 and scales linearly with it; `min_lr` does not scale."""
+    """The optimiser. Also as optimizer: or optimiser:."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """Which one."""
     lr: NotNegative = 5e-4
+    """Learning rate at a total batch of 256: it scales linearly with the batch."""
     min_lr: NotNegative = 1e-6
+    """Learning rate at the end of the cosine; this one does not scale."""
     warmup_epochs: Epochs = 10.0
+    """Epochs of linear warm-up of the learning rate, or a share of the run such as 10%."""
     weight_decay: NotNegative = 0.04
+    """Factor of weight decay at the start; biases and norms have none."""
     weight_decay_end: NotNegative = 0.4
-    clip_grad: NotNegative = 3.0  # per parameter tensor; 0 for none
-    freeze_last_layer: Count = 1  # epochs
+    """The same factor at the end, on a cosine."""
+    clip_grad: NotNegative = 3.0
+    """Largest norm of a parameter tensor's gradient; 0 for no limit."""
+    freeze_last_layer: Count = 1
+    """Epochs at the start in which the prototypes stay as they are."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Train:
-    """The total batch is batch_size x accumulate x number of processes."""
+    """How long, and on how many images: a total batch is batch_size x accumulate x processes."""
 
     epochs: Positive = 100
-    batch_size: Positive = 64  # images a process and micro-batch
-    accumulate: Positive = 1  # micro-batches an optimisation step
-    # The published trainer uses fp16 with a scaler; "auto" is bf16 on CUDA, which needs none, and
-    # fp32 on the CPU.
+    """Number of epochs: how often each image is seen, in two global and some local crops."""
+    batch_size: Positive = 64
+    """Images a process and micro-batch."""
+    accumulate: Positive = 1
+    """Micro-batches an optimisation step: more where memory is short."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Numbers of the network. The published trainer's is fp16 with a scaler; auto is bf16 on CUDA, which
+    needs none, and fp32 on the CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    init: str | None = None  # weights to start from; continuing a run needs none
-    # What to do about a step whose numbers are not finite: "stop", "skip N" (at most N in a row),
-    # "rollback FACTOR" (to the last saved state, the learning rate times the factor; see `nonfinite`).
+    """Number that all random numbers follow from."""
+    init: str | None = None
+    """Weights to start from, a file or run; also as --init. Continuing a run needs none."""
     nonfinite: Annotated[str, AfterValidator(valid_policy)] = "stop"
+    """What becomes of a step whose numbers are not finite: stop, "skip N" (at most N in a row) or
+    "rollback FACTOR" (to the last saved state, the learning rate times the factor)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
     """What judges while training, a linear probe at the end, and the size at which all judge."""
 
-    every: Count = 0  # epochs between evaluations by `protocols`; 0 for never
-    # "quality" needs no labels; "grid" wants many images.
+    every: Count = 0
+    """Epochs between evaluations by protocols; 0 for never."""
     protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
-    linear: Literal["logistic", "grid"] | None = (
-        None  # the probe at the end; "grid" wants many images
-    )
-    data: str | None = None  # labelled train/ and val/; None: data.path
-    limit: Positive = 10_000  # images of each split at most, the same ones every time
-    input_size: Pixels | None = None  # None: crops.global_size
-    resize: Pixels | None = (
-        None  # shorter side before the centre crop; None: input_size * 256 / 224
-    )
+    """What judges then, several with commas: quality needs no labels, grid wants many images."""
+    linear: Literal["logistic", "grid"] | None = None
+    """The linear probe at the end; grid wants many images; null for none."""
+    data: str | None = None
+    """Labelled images with train/ and val/; null: those of data.path."""
+    limit: Positive = 10_000
+    """Images of each split at most, the same ones every time."""
+    input_size: Pixels | None = None
+    """Side of the images that judge, in pixels; null: crops.global_size."""
+    resize: Pixels | None = None
+    """Their shorter side before the centre crop, in pixels; null: input_size * 256 / 224."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Runtime:
-    """What does not change results."""
+    """What does not change results: all of it may change when a run is continued."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    device: str = "auto"
+    """Where it runs: cpu, cuda, cuda:1; auto is CUDA where there is a GPU."""
     workers: Annotated[int, Field(ge=0, le=10_000)] = 8
-    prefetch: Annotated[int, Field(ge=1, le=10_000)] = 3  # micro-batches made ahead
-    # Keep the blocks' inputs only and compute the rest again: less memory, more time.
+    """Number of threads that make crops, at most one a core; 0: none beside the loop's own."""
+    prefetch: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """Micro-batches made ahead."""
     activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of both backbones: minutes at the start, once a crop size
-    # Fused Triton kernels: "auto" where a check at the start finds them equal and faster.
+    """Keep the blocks' inputs only and compute the rest again: less memory, more time."""
+    compile: bool = False
+    """torch.compile of both backbones: minutes at the start, once a crop size."""
     kernels: Literal["auto", "plain", "fused"] = "plain"
-    log_every: Positive = 10  # iterations
-    checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
-    keep_every: Count = 20  # epochs between checkpoints that are kept; 0: none
+    """Fused Triton kernels for CUDA; auto: where a check at the start finds them equal and faster."""
+    log_every: Positive = 10
+    """Iterations between rows of metrics.jsonl."""
+    checkpoint_every: Positive = 500
+    """Iterations between saved states; the end of an epoch is always saved."""
+    keep_every: Count = 20
+    """Epochs between states that are kept; 0 to keep none but the last two."""
     wandb: Literal["off", "online", "offline"] = "off"
+    """A page at Weights & Biases. on, true and yes mean online; no and false mean off."""
     wandb_project: str = "xdino"
+    """The project that the page belongs to."""
+    tensorboard: bool = False
+    """Scalars for TensorBoard, in the run's folder tensorboard/ (needs xdino[tensorboard])."""
 
 
 @dataclass(frozen=True, config=STRICT)

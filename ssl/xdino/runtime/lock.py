@@ -169,6 +169,29 @@ class Lock:
                 os.utime(self.path)
 
 
+def holder_of(folder: Path) -> str | None:
+    """Who holds the folder, in words; None where nobody does. Looks only, and takes no lock.
+
+    Of another machine's holder its last sign of life decides, by the clock of this machine.
+    """
+    file = folder / LOCK_FILE
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        held = _read(descriptor)
+        silent = time.time() - os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
+    if held.get("host") == socket.gethostname():
+        started = start_time(held["pid"]) if isinstance(held.get("pid"), int) else None
+        alive = started is not None and started == held.get("start")
+    else:
+        alive = bool(held) and silent < SILENCE
+    return _holder(held) if alive else None
+
+
 def _read(descriptor: int) -> dict[str, Any]:
     try:
         held = json.loads(os.pread(descriptor, 4096, 0))

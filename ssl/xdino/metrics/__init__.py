@@ -1,4 +1,4 @@
-"""Numbers of a run as they appear: metrics.jsonl always, wandb on request, a picture of the views.
+"""Numbers of a run as they appear: metrics.jsonl always, pages on request, a picture of the views.
 
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
 teacher_temp, global_size and local_size (of the crops, in pixels), images_per_second (over all
@@ -11,9 +11,8 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xdino.errors import RunFailed, reason, world
+from xdino.errors import RunFailed, world
+from xdino.metrics.pages import Page, TensorBoardPage, WandbPage
 from xdino.runtime.atomic import write_text, written_beside
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_SECONDS = 30.0  # that a run waits for wandb at its start, and at its end
 VIEW_PIXELS = 96  # a global view in the picture of the views is drawn at least so large
 
 
@@ -66,10 +65,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl, and to the run's wandb page where that is wanted.
+    """Appends rows to metrics.jsonl, and to the run's pages (wandb, TensorBoard) that are wanted.
 
     A continued run drops the rows that lie beyond the iteration it continues from, so that every
-    iteration is told once. wandb is a convenience: where it cannot be had, `notice` is told so and
+    iteration is told once. Pages are a convenience: where one cannot be had, `notice` is told so and
     the run goes on without.
 
     Raises:
@@ -84,6 +83,7 @@ class MetricsLog:
         wandb_project: str = "xdino",
         config: dict[str, Any] | None = None,
         notice: Callable[[str], None] = lambda _: None,
+        tensorboard: bool = False,
     ) -> None:
         self._path = run_dir / METRICS_FILE
         rows, _ = read_rows(self._path)
@@ -92,9 +92,11 @@ class MetricsLog:
         with world(f"write {self._path}"):
             # Without a buffer: what a full disk refuses must not come up again when it is closed.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-        self._page: _WandbPage | None = None
+        self._pages: list[Page] = []
         if wandb_mode != "off":
-            self._page = _WandbPage(run_dir, wandb_mode, wandb_project, config, notice)
+            self._pages.append(WandbPage(run_dir, wandb_mode, wandb_project, config, notice))
+        if tensorboard:
+            self._pages.append(TensorBoardPage(run_dir, iteration, notice))
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it must say its iteration.
@@ -107,110 +109,14 @@ class MetricsLog:
             left = memoryview((json.dumps(plain) + "\n").encode())
             while left:  # a disk that fills up takes a part first, and says why at the next try
                 left = left[self._file.write(left) :]
-        if self._page is not None:
-            self._page.log(plain)
+        for page in self._pages:
+            page.log(plain)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # nothing is left to be written
             self._file.close()
-        if self._page is not None:
-            self._page.finish()
-
-
-class _WandbPage:
-    """A run's page at wandb. Whatever fails there costs the page, never the run."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        mode: str,
-        project: str,
-        config: dict[str, Any] | None,
-        notice: Callable[[str], None],
-    ) -> None:
-        self._notice = notice
-        self.run: Any = None
-        try:
-            import wandb  # slow to import, and only wanted here
-        except ImportError as error:
-            notice(f"wandb is not installed ({error}): the run goes on without its page")
-            return
-        if mode == "online" and not _has_key(wandb):
-            # wandb would ask for one, or raise where nobody can be asked.
-            notice(
-                "wandb has no API key: the page is kept offline in the run's folder wandb/ "
-                "(`wandb login`, then `wandb sync`, sends it)"
-            )
-            mode = "offline"
-        try:
-            self.run = self._start(wandb, run_dir, mode, project, config)
-        except Exception as error:  # noqa: BLE001 -- see `_or_without`
-            if mode == "offline":
-                notice(f"wandb failed ({reason(error)}): the run goes on without its page")
-                return
-            notice(
-                f"wandb cannot be reached ({reason(error)}): the page is kept offline in the run's "
-                "folder wandb/ (`wandb sync` sends it)"
-            )
-            with self._or_without():
-                wandb.teardown()  # its service still holds the page that could not be begun
-                self.run = self._start(wandb, run_dir, "offline", project, config)
-
-    @staticmethod
-    def _start(
-        wandb: Any, run_dir: Path, mode: str, project: str, config: dict[str, Any] | None
-    ) -> Any:
-        id_file = run_dir / "wandb-id.txt"
-        if not id_file.exists():
-            write_text(id_file, secrets.token_hex(4))
-        told = id_file.read_text(errors="replace").strip()
-        settings = {"console": "off", "silent": True, "init_timeout": WANDB_SECONDS}
-        known = wandb.Settings.model_fields
-        settings |= {"finish_timeout": WANDB_SECONDS} if "finish_timeout" in known else {}
-        run = wandb.init(
-            project=project,
-            id=told,
-            name=run_dir.name,
-            resume="allow",
-            mode=mode,
-            dir=str(run_dir),
-            config=config,
-            settings=wandb.Settings(**settings),
-        )
-        # Rows lie at their iteration, in whatever order they come: by its own counter wandb drops
-        # what a continued run, or an evaluation after the last step, says of an earlier one.
-        run.define_metric("iteration")
-        run.define_metric("*", step_metric="iteration")
-        return run
-
-    @contextlib.contextmanager
-    def _or_without(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 -- wandb's service raises nearly anything
-            self.run = None
-            self._notice(f"wandb failed ({reason(error)}): the run goes on without its page")
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self.run is not None:
-            with self._or_without():
-                self.run.log(row)
-
-    def finish(self) -> None:
-        """Send what is left, for `WANDB_SECONDS` at most."""
-        if self.run is not None:
-            with self._or_without():
-                self.run.finish()
-
-
-def _has_key(wandb: Any) -> bool:
-    """Whether somebody is logged in; nobody is asked and nothing is sent."""
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except TypeError:  # before wandb had `prompt`
-        return bool(wandb.api.api_key)
-    except (wandb.Error, OSError, ValueError):
-        return True  # what is wrong with the key is said when it is used
+        for page in self._pages:
+            page.finish()
 
 
 def _rounded(value: Any) -> Any:
