@@ -71,7 +71,11 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Head:
-    """The projection head. Many prototypes suit large data; hundreds to thousands, small data."""
+    """The projection head. Many prototypes suit large data; hundreds to thousands, small data.
+
+    Of objectives without prototypes it ends at the bottleneck: `prototypes` and `norm_last_layer` have
+    no part then, and `bottleneck_dim` is the width of what is compared.
+    """
 
     prototypes: Annotated[int, Field(ge=2, le=2**28)] = 65536
     hidden_dim: Width = 2048
@@ -83,13 +87,28 @@ class Head:
 
 @dataclass(frozen=True, config=STRICT)
 class Loss:
-    """Temperatures and centre. A teacher above 0.07 is usually unstable; warm it up from 0.04."""
+    """The objective, its temperatures and its centre. A teacher above 0.07 is usually unstable; warm
+    it up from 0.04. Keys of an objective or of targets that were not chosen are ignored."""
+
+    # "dino", or without prototypes, temperatures and centre: "simdino" (a coding rate, arXiv 2502.10385),
+    # "sigreg" (embeddings towards a Gaussian, LeJEPA, arXiv 2511.08544).
+    objective: Literal["dino", "simdino", "sigreg"] = "dino"
+    # DINO's targets: a moving "centre", or "sinkhorn" over each batch (SwAV, arXiv 2006.09882; DINOv2).
+    targets: Literal["centre", "sinkhorn"] = "centre"
 
     student_temp: Temperature = 0.1
     warmup_teacher_temp: Temperature = 0.04
     teacher_temp: Temperature = 0.04
     warmup_teacher_temp_epochs: Epochs = 0.0  # a table of one value an epoch
     centre_momentum: Share = 0.9
+    sinkhorn_iterations: Annotated[int, Field(ge=1, le=1000)] = 3
+    koleo: NotNegative = 0.0  # weight of KoLeo (arXiv 1806.03198) beside any objective; DINOv2: 0.1
+    coding_rate_eps: Temperature = 0.05  # simdino: the square of the precision that it counts in
+    # simdino: weight of the coding rate; None: the published (d + n) / (d n), with d the bottleneck's
+    # width and n images a micro-batch of all processes.
+    coding_rate_weight: NotNegative | None = None
+    sigreg_weight: Share = 0.05  # sigreg: lambda; the rest is the weight of the views' agreement
+    sigreg_slices: Annotated[int, Field(ge=1, le=2**16)] = 256  # sigreg: random directions a step
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -162,10 +181,12 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class Optim:
-    """`lr` is for a total batch of 256 and scales linearly with it; `min_lr` does not scale."""
+    """`lr` is for a total batch of 256 and scales with it, as `lr_scaling` says; `min_lr` does not."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: NotNegative = 5e-4
+    # times (total batch / 256), or its square root, which suits Adam (arXiv 2205.10287) and DINOv2
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
     min_lr: NotNegative = 1e-6
     warmup_epochs: Epochs = 10.0
     weight_decay: NotNegative = 0.04
