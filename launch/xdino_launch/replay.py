@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xdino import checkpoint, data, nonfinite
 from xdino import config as configuration
 from xdino.errors import NonFinite, RunFailed, UsageError
 from xdino.learner import Learner
+from xdino.loss import Views
 from xdino.plan import Plan, build_learner, make_plan
 from xdino.pretraining import loader_of, to_device
 from xdino.run_directory import CONFIG_FILE, INITIAL_FILE
 from xdino.schedules import StepSettings
+from xdino.student_teacher import Embedded
 
 
 @dataclass
@@ -200,7 +201,7 @@ def _look(
 def _hooks(learner: Learner, settings: StepSettings, found: Replay) -> list[Any]:
     """First module and first gradient that are not finite; the loss of every pair of views."""
     hooks: list[Any] = []
-    teacher: list[Tensor] = []
+    teacher: list[Embedded] = []
 
     def watch(role: str, name: str, kind: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -211,14 +212,17 @@ def _hooks(learner: Learner, settings: StepSettings, found: Replay) -> list[Any]
 
         return hook
 
-    def pairs(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def pairs(module: nn.Module, inputs: Any, output: Embedded) -> None:
+        views = Views(
+            output.bottleneck.float(),
+            teacher.pop().bottleneck.float(),
+            output.tokens,
+            settings.teacher_temp,
+            learner.student.head.last_layer,
+            learner.teacher.head.last_layer,
+        )
         with torch.no_grad(), torch.autocast(learner.device.type, enabled=False):
-            targets = learner.loss.targets(
-                learner.teacher.head.last_layer(teacher.pop().float()),
-                settings.teacher_temp,
-            )
-            logits = learner.student.head.last_layer(output.float())
-            found.pairs += _pairs(logits, targets, learner.loss.student_temp)
+            found.pairs += _pairs(learner.loss.pairs(views))
 
     def gradient(name: str) -> Any:
         def hook(p: Tensor) -> None:
@@ -239,13 +243,11 @@ def _hooks(learner: Learner, settings: StepSettings, found: Replay) -> list[Any]
     return hooks
 
 
-def _pairs(logits: Tensor, targets: Tensor, temp: float) -> Iterator[dict[str, Any]]:
-    """The cross-entropy of each teacher view with each other student view, mean over images."""
-    log_p = F.log_softmax(logits / temp, dim=-1)  # [V, B, K]
-    for g, target in enumerate(targets):
-        for v, student in enumerate(log_p):
+def _pairs(losses: Tensor) -> Iterator[dict[str, Any]]:
+    """The loss of each teacher view with each other student view, mean over images, of `[G, V]`."""
+    for g, row in enumerate(losses.tolist()):
+        for v, loss in enumerate(row):
             if v != g:
-                loss = -(target * student).sum(-1).mean().item()
                 finite = math.isfinite(loss)
                 yield {"teacher": g, "student": v, "loss": _number(loss), "finite": finite}
 

@@ -34,24 +34,28 @@ class DINOHead(nn.Module):
     """Class tokens `[B, D]` -> prototype logits `[B, K]`.
 
     Args:
+        out_dim: K; None for a head that ends at its bottleneck (`last_layer` is None then).
         norm_last_layer: keep the prototypes on the unit sphere (their gains stay at 1, untrained).
             Steadier; switching it off does better for small networks (DINO, appendix).
         use_bn: BatchNorm after every hidden linear layer.
+        unit: normalise the bottleneck.
     """
 
     def __init__(
         self,
         in_dim: int,
-        out_dim: int,
+        out_dim: int | None,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         nlayers: int = 3,
         norm_last_layer: bool = True,
         use_bn: bool = False,
+        unit: bool = True,
     ) -> None:
         super().__init__()
         if nlayers < 1:
             raise ValueError(f"nlayers must be at least 1, got {nlayers}")
+        self.unit = unit
         self.mlp: nn.Module
         if nlayers == 1:
             self.mlp = nn.Linear(in_dim, bottleneck_dim)
@@ -68,11 +72,16 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=not norm_last_layer)
+        self.last_layer: WeightNormLinear | None = None
+        if out_dim is not None:
+            gain = not norm_last_layer
+            self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=gain)
 
     def embed(self, x: Tensor) -> Tensor:
         """The normalised bottleneck `[B, bottleneck_dim]`, which the prototypes are compared with."""
-        return F.normalize(self.mlp(x), dim=-1)
+        bottleneck: Tensor = self.mlp(x)
+        return F.normalize(bottleneck, dim=-1) if self.unit else bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(self.embed(x))
+        bottleneck = self.embed(x)
+        return bottleneck if self.last_layer is None else self.last_layer(bottleneck)

@@ -1,6 +1,6 @@
 """What learns, and one step of it (DINO, arXiv 2104.14294, algorithm 1).
 
-Letters: G global views, V views, B images, K prototypes, d width of the bottleneck.
+Letters: G global views, V views, B images, d width of the bottleneck.
 """
 
 from collections.abc import Iterable, Sequence, Sized
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xdino.acceleration import Choice
-from xdino.loss import DINOLoss
+from xdino.loss import Objective, Views
 from xdino.runtime import distributed
 from xdino.schedules import StepSettings
 from xdino.stepping import Stepping, StepResult
@@ -18,12 +18,12 @@ from xdino.student_teacher import MultiCropNetwork, update_teacher
 
 
 class Learner:
-    """Student, teacher and loss with its centre; what moves them lies in `stepping`.
+    """Student, teacher and the objective with its state; what moves them lies in `stepping`.
 
     Args:
         student: trained by gradient, in training mode.
         teacher: follows the student (`student_teacher.make_teacher`).
-        loss: holds the centre.
+        loss: the objective; holds what it remembers (DINO's centre).
         optimiser: "adamw", "sgd" or "lars".
         clip: largest gradient norm of one parameter tensor; 0 for none.
         precision: "fp32", "bf16" or "fp16" (with a gradient scaler).
@@ -34,7 +34,7 @@ class Learner:
         self,
         student: MultiCropNetwork,
         teacher: MultiCropNetwork,
-        loss: DINOLoss,
+        loss: Objective,
         optimiser: str = "adamw",
         clip: float = 3.0,
         precision: str = "fp32",
@@ -53,7 +53,7 @@ class Learner:
             clip,
             precision,
             self.device,
-            kept={"the centre": self.loss.centre},
+            kept=self.loss.kept(),
         )
 
     def step(
@@ -72,10 +72,10 @@ class Learner:
                 the first group begins with the global views.
             settings: what the schedules say of this step.
             count: how many micro-batches an iterator gives; what has a length is counted.
-            diagnose: also ask the device for teacher entropy and the rest.
+            diagnose: also ask the device for the objective's numbers.
 
         Raises:
-            NonFinite: the loss, a gradient, the centre or a running statistic is not finite on some
+            NonFinite: the loss, a gradient, its statistics or a running one are not finite on some
                 process. Nothing was moved on any. On a GPU this is noticed with `diagnose`, or by
                 `check`.
         """
@@ -92,12 +92,13 @@ class Learner:
     def begin(self, settings: StepSettings, count: int = 1) -> None:
         """Begin a step of `count` micro-batches.
 
-        Optimiser, centre and teacher each move once, however many there are.
+        Optimiser, objective and teacher each move once, however many there are.
         """
         self.stepping.begin(settings.lr, settings.weight_decay)
         self._settings, self._count, self._seen = settings, count, 0
-        self._teacher_mean = torch.zeros_like(self.loss.centre[0])  # [K]
-        self._loss = self._entropy = self._teacher_mean.new_zeros(())
+        self._statistics = self.loss.blank()  # [S]
+        self._loss = self._statistics.new_zeros(())
+        self._told: dict[str, Tensor] = {}
 
     def add(self, groups: Sequence[Tensor]) -> None:
         """Forward and backward passes of one micro-batch's views."""
@@ -107,55 +108,48 @@ class Learner:
         with self.stepping.exchanging(last=self._seen == self._count):
             with self.stepping.precision():
                 with torch.no_grad():
-                    teacher = self.teacher(
-                        [groups[0][: self.global_views]], embed=True
-                    )  # [G, B, d]
-                student = self.stepping.network(groups, embed=True)  # [V, B, d]
-                found = self.loss.of_bottlenecks(
-                    student,
-                    teacher,
-                    self.student.head.last_layer,
-                    self.teacher.head.last_layer,
-                    self._settings.teacher_temp,
+                    teacher = self.teacher([groups[0][: self.global_views]], embed=True)
+                student = self.stepping.network(groups, embed=True)
+                found = self.loss.measure(
+                    Views(
+                        student.bottleneck,  # [V, B, d]
+                        teacher.bottleneck,  # [G, B, d]
+                        student.tokens,
+                        self._settings.teacher_temp,
+                        self.student.head.last_layer,
+                        self.teacher.head.last_layer,
+                    )
                 )
             self._loss = self._loss + found.loss.detach() / self._count
-            self._teacher_mean += found.teacher_mean / self._count
-            self._entropy = self._entropy + found.teacher_entropy / self._count
+            self._statistics += found.statistics / self._count
+            for name, value in found.told.items():
+                self._told[name] = self._told.get(name, 0) + value / self._count
             if self._seen == self._count:  # under way during the backward pass
-                both = torch.cat([self._teacher_mean, self._loss.view(1)])
+                both = torch.cat([self._statistics, self._loss.view(1)])
                 self._means = distributed.PendingMean(both)
             self.stepping.backward(found.loss / self._count)
 
     def finish(self, diagnose: bool = False) -> StepResult:
-        """Look at the numbers, then move centre, student and teacher. As `step`."""
+        """Look at the numbers, then move objective, student and teacher. As `step`."""
         if self._seen != self._count or not self._count:
             self._miscounted()
         settings = self._settings
-        mean, loss = self._means.wait().split([len(self._teacher_mean), 1])
-        watched = self.stepping.watch(loss, {"the teacher's mean logit of a prototype": mean})
+        statistics, loss = self._means.wait().split([len(self._statistics), 1])
+        watched = self.stepping.watch(loss, {self.loss.watched: statistics})
         broken = watched.broken  # None: all is well
-        if broken is not None:
-            mean = torch.where(broken, self.loss.centre[0], mean)
-        self.loss.move_centre(mean)
+        self.loss.update(statistics, broken)
         frozen = self.student.head.last_layer if settings.freeze_last_layer else None
         self.stepping.update(watched, still=frozen)
         update_teacher(self.teacher, self.student, settings.momentum, broken)
         if not diagnose:
             return StepResult(loss[0])
         self.stepping.ask()
-        return StepResult(loss[0], self._diagnose(loss[0].item()))
+        told = {name: distributed.mean(value).item() for name, value in self._told.items()}
+        return StepResult(loss[0], self.loss.diagnose(loss[0].item(), told))
 
     def _miscounted(self) -> None:
         self.stepping.abandon()
         raise ValueError(f"a step of {self._count} micro-batches was given {self._seen}")
-
-    def _diagnose(self, loss: float) -> dict[str, float]:
-        teacher_entropy = distributed.mean(self._entropy).item()
-        return {
-            "teacher_entropy": teacher_entropy,  # nats; ln K when the teacher says nothing
-            "kl": loss - teacher_entropy,  # nats; cross-entropy = entropy + divergence
-            "centre_norm": self.loss.centre.norm().item(),
-        }
 
     def check(self) -> None:
         """Raises NonFinite where a step or anything that is saved is not; every process must ask."""
@@ -166,7 +160,7 @@ class Learner:
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
-            "centre": self.loss.centre,
+            **self.loss.state(),
             **self.stepping.state_dict(),
         }
 
@@ -174,5 +168,5 @@ class Learner:
         """Restore what `state_dict` gave, strictly."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.loss.load_state_dict({"centre": state["centre"]})
+        self.loss.restore(state)
         self.stepping.load_state_dict(state)

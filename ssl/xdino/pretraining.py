@@ -124,6 +124,7 @@ class Pretraining:
 
     def notices(self) -> Iterator[str]:
         yield from self.plan.source.notices()
+        yield from self.learner.loss.notices()
         if self.learner.kernels.why is not None:
             yield self.learner.kernels.why
 
@@ -219,15 +220,18 @@ class Pretraining:
             "lr": settings.lr,
             "weight_decay": settings.weight_decay,
             "momentum": settings.momentum,
-            "teacher_temp": settings.teacher_temp,
+            **({"teacher_temp": settings.teacher_temp} if self.learner.loss.of_prototypes else {}),
             **sizes,
         }
 
     def warning(self, number: int, result: StepResult) -> str | None:
         return self._alarm.look(number, result.loss, result.diagnostics)
 
-    def _new_alarm(self) -> metrics.CollapseAlarm:
-        return metrics.CollapseAlarm(self.config.head.prototypes, after=self.steps_per_epoch)
+    def _new_alarm(self) -> metrics.CollapseAlarm | metrics.EmbeddingAlarm:
+        after, objective = self.steps_per_epoch, self.config.loss.objective
+        if objective != "dino":
+            return metrics.EmbeddingAlarm(objective, after)
+        return metrics.CollapseAlarm(self.config.head.prototypes, after)
 
     def take_bad_report(self) -> list[BadImage]:
         return self.loader.take_bad_report()

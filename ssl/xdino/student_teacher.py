@@ -1,16 +1,24 @@
 """Multi-crop networks and the teacher that follows the student (DINO, section 3.1, algorithm 1).
 
-Letters: V views, B images, K prototypes, D width.
+Letters: V views, B images, K prototypes, D width, d width of the bottleneck.
 """
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from xdino.backbone import Backbone
 from xdino.head import DINOHead
+
+
+class Embedded(NamedTuple):
+    """bottleneck: of the head, `[V, B, d]`. tokens: what the backbone gave to it, `[V, B, D]`."""
+
+    bottleneck: Tensor
+    tokens: Tensor
 
 
 class MultiCropNetwork(nn.Module):
@@ -28,14 +36,17 @@ class MultiCropNetwork(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, groups: Sequence[Tensor], embed: bool = False) -> Tensor:
+    def forward(self, groups: Sequence[Tensor], embed: bool = False) -> Tensor | Embedded:
         """Crops grouped by resolution, each `[V_r, B, C, h, w]` -> logits `[V, B, K]`.
 
-        `embed`: stop before the last layer, at the normalised bottleneck `[V, B, d]`.
+        `embed`: stop before the last layer, at the head's bottleneck and its class tokens.
         """
         B = groups[0].shape[1]
         features = torch.cat([self.backbone(crops.flatten(0, 1)) for crops in groups])  # [V * B, D]
-        out = self.head.embed(features) if embed else self.head(features)
+        if embed:
+            bottleneck = self.head.embed(features)
+            return Embedded(*(x.view(-1, B, x.shape[-1]) for x in (bottleneck, features)))
+        out: Tensor = self.head(features)
         return out.view(-1, B, out.shape[-1])
 
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from xdino.chunked_loss import chunked_dino_loss
 from xdino.head import WeightNormLinear
 from xdino.loss import dino_loss
+from xdino.loss.chunked import chunked_dino_loss
 
 
 def sphere(*shape, dtype=torch.float64):

@@ -122,6 +122,11 @@ def _contradictions(config: Config) -> Iterable[str]:
                 f"{key} is {duration}, longer than the run of {epochs} epochs (train.epochs): "
                 'shorten it or give a share such as "10%"'
             )
+    if config.loss.objective != "dino" and config.loss.targets != "centre":
+        yield (
+            f"loss.targets {config.loss.targets} is for loss.objective dino: {config.loss.objective} "
+            "has no prototypes. Leave loss.targets at centre"
+        )
     for key in ("global_scale", "local_scale"):
         low, high = getattr(config.crops, key)
         if low > high:

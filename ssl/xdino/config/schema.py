@@ -84,7 +84,11 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Head:
-    """The projection head. Many prototypes suit large data; hundreds to thousands, small data."""
+    """The projection head. Many prototypes suit large data; hundreds to thousands, small data.
+
+    Of objectives without prototypes it ends at the bottleneck: `prototypes` and `norm_last_layer` have
+    no part then, and `bottleneck_dim` is the width of what is compared.
+    """
 
     prototypes: Annotated[int, Field(ge=2, le=2**28)] = 65536
     """Number of outputs, K."""
@@ -102,7 +106,14 @@ class Head:
 
 @dataclass(frozen=True, config=STRICT)
 class Loss:
-    """Temperatures and centre. A teacher above 0.07 is usually unstable; warm it up from 0.04."""
+    """The objective, its temperatures and its centre. A teacher above 0.07 is usually unstable; warm
+    it up from 0.04. Keys of an objective or of targets that were not chosen are ignored."""
+
+    objective: Literal["dino", "simdino", "sigreg"] = "dino"
+    """dino; or without prototypes, temperatures and centre: simdino (a coding rate, arXiv 2502.10385) or
+    sigreg (embeddings towards a Gaussian, LeJEPA, arXiv 2511.08544)."""
+    targets: Literal["centre", "sinkhorn"] = "centre"
+    """DINO's targets: a moving centre, or sinkhorn over each batch (SwAV, arXiv 2006.09882; DINOv2)."""
 
     student_temp: Temperature = 0.1
     """Temperature of the student's softmax: its logits are divided by it."""
@@ -114,6 +125,19 @@ class Loss:
     """Epochs between the two, or a share of the run such as 10%; changes once an epoch."""
     centre_momentum: Share = 0.9
     """Share of the old centre that a step keeps. Also as center_momentum."""
+    sinkhorn_iterations: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Number of times that Sinkhorn-Knopp makes rows and columns sum to one."""
+    koleo: NotNegative = 0.0
+    """Factor of KoLeo (arXiv 1806.03198) beside any objective; DINOv2 has 0.1."""
+    coding_rate_eps: Temperature = 0.05
+    """simdino: the square of the precision, a factor, that the coding rate counts in."""
+    coding_rate_weight: NotNegative | None = None
+    """simdino: factor of the coding rate; null: the published (d + n) / (d n), with d the bottleneck's
+    width and n images a micro-batch of all processes."""
+    sigreg_weight: Share = 0.05
+    """sigreg: its share of the loss, lambda; the rest is that of the views' agreement."""
+    sigreg_slices: Annotated[int, Field(ge=1, le=2**16)] = 256
+    """sigreg: number of random directions a step."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -195,7 +219,7 @@ class Data:
 
     path: str = ""
     """A folder (flat, nested, or with train/), a text list of files, a tar file or a folder of them,
-    fashion_mnist or fashion_mnist_sample."""
+    fashion_mnist, fashion_mnist_sample or fashion_mnist_scattered."""
     max_bad_share: Share = 0.05
     """Share of images that may be unreadable: they are skipped; beyond it the run stops."""
     max_pixels: Annotated[int, Field(ge=1, le=2**40)] = MAX_PIXELS
@@ -209,7 +233,9 @@ class Optim:
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     """Which one."""
     lr: NotNegative = 5e-4
-    """Learning rate at a total batch of 256: it scales linearly with the batch."""
+    """Learning rate at a total batch of 256: it scales with the batch, as lr_scaling says."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """By total batch / 256, or by its square root, which suits Adam (arXiv 2205.10287) and DINOv2."""
     min_lr: NotNegative = 1e-6
     """Learning rate at the end of the cosine; this one does not scale."""
     warmup_epochs: Epochs = 10.0

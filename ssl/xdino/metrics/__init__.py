@@ -1,10 +1,14 @@
 """Numbers of a run as they appear: metrics.jsonl always, pages on request, a picture of the views.
 
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
-teacher_temp, global_size and local_size (of the crops, in pixels), images_per_second (over all
-processes), wait_share (of the time, for data), teacher_entropy and kl (nats), centre_norm,
-resident_mb (Linux: what this process holds now), peak_memory_mb (CUDA), and knn_* and linear_*
-(per cent) where they were evaluated.
+global_size and local_size (of the crops, in pixels), images_per_second (over all processes),
+wait_share (of the time, for data), resident_mb (Linux: what this process holds now), peak_memory_mb
+(CUDA), and knn_* and linear_* (per cent) where they were evaluated.
+
+Of the objective: teacher_temp, teacher_entropy and kl (nats; with koleo, of the rest of the loss) and
+centre_norm of DINO, the last not with Sinkhorn-Knopp; koleo (the sum over the global views, before its
+weight); cosine (of the views that are compared) and coding_rate (nats) of SimDINO; invariance and
+sigreg of SIGReg; spread and agreement of both of these (see `loss.embedding`).
 """
 
 import contextlib
@@ -187,6 +191,8 @@ class CollapseAlarm:
         """A sentence about the row of this iteration, or None."""
         if iteration <= self._after or not self._uniform:
             return None
+        if "koleo" in diagnostics:  # a part of the loss that ln K knows nothing of
+            loss = diagnostics["teacher_entropy"] + diagnostics["kl"]
         away = abs(loss - self._uniform) / self._uniform
         self._near = self._near + 1 if away < 0.01 else 0
         kind = _collapse(loss, diagnostics, self._uniform, 1.0)
@@ -199,6 +205,60 @@ class CollapseAlarm:
             return None
         self._said.add(kind)
         return _WORDS[kind].format(ln_k=self._uniform, rows=self.ROWS)
+
+
+_EMBEDDING_WORDS = {
+    "point": (
+        "every image gets nearly the same embedding (spread {spread:.2g}; 1 is what is aimed at): "
+        "lower optim.lr, take larger batches, or raise {weight}"
+    ),
+    "strangers": (
+        "two views of an image have been no more alike than views of two images (agreement "
+        "{agreement:.2g}) for {rows} logged rows: lower {weight} or optim.lr, or crop less"
+    ),
+}
+_WEIGHTS = {"simdino": "loss.coding_rate_weight", "sigreg": "loss.sigreg_weight"}
+
+
+class EmbeddingAlarm:
+    """`CollapseAlarm` of the objectives without prototypes, from their columns spread and agreement.
+
+    They stop learning when every image has one embedding, which a single row shows, or when an
+    image's views differ as much as images do, in `ROWS` rows one after the other. Said once, and again
+    only after a row outside of limits twice as wide.
+
+    Args:
+        objective: "simdino" or "sigreg".
+        after: nothing is said up to this iteration: every run begins with one embedding for all.
+    """
+
+    ROWS = 5
+    SPREAD, AGREEMENT = 0.01, 0.05
+
+    def __init__(self, objective: str, after: int = 0) -> None:
+        self._weight = _WEIGHTS[objective]
+        self._after = after
+        self._low = 0  # rows in a row without agreement
+        self._said: set[str] = set()
+
+    def look(self, iteration: int, loss: float, diagnostics: dict[str, float]) -> str | None:
+        """A sentence about the row of this iteration, or None."""
+        if iteration <= self._after:
+            return None
+        spread, agreement = diagnostics["spread"], diagnostics["agreement"]
+        self._low = self._low + 1 if agreement < self.AGREEMENT else 0
+        found = {"point"} if spread < self.SPREAD else set()
+        # Of embeddings that are all but one, agreement is a quotient of nothing by nothing.
+        found |= {"strangers"} if self._low >= self.ROWS and not found else set()
+        still = {"point"} if spread < 2 * self.SPREAD else set()
+        still |= {"strangers"} if agreement < 2 * self.AGREEMENT else set()
+        self._said &= still
+        new = next(iter(found - self._said), None)
+        if new is None:
+            return None
+        self._said.add(new)
+        seen = {"spread": spread, "agreement": agreement, "rows": self.ROWS}
+        return _EMBEDDING_WORDS[new].format(weight=self._weight, **seen)
 
 
 def save_views(

@@ -7,11 +7,18 @@ from torch import nn
 
 from xdino import acceleration, checkpoint
 from xdino.backbones import BackboneSpec, compile_backbone, statistics
-from xdino.config import Config, Head
+from xdino.config import Config, Head, Loss
 from xdino.errors import UsageError, asked
 from xdino.head import DINOHead
 from xdino.learner import Learner
-from xdino.loss import DINOLoss
+from xdino.loss import (
+    DINOLoss,
+    Objective,
+    SIGRegLoss,
+    SimDINOLoss,
+    SinkhornLoss,
+    WithKoLeo,
+)
 from xdino.plan.plan import Plan
 from xdino.runtime import distributed
 from xdino.stepping import AUTOCAST
@@ -47,15 +54,33 @@ def spec_of(config: Config, channels: int) -> BackboneSpec:
     )
 
 
-def build_head(head: Head, width: int) -> DINOHead:
+def objective_of(loss: Loss, head: Head) -> Objective:
+    """What `loss` names, for heads of `head`."""
+    objective: Objective
+    if loss.objective == "simdino":
+        width = head.bottleneck_dim
+        objective = SimDINOLoss(width, loss.coding_rate_eps, loss.coding_rate_weight)
+    elif loss.objective == "sigreg":
+        objective = SIGRegLoss(head.bottleneck_dim, loss.sigreg_weight, loss.sigreg_slices)
+    elif loss.targets == "sinkhorn":
+        objective = SinkhornLoss(loss.student_temp, loss.sinkhorn_iterations)
+    else:
+        objective = DINOLoss(head.prototypes, loss.student_temp, loss.centre_momentum)
+    return WithKoLeo(objective, loss.koleo) if loss.koleo else objective
+
+
+def build_head(head: Head, width: int, loss: Loss | None = None) -> DINOHead:
+    """`loss`: whose objective may need no prototypes; None for DINO's, which does."""
+    kind = "dino" if loss is None else loss.objective
     return DINOHead(
         width,
-        head.prototypes,
+        head.prototypes if kind == "dino" else None,
         hidden_dim=head.hidden_dim,
         bottleneck_dim=head.bottleneck_dim,
         nlayers=head.layers,
         norm_last_layer=head.norm_last_layer,
         use_bn=head.use_bn,
+        unit=kind != "sigreg",
     )
 
 
@@ -85,14 +110,13 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         checkpoint.load_into(backbone, weights, plan.spec.arch)
     if config.runtime.activation_checkpointing:
         checkpoint_activations(backbone, plan.spec.arch)
-    head = build_head(config.head, backbone.embed_dim)
+    head = build_head(config.head, backbone.embed_dim, config.loss)
     student = MultiCropNetwork(backbone, head)
     teacher = make_teacher(student, plan.spec.build())
-    loss = DINOLoss(config.head.prototypes, config.loss.student_temp, config.loss.centre_momentum)
     learner = Learner(
         student,
         teacher,
-        loss,
+        objective_of(config.loss, config.head),
         config.optim.name,
         config.optim.clip_grad,
         plan.precision,

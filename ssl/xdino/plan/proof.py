@@ -6,6 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from xdino.backbones import of_timm
+from xdino.config import Config
+from xdino.errors import UsageError
 from xdino.plan import feasibility
 from xdino.plan.networks import build_head
 from xdino.plan.plan import Plan
@@ -18,8 +20,9 @@ def prove(plan: Plan, world_size: int) -> int:
         UsageError: they do not; the message names the key and the nearest size.
     """
     config, spec = plan.config, plan.spec
+    _check_strangers(config, config.train.batch_size * world_size)
     backbone = feasibility.on_meta(lambda: spec.build(drop_path=config.model.drop_path))
-    head = feasibility.on_meta(lambda: build_head(config.head, backbone.embed_dim))
+    head = feasibility.on_meta(lambda: build_head(config.head, backbone.embed_dim, config.loss))
     student = nn.ModuleList([backbone, head])
     state = feasibility.state_bytes(student, config.optim.name)
     feasibility.check_memory(
@@ -44,6 +47,19 @@ def prove(plan: Plan, world_size: int) -> int:
     trials = _trials(plan, world_size)
     feasibility.check_sizes(backbone, spec.arch, spec.in_chans, trials, rebuilt, own, spec.build)
     return state
+
+
+def _check_strangers(config: Config, images: int) -> None:
+    """Raises UsageError where a term compares the images of a micro-batch and there is one alone."""
+    loss = config.loss
+    for key, compares in (
+        (f"loss.objective {loss.objective}", loss.objective != "dino"),
+        (f"loss.koleo {loss.koleo:g}", loss.koleo > 0),
+    ):
+        if compares and images < 2:
+            raise UsageError(
+                f"{key} compares the images of a micro-batch, and train.batch_size is 1: raise it"
+            )
 
 
 def _trials(plan: Plan, world_size: int) -> list[feasibility.Trial]:

@@ -1,5 +1,7 @@
 """The schedules of a configuration, laid out over its iterations."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -29,13 +31,16 @@ def schedules_of(config: Config, steps: int, total_batch: int) -> Schedules:
         "lower train.epochs",
     )
     shape_of_run = epochs, steps
+    scale = total_batch / 256
+    if o.lr_scaling == "sqrt":  # DINOv2's rule (arXiv 2304.07193), which counts from 1024 instead
+        scale = math.sqrt(scale)
     temperature_epochs = round(
         configuration.in_epochs(config.loss.warmup_teacher_temp_epochs, epochs)
     )
     with np.errstate(over="ignore", invalid="ignore"):
         laid_out = Schedules(
             lr=schedules.cosine(
-                o.lr * total_batch / 256,
+                o.lr * scale,
                 o.min_lr,
                 *shape_of_run,
                 warmup_epochs=configuration.in_epochs(o.warmup_epochs, epochs),

@@ -357,7 +357,7 @@ def any_of(flag: Tensor) -> Tensor:
     return x > 0
 
 
-class _MeanOverProcesses(torch.autograd.Function):
+class MeanOverProcesses(torch.autograd.Function):
     """`mean` with a gradient: every process's result depends on every process's input."""
 
     @staticmethod
@@ -387,8 +387,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         # Every process holds equally many images, so the mean of means is the mean.
-        centre: Tensor = _MeanOverProcesses.apply(x.mean(dims))
-        var: Tensor = _MeanOverProcesses.apply((x - centre.view(shape)).square().mean(dims))
+        centre: Tensor = MeanOverProcesses.apply(x.mean(dims))
+        var: Tensor = MeanOverProcesses.apply((x - centre.view(shape)).square().mean(dims))
         mean_kept, var_kept = self.running_mean, self.running_var
         if self.track_running_stats and mean_kept is not None and var_kept is not None:
             with torch.no_grad():

@@ -88,6 +88,26 @@ def chunked_dino_loss(
     return ChunkedLoss(*found)
 
 
+@torch.no_grad()
+def logits_of(z: Tensor, layer: WeightNormLinear, chunk: int | None = None) -> Tensor:
+    """The logits `[..., K]` of a normalised bottleneck `[..., d]` as the loss sees them, whole.
+
+    The product runs in autocast's precision; the rest, and what comes out, in the weights'.
+    """
+    kind = z.device.type
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    chunk = chunk or (CPU_CHUNK if kind == "cpu" else CUDA_CHUNK)
+    with torch.autocast(kind, enabled=False):
+        seen = _Layer(layer.weight_v, layer.weight_g, half)
+        rows = seen.cast(z.reshape(-1, z.shape[-1]))
+        logits = seen.v.new_empty(len(rows), len(seen.v))
+        for start in range(0, len(seen.v), chunk):
+            k = slice(start, start + chunk)
+            seen.measure(k)
+            logits[:, k] = seen.logits(rows, k)
+    return logits.view(*z.shape[:-1], -1)
+
+
 def _row_norms(weight: Tensor) -> Tensor:
     return weight.square().sum(1).sqrt_()  # torch's own along the last dimension is slower
 
