@@ -2,14 +2,21 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from xdino.errors import UsageError
 from xdino_launch.commands.options import Number, Whole
 
+if TYPE_CHECKING:
+    from xdino.runtime.stopping import StopSignal
+
+AUTO = "auto"  # instead of a recipe
+MINUTES = Number(0.1, 60 * 24 * 366)
 HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no limit
 
 
@@ -60,6 +67,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 @click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
 @click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
+@click.option("--minutes", type=MINUTES, help="With CONFIG auto: how long all of it may take.")
+@click.option("--epochs", type=Whole(1), help="With CONFIG auto: instead of minutes.")
 @click.pass_context
 def pretrain(
     ctx: click.Context,
@@ -69,16 +78,22 @@ def pretrain(
     gpus: int | None,
     processes: int | None,
     print_config: bool,
+    minutes: float | None,
+    epochs: int | None,
 ) -> None:
     """Pretrain by a recipe's name or a YAML file; continue the run that RUN holds.
+
+    CONFIG auto makes the recipe from a look at the images, at the machine and at some timed steps, for
+    --minutes or --epochs, and tells the reason of each choice: pretrain auto --data.path FOLDER
+    --minutes 30 --run RUN.
 
     --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
     xdino_launch pretrain CONFIG --run-dir DIR, or submit.
     """
+    began = time.monotonic()
     from xdino.runtime.stopping import StopSignal
 
     with StopSignal(last=ctx.obj is True) as stop:  # before the imports, which take seconds
-        from xdino import config as configuration
         from xdino.values import shown
 
         overrides = parse_overrides(ctx.args)
@@ -87,22 +102,73 @@ def pretrain(
             raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
-        resolved = configuration.load(config, overrides)
+        length = {"--minutes": minutes, "--epochs": epochs}
+        if config == AUTO:
+            show, train = _by_choices(overrides, run_dir, length, stop, began)
+        else:
+            show, train = _by_recipe(config, overrides, run_dir, length, stop)
         if print_config:
-            click.echo(configuration.to_yaml(resolved), nl=False)
+            click.echo(show(), nl=False)
             return
         with stop.abandoning("before it began"):
             from xdino_launch import processes as launcher
-            from xdino_launch.local import run_pretraining
         count = launcher.count(gpus, processes)
         if count == 1:
-            path = run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+            path = train()
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
-    code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *options])
+    lengths = {option: f"{value}" for option, value in length.items() if value is not None}
+    options = lengths | {f"--{key}": value for key, value in overrides.items()}
+    words = [word for pair in options.items() for word in pair]
+    code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *words])
     sys.exit(code)
+
+
+#: What prints the configuration, and what pretrains by it.
+Ways = tuple[Callable[[], str], Callable[[], Path]]
+
+
+def _by_recipe(
+    config: str,
+    overrides: Mapping[str, str],
+    run_dir: str,
+    length: Mapping[str, float | None],
+    stop: "StopSignal",
+) -> Ways:
+    from xdino import config as configuration
+
+    for option, value in length.items():
+        if value is not None and option == "--epochs":
+            raise UsageError(
+                f'"{option}" is not an option of pretrain: did you mean "--train.epochs"?'
+            )
+        if value is not None:
+            raise UsageError(f"{option} is for pretrain auto; {config} says its own length")
+    resolved = configuration.load(config, overrides)
+
+    def train() -> Path:
+        with stop.abandoning("before it began"):
+            from xdino_launch.local import run_pretraining
+        return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+
+    return lambda: configuration.to_yaml(resolved), train
+
+
+def _by_choices(
+    given: Mapping[str, str],
+    run_dir: str,
+    length: Mapping[str, Any],
+    stop: "StopSignal",
+    began: float,
+) -> Ways:
+    with stop.abandoning("before it began"):
+        from xdino_launch import automatic
+    wanted = automatic.Asked(length["--minutes"], length["--epochs"], given)
+    return (
+        lambda: automatic.recipe_text(wanted, run_dir, stop),
+        lambda: automatic.pretrain_auto(wanted, run_dir, sys.argv[1:], stop, began),
+    )
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

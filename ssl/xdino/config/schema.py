@@ -181,8 +181,8 @@ class Train:
     epochs: Positive = 100
     batch_size: Positive = 64  # images a process and micro-batch
     accumulate: Positive = 1  # micro-batches an optimisation step
-    # The published trainer uses fp16 with a scaler; "auto" is bf16 on CUDA, which needs none, and
-    # fp32 on the CPU.
+    # The published trainer uses fp16 with a scaler; "auto" is bf16, which needs none, on CUDA and on
+    # processors that multiply in it (AVX512-BF16, AMX), and fp32 elsewhere. A run keeps what it was.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init: str | None = None  # weights to start from; continuing a run needs none
