@@ -25,7 +25,7 @@ from xdino.config import Config
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast import fitting, ladder
-from xdino.forecast.choices import Choice, choose, configured, sizes_of
+from xdino.forecast.choices import Choice, choose, configured, settings_of, sizes_of
 from xdino.forecast.facts import Images, Machine, look_at, machine_of
 from xdino.forecast.fitting import Judging, Length
 from xdino.forecast.ladder import Rung
@@ -59,7 +59,6 @@ class Asked:
 
     def __post_init__(self) -> None:
         """Raises UsageError where it contradicts itself, or a key or value is none."""
-        configured([Choice(key, value, "") for key, value in self.given.items()])
         if self.minutes is not None and self.epochs is not None:
             raise UsageError("--minutes and --epochs exclude each other: give one")
         if self.minutes is not None and "train.epochs" in self.given:
@@ -69,6 +68,7 @@ class Asked:
                 f"--epochs is {self.epochs}, but --train.epochs is {self.given['train.epochs']}: "
                 "give one"
             )
+        settings_of(self.own)
 
     @property
     def own(self) -> dict[str, str]:
@@ -207,7 +207,7 @@ class Choosing:
         return self._settled(rung, choices, rates, found)
 
     def _look(self, path: str) -> Images:
-        settings = configured([Choice(key, value, "") for key, value in self.given.items()])
+        settings = settings_of(self.given)
         channels, largest = settings.model.in_chans, settings.data.max_pixels
         with asked(f"cannot open data.path {shown(path)}"):
             source = data.open_source(path, "train", channels, max_pixels=largest)
@@ -311,7 +311,7 @@ class Choosing:
             seconds = self.seconds
             assert seconds is not None
             return fitting.length(seconds, rates, self.judging)
-        epochs = configured([Choice(k, v, "") for k, v in self.given.items()]).train.epochs
+        epochs = settings_of(self.given).train.epochs
         budget = fitting.EVALUATIONS_SHARE * epochs * fitting.epoch_seconds(rates)
         judged = fitting.evaluations(epochs, budget, self.judging)
         return fitting.of_epochs(epochs, rates, judged)
@@ -345,9 +345,10 @@ class Choosing:
         spent = (time.monotonic() - self.began) / 60
         one = (fitting.start_seconds(rates) + fitting.epoch_seconds(rates)) / 60
         return (
-            f"one epoch of {rates.images:,} images takes about {one:.2g} minutes here, with the "
-            f"smallest network, and {self.minutes:g} were asked for: give --minutes "
-            f"{1.1 * (spent + one) + 0.1:.2g} or more, or fewer images (a text file of paths)"
+            f"one epoch of {rates.images:,} images takes about {one:.2g} minutes here with the "
+            f"smallest network, and the look at them took {spent:.1g} of the {self.minutes:g} that "
+            f"were asked for: give --minutes {1.1 * (spent + one) + 0.1:.2g} or more, or fewer images "
+            "(a text file of paths)"
         )
 
     def _settled(self, rung: Rung, timed: list[Choice], rates: Rates, found: Length) -> Recipe:

@@ -63,6 +63,24 @@ def configured(choices: Sequence[Choice]) -> Config:
     return configuration.parse(tree, "pretrain auto")
 
 
+def settings_of(given: Mapping[str, str]) -> Config:
+    """What a person has set, among choices for photographs on a CPU.
+
+    Raises:
+        UsageError: a key or a value of theirs is none, or contradicts another.
+    """
+    images = Images(count=10_000, side=256, smallest=256, largest=256)
+    machine = Machine("cpu", cores=1, cpus=1, bf16=False)
+    rung = ladder.ladder(images, machine)[0]
+    return configured(choose(images, machine, rung, 1000, 10, given))
+
+
+def _whole(given: Mapping[str, str], key: str, otherwise: int) -> int:
+    """The number that a person has set; what is none is for `configured` to say."""
+    text = given.get(key, "")
+    return max(1, int(text)) if text.strip().isdecimal() else otherwise
+
+
 Line = tuple[str, str, str]  # key, value, reason
 
 
@@ -76,7 +94,7 @@ def _all(
 ) -> Iterator[Line]:
     """Every choice, whether a person has set its key or not."""
     batch = batch_of(images, machine, rung, given)
-    total = batch * int(given.get("train.accumulate", "1")) * machine.processes
+    total = batch * _whole(given, "train.accumulate", 1) * machine.processes
     yield from _network(images, rung, given)
     prototypes = _up_to(ladder.PROTOTYPES, images.count)
     if machine.device == "cpu":
@@ -133,7 +151,7 @@ def _network(images: Images, rung: Rung, given: Mapping[str, str]) -> Iterator[L
 def patch_of(rung: Rung, given: Mapping[str, str]) -> int:
     """The patch in pixels; of a network that a person named, what its name says, else 16."""
     if "model.patch_size" in given:
-        return int(given["model.patch_size"])
+        return _whole(given, "model.patch_size", rung.patch)
     if "model.arch" not in given:
         return rung.patch
     said = re.search(r"(?:_p|patch)(\d+)", given["model.arch"])
@@ -149,7 +167,7 @@ def sizes_of(images: Images, rung: Rung, given: Mapping[str, str]) -> tuple[int,
     whole = min(rung.global_size, max(images.side, 2 * patch))
     if rung.family is SMALL:
         whole = min(max(images.side, 4 * patch), 40)
-    size = int(given.get("crops.global_size", max(2 * patch, whole // patch * patch)))
+    size = _whole(given, "crops.global_size", max(2 * patch, whole // patch * patch))
     share = rung.local_size / rung.global_size
     local = max(2 * patch, round(size * share / patch) * patch)
     return size, min(local, size)
@@ -179,8 +197,8 @@ def _crops(images: Images, rung: Rung, given: Mapping[str, str]) -> Iterator[Lin
 def batch_of(images: Images, machine: Machine, rung: Rung, given: Mapping[str, str]) -> int:
     """Images a process: the rung's, or the power of two below half of the images."""
     if "train.batch_size" in given:
-        return int(given["train.batch_size"])
-    together = machine.processes * int(given.get("train.accumulate", "1"))
+        return _whole(given, "train.batch_size", rung.batch)
+    together = machine.processes * _whole(given, "train.accumulate", 1)
     share = max(1, images.count // (2 * together))
     batch = min(rung.batch, 1 << (share.bit_length() - 1))
     if machine.device == "cpu":  # processes share its cores: they share the batch, too

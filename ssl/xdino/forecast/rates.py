@@ -23,7 +23,7 @@ from xdino.pretraining import Pretraining
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
 
-LEAST_STEPS = 4
+LEAST_STEPS, LEAST_WARM = 4, 2
 BLOCK = 5  # steps between two looks at a GPU's clock: each look lets it run dry
 
 
@@ -100,7 +100,7 @@ def time_steps(
         planned = clock()
         try:
             lap = _Laps(job, Path(nowhere), clock)
-            last = [lap.block(1) for _ in range(max(1, warm))][-1]
+            last = _warmed(lap, warm, seconds, clock)
             if seconds is not None:
                 bound = max(1, int(seconds / max(last, 1e-9)) // _block(config))
                 least = -(-LEAST_STEPS // _block(config))
@@ -133,6 +133,17 @@ def _planned(config: Config, iterations: int) -> Pretraining:
         train = dataclasses.replace(config.train, epochs=epochs)
         job.make_plan(dataclasses.replace(config, train=train))
     return job
+
+
+def _warmed(lap: "_Laps", warm: int, seconds: float | None, clock: Callable[[], float]) -> float:
+    """Seconds of the last of the steps before the timed ones; fewer steps where they take long."""
+    began, last = clock(), lap.block(1)
+    for done in range(1, warm):
+        late = seconds is not None and done >= LEAST_WARM and clock() - began > seconds
+        if distributed.any_true(late):
+            break
+        last = lap.block(1)
+    return last
 
 
 class _Laps:
