@@ -11,7 +11,7 @@ import yaml
 
 from xdino import config
 from xdino.forecast.rates import Rates
-from xdino_launch import automatic
+from xdino_launch.automatic import choosing, starting
 
 TINY = ("--train.batch_size", 6, "--model.depth", 1, "--head.prototypes", 32,
         "--head.hidden_dim", 32, "--runtime.device", "cpu")  # fmt: skip
@@ -25,7 +25,7 @@ def folder(tmp_path_factory, write_pictures):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(automatic, "PILOT_STEPS", 4)
+    monkeypatch.setattr(choosing, "PILOT_STEPS", 4)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def said(monkeypatch):
             found = Rates(0.1, settings.train.batch_size, 0, "fp32", "cpu", 1, 2, 14, 4)
             return dataclasses.replace(found, **rates)
 
-        monkeypatch.setattr(automatic, "time_steps", timed)
+        monkeypatch.setattr(choosing, "time_steps", timed)
         return asked
 
     return say
@@ -94,7 +94,7 @@ def test_a_run_that_is_continued_goes_on_with_what_was_chosen(
     asked, run = said(seconds_per_step=0.5), tmp_path / "run"
     command = ("pretrain", "auto", "--data.path", folder, "--run", run, *TINY)
     monkeypatch.setattr(
-        automatic, "run_pretraining", lambda *a, **k: pytest.skip("never")
+        starting, "run_pretraining", lambda *a, **k: pytest.skip("never")
     )  # stands for a kill before the first step
     with pytest.raises(pytest.skip.Exception):
         xdino(*command, "--minutes", 2)
@@ -119,7 +119,7 @@ def test_a_run_that_is_continued_goes_on_with_what_was_chosen(
 
 def said_other(monkeypatch):
     asked = []
-    monkeypatch.setattr(automatic, "time_steps", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(choosing, "time_steps", lambda *a, **k: asked.append(a))
     return asked
 
 
@@ -186,7 +186,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(xdino, folder, tmp_path, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Rates(1.0, 2, 0, "bf16", "cuda:0", 1, 7, 14, 4)
 
-    monkeypatch.setattr(automatic, "time_steps", timed)
+    monkeypatch.setattr(choosing, "time_steps", timed)
     code, out, err = xdino(
         "pretrain", "auto", "--data.path", folder, "--epochs", 3, "--run", tmp_path / "r",
         "--print-config",

@@ -1,23 +1,13 @@
-"""`xdino pretrain auto`: look, time a few steps, choose, say why, and pretrain by what was chosen.
+"""Choosing a recipe: look, time, choose, time again where whole epochs would miss the minutes."""
 
-What was chosen stays in RUN/auto.json, and in RUN/config.yaml as an ordinary recipe. A run that is
-continued goes on with it: nothing is looked at or timed again, for the machine may be in another mood.
-"""
-
-import contextlib
 import dataclasses
-import json
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.table import Table
 
 from xdino import config as configuration
 from xdino import data
@@ -31,127 +21,17 @@ from xdino.forecast.fitting import Judging, Length
 from xdino.forecast.ladder import Rung
 from xdino.forecast.rates import Rates, time_steps
 from xdino.plan.networks import spec_of
-from xdino.run_directory import CONFIG_FILE, RunDirectory
 from xdino.runtime import distributed
-from xdino.runtime.atomic import write_text
 from xdino.runtime.device import resolve_device
-from xdino.runtime.lock import Lock
-from xdino.runtime.stopping import StopSignal
 from xdino.values import shown
-from xdino_launch.console import stderr_console
-from xdino_launch.local import evaluator_of, run_pretraining
+from xdino_launch.automatic.record import Asked, Recipe
+from xdino_launch.local import evaluator_of
 
-RECORD_FILE = "auto.json"
 PILOT_SHARE, PILOT_SECONDS = 0.06, (4.0, 60.0)  # of the time, for steps that are timed; bounds
 PILOT_STEPS = 60
 WITHOUT_LIMIT = 15.0  # seconds of a pilot where epochs were asked for
 JUDGED = (32, 96, 352)  # images of a split: to warm up, and twice to time
 END_SECONDS = 1.0  # after the last step
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a person wants: minutes or epochs, and keys that are set already."""
-
-    minutes: float | None
-    epochs: int | None
-    given: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        """Raises UsageError where it contradicts itself, or a key or value is none."""
-        if self.minutes is not None and self.epochs is not None:
-            raise UsageError("--minutes and --epochs exclude each other: give one")
-        if self.minutes is not None and "train.epochs" in self.given:
-            raise UsageError("--minutes and --train.epochs exclude each other: give one")
-        if str(self.epochs) != self.given.get("train.epochs", str(self.epochs)):
-            raise UsageError(
-                f"--epochs is {self.epochs}, but --train.epochs is {self.given['train.epochs']}: "
-                "give one"
-            )
-        settings_of(self.own)
-
-    @property
-    def own(self) -> dict[str, str]:
-        """The keys, the epochs among them."""
-        epochs = {} if self.epochs is None else {"train.epochs": f"{self.epochs}"}
-        return {**self.given, **epochs}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What was chosen. seconds: that the run is going to take, as far as it was timed."""
-
-    choices: list[Choice]
-    seconds: float
-    facts: dict[str, Any]
-
-    @property
-    def config(self) -> Config:
-        return configured(self.choices)
-
-
-def pretrain_auto(
-    wanted: Asked,
-    run_dir: str | Path,
-    command: list[str],
-    stop: StopSignal,
-    began: float | None = None,
-) -> Path:
-    """Choose and pretrain, or continue the run that was chosen before.
-
-    Args:
-        began: `time.monotonic()` when the minutes began; by default now.
-
-    Returns:
-        The path of the pretrained backbone.
-
-    Raises:
-        UsageError, RunFailed, Stopped: as `pretrain`; no choice of a person's can be done, or not
-            one epoch fits into the minutes.
-    """
-    began = time.monotonic() if began is None else began
-    run = Path(run_dir)
-    with contextlib.ExitStack() as stack:
-        recipe, fresh = _agreed(wanted, run, stop, began, stack)
-        config = recipe.config
-        if fresh:
-            distributed.from_first(lambda: _write(run, wanted, recipe))
-        path = run_pretraining(config, run, command=command, stop=stop)
-        if fresh and distributed.rank() == 0:
-            _tell_end(run, wanted, (time.monotonic() - began) / 60)
-    return path
-
-
-def recipe_text(wanted: Asked, run_dir: str | Path, stop: StopSignal) -> str:
-    """The recipe with its reasons, as YAML. Nothing is written."""
-    with contextlib.ExitStack() as stack:
-        recipe, _ = _agreed(wanted, Path(run_dir), stop, time.monotonic(), stack)
-    return with_reasons(recipe)
-
-
-def _agreed(
-    wanted: Asked, run: Path, stop: StopSignal, began: float, stack: contextlib.ExitStack
-) -> tuple[Recipe, bool]:
-    """The recipe that all processes go by, and whether it is new."""
-    device = resolve_device(wanted.given.get("runtime.device", "auto"))
-    with stop.abandoning("while its processes met"):
-        if distributed.start(device):
-            stack.callback(distributed.stop)
-    note = stderr_console().print if distributed.rank() == 0 else lambda *parts, **how: None
-    with stop.abandoning("while its recipe was chosen"), distributed.heard():
-        before = distributed.from_first(lambda: _recorded(run, wanted))
-        if before is not None:
-            note(f"{run}: by what was chosen at its start ({RECORD_FILE})", soft_wrap=True)
-            return before, False
-        if wanted.minutes is None and "train.epochs" not in wanted.own:
-            raise UsageError("say how long: --minutes 30, or --epochs N")
-        recipe = Choosing(wanted, run, device, began, note).recipe()
-    if distributed.rank() == 0:
-        stderr_console().print(table(recipe.choices))
-    return recipe, True
-
-
-# Choosing
 
 
 class Choosing:
@@ -338,7 +218,7 @@ class Choosing:
         assert seconds is not None
         with_more = fitting.length(seconds, timed, self.judging)
         if with_more is None or (found is not None and with_more.seconds <= found.seconds):
-            return choices, rates, self._length(rates)
+            return choices, rates, self._length(rates) or found
         return more, timed, with_more
 
     def _too_few(self, rates: Rates) -> str:
@@ -372,106 +252,3 @@ class Choosing:
             "rates": dataclasses.asdict(rates),
         }
         return Recipe(choices, found.seconds, facts)
-
-
-# What is kept of it
-
-
-def _recorded(run: Path, wanted: Asked) -> Recipe | None:
-    """What was chosen when the run in the folder began, with what may be changed; None for a new one.
-
-    Raises:
-        UsageError: the folder holds something else, or a run for other minutes or epochs.
-    """
-    with asked(f"--run {run}"):
-        file, begun = run / RECORD_FILE, (run / CONFIG_FILE).exists()
-        if not file.is_file():
-            if begun:
-                raise UsageError(
-                    f"{run} holds a run that auto did not choose: continue it by xdino pretrain "
-                    f"{run / CONFIG_FILE} --run {run}, or choose another folder"
-                )
-            RunDirectory(run).resolve(Config())
-            return None
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            choices = [Choice(**choice) for choice in record["choices"]]
-            minutes, epochs = record["minutes"], record["epochs"]
-            seconds = float(record["seconds"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UsageError(
-                f"{file} is damaged: continue the run by xdino pretrain {run / CONFIG_FILE} --run "
-                f"{run}, or choose another folder"
-            ) from None
-    for what, then, now in (
-        ("minutes", minutes, wanted.minutes),
-        ("epochs", epochs, wanted.epochs),
-    ):
-        if now is not None and now != then:
-            length = f"{minutes:g} minutes" if minutes is not None else f"{epochs} epochs"
-            raise UsageError(
-                f"{run} was begun for {length}, and its schedules end with them: leave --{what} "
-                "out to continue it, or choose another folder"
-            )
-    kept = {choice.key: choice for choice in choices}
-    kept |= {key: Choice(key, value, "given") for key, value in wanted.given.items()}
-    recipe = Recipe(list(kept.values()), seconds, {})
-    if not begun:  # it was stopped before its first step
-        write_text(run / CONFIG_FILE, configuration.to_yaml(configured(choices)))
-    return recipe
-
-
-def _write(run: Path, wanted: Asked, recipe: Recipe) -> None:
-    """The choices, then the recipe: the folder of a run from here on."""
-    with asked(f"--run {run}"):
-        run.mkdir(parents=True, exist_ok=True)
-    with Lock(run):
-        RunDirectory(run).resolve(recipe.config)  # another process may have begun one meanwhile
-        record = {
-            "minutes": wanted.minutes,
-            "epochs": wanted.epochs,
-            "given": dict(wanted.given),
-            "seconds": round(recipe.seconds, 1),
-            "choices": [dataclasses.asdict(choice) for choice in recipe.choices],
-            **recipe.facts,
-        }
-        write_text(run / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-        write_text(run / CONFIG_FILE, configuration.to_yaml(recipe.config))
-
-
-def _tell_end(run: Path, wanted: Asked, minutes: float) -> None:
-    told = f"took {minutes:.1f} minutes"
-    if wanted.minutes is not None:
-        told += f" of the {wanted.minutes:g} asked for ({100 * minutes / wanted.minutes:.0f} %)"
-    stderr_console().print(told)
-    file = run / RECORD_FILE
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        write_text(file, json.dumps(record | {"minutes_taken": round(minutes, 2)}, indent=2) + "\n")
-
-
-# What is told of it
-
-
-def table(choices: list[Choice]) -> Table:
-    """One line a choice."""
-    out = Table(box=None, pad_edge=False, header_style="bold")
-    out.add_column("key", no_wrap=True)
-    out.add_column("value", overflow="fold", max_width=22)
-    out.add_column("reason", overflow="fold")
-    for choice in choices:
-        out.add_row(choice.key, choice.value, choice.reason)
-    return out
-
-
-def with_reasons(recipe: Recipe) -> str:
-    """The whole configuration as YAML, a reason behind every key that was chosen."""
-    reasons = {choice.key: choice.reason for choice in recipe.choices}
-    lines, section = [], ""
-    for line in configuration.to_yaml(recipe.config).splitlines():
-        if match := re.match(r"(\w+):$", line):
-            section = match[1]
-        elif (match := re.match(r"  (\w+):", line)) and f"{section}.{match[1]}" in reasons:
-            line += f"  # {reasons[f'{section}.{match[1]}']}"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
