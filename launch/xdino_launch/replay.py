@@ -23,7 +23,8 @@ from xdino.learner import Learner
 from xdino.loss import Views
 from xdino.plan import Plan, build_learner, make_plan
 from xdino.pretraining import loader_of, to_device
-from xdino.run_directory import CONFIG_FILE, INITIAL_FILE
+from xdino.run_directory import CONFIG_FILE, INITIAL_FILE, RunDirectory
+from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.schedules import StepSettings
 from xdino.student_teacher import Embedded
 
@@ -72,7 +73,12 @@ def replay(run: Path, iteration: int | None = None, device: str | None = None) -
         iteration = int(events[-1]["iteration"])
     event = next((e for e in reversed(events) if e["iteration"] == iteration), None)
     state = _state_before(run, iteration)
-    plan = make_plan(_configuration(run, device), _processes(event, state))
+    config = _configuration(run, device)
+    before = RunDirectory(run).last_start().get("precision")
+    precision = resolve_precision(
+        config.train.precision, resolve_device(config.runtime.device), before
+    )
+    plan = make_plan(config, _processes(event, state), precision)
     if not 1 <= iteration <= plan.iterations:
         raise UsageError(f"--iteration goes from 1 to {plan.iterations:,}, got {iteration:,}")
     learner = build_learner(plan)

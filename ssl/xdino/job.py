@@ -7,7 +7,7 @@ for numbers that are not finite, metrics and evaluations.
 Steps carry their number, counted from 1; `iteration` counts completed steps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class Job(Protocol):
     device: torch.device  # from `make_plan` on, as the next two
     iterations: int
     steps_per_epoch: int
+    begun: Mapping[
+        str, Any
+    ]  # what environment.json tells of the last start, set before `make_plan`
 
     # --- before anything is written, in this order ---
 

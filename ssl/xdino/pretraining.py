@@ -9,7 +9,7 @@ place to remember but the networks.
 
 import dataclasses
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from xdino.job import Evaluator, Listener
 from xdino.learner import Learner
 from xdino.plan import Plan, build_learner, check_disk, make_plan
 from xdino.runtime import distributed, transfer
+from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.runtime.stopping import StopSignal
 from xdino.schedules import StepSettings
 from xdino.stepping import StepResult
@@ -95,16 +96,30 @@ class Pretraining:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.begun: Mapping[str, Any] = {}
         self._batches: Generator[CropBatch, None, None] | None = None
 
     # --- before anything is written ---
 
     def make_plan(self, config: Config) -> None:
         self.config = config
-        self.plan = distributed.together(lambda: make_plan(config, distributed.world_size()))
+        precision = self._precision(config)
+        self.plan = distributed.together(
+            lambda: make_plan(config, distributed.world_size(), precision)
+        )
         self.fingerprint = fingerprint(self.plan.source)
         self.iterations, self.steps_per_epoch = self.plan.iterations, self.plan.steps_per_epoch
         self.device = self.plan.device
+
+    def _precision(self, config: Config) -> str:
+        """The same on all processes: "auto" is bf16 where every one of them multiplies in it."""
+        before = self.begun.get("precision")
+        found = distributed.together(
+            lambda: resolve_precision(
+                config.train.precision, resolve_device(config.runtime.device), before
+            )
+        )
+        return "fp32" if "fp32" in distributed.gather(found) else found
 
     def same_everywhere(self) -> dict[str, Any]:
         return {

@@ -38,10 +38,14 @@ from xdino.runtime.atomic import remove_left, write_text, written_beside
 from xdino.runtime.lock import LOCK_FILE, Lock
 
 CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 UNREADABLE_FILE = "unreadable.jsonl"
 PREVIOUS = "previous.pt"
 INITIAL_FILE = Path("checkpoints") / "initial.safetensors"
+
+# What reading a damaged file of JSON raises.
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def commit() -> str:
@@ -253,14 +257,20 @@ class RunDirectory:
             remove_left(self.path)
         write_text(self.path / CONFIG_FILE, configuration.to_yaml(config))
 
+    def last_start(self) -> dict[str, Any]:
+        """The last start in environment.json; nothing where there is none, or the file is damaged."""
+        with contextlib.suppress(*_DAMAGES, IndexError):
+            return dict(_starts(self.path / ENVIRONMENT_FILE)[-1])
+        return {}
+
     def record_start(self, facts: dict[str, Any]) -> str | None:
         """Add one start to environment.json; a notice where that was damaged and is put aside."""
-        path = self.path / "environment.json"
+        path = self.path / ENVIRONMENT_FILE
         starts, notice = [], None
         if path.exists():
             try:
-                starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                starts = _starts(path)
+            except _DAMAGES:
                 aside = path.with_suffix(".damaged")
                 notice = f"{path} was damaged: it lies in {aside.name} now"
                 with world(f"put {path} aside"):
@@ -305,6 +315,10 @@ class RunDirectory:
         named = "; ".join(f"{image.where} ({image.why})" for image in bad[:20])
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
         return f"skipped {len(bad)} unreadable images (all are in {UNREADABLE_FILE}): {named}{more}"
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

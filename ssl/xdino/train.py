@@ -83,7 +83,9 @@ def run(
 def _prepared(job: Job, place: RunDirectory, evaluator: Evaluator | None) -> bool:
     """Plan and build; False where the folder holds the finished run."""
     distributed.agree({"the configuration": configuration.to_yaml(job.config)})
-    job.make_plan(distributed.from_first(lambda: place.resolve(job.config)))
+    config = distributed.from_first(lambda: place.resolve(job.config))
+    job.begun = distributed.from_first(place.last_start)
+    job.make_plan(config)
     distributed.agree(job.same_everywhere())
     if distributed.from_first(lambda: _is_finished(place, job, evaluator)):
         return False

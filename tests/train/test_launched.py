@@ -12,7 +12,7 @@ def launch(run, images, world_size, batch_size):
     small = {
         "data.path": images, "train.epochs": 2, "train.batch_size": batch_size, "evaluate.every": 0,
         "runtime.log_every": 1, "model.drop_path": 0, "crops.mean": "null", "crops.std": "null",
-        "runtime.workers": 1,
+        "runtime.workers": 1, "train.precision": "fp32",
     }  # fmt: skip
     options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     command = [

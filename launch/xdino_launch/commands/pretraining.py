@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +14,11 @@ from xdino.errors import UsageError, asked
 from xdino_launch.commands.options import Number, Whole
 from xdino_launch.commands.overrides import KEYED, Keyed, complete_recipe, parse_overrides
 
+if TYPE_CHECKING:
+    from xdino.runtime.stopping import StopSignal
+
+AUTO = "auto"  # instead of a recipe
+MINUTES = Number(0.1, 60 * 24 * 366)
 HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no limit
 
 
@@ -32,6 +39,8 @@ HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no li
     is_flag=True,
     help="Print the resolved configuration, each key with what it means, and stop.",
 )
+@click.option("--minutes", type=MINUTES, help="With CONFIG auto: how long all of it may take.")
+@click.option("--epochs", type=Whole(1), help="With CONFIG auto: instead of minutes.")
 @click.pass_context
 def pretrain(
     ctx: click.Context,
@@ -41,19 +50,24 @@ def pretrain(
     gpus: int | None,
     processes: int | None,
     print_config: bool,
+    minutes: float | None,
+    epochs: int | None,
 ) -> None:
     """Pretrain by a recipe's name or a YAML file; continue the run that --run holds.
 
     Of a run that was begun, `pretrain --run RUN` is enough. `xdino recipes` lists the recipes.
+
+    CONFIG auto makes the recipe from a look at the images, at the machine and at some timed steps, for
+    --minutes or --epochs, and tells the reason of each choice: pretrain auto --data.path FOLDER
+    --minutes 30 --run RUN.
+
     --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
     xdino_launch pretrain CONFIG --run-dir DIR, or submit.
     """
+    began = time.monotonic()
     from xdino.runtime.stopping import StopSignal
 
     with StopSignal(last=ctx.obj is True) as stop:  # before the imports, which take seconds
-        from xdino import config as configuration
-        from xdino.values import shown
-
         if config is not None and config.startswith("--"):  # a key: there is no recipe
             ctx.args.insert(0, config)
             config = None
@@ -64,30 +78,40 @@ def pretrain(
             config = _begun(run_dir)
             if gpus is None and processes is None:
                 gpus, processes = _begun_by(Path(str(run_dir)))
-        if init is not None and overrides.setdefault("train.init", init) != init:
-            given = shown(overrides["train.init"])
-            raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
+        _start_from(init, overrides)
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
-        resolved = configuration.load(config, overrides)
+        length = {"--minutes": minutes, "--epochs": epochs}
+        if config == AUTO:
+            show, train = _by_choices(overrides, run_dir, length, stop, began)
+        else:
+            show, train = _by_recipe(config, overrides, run_dir, length, stop)
         if print_config:
-            remarks = configuration.comments(config)
-            kept = {key: remark for key, remark in remarks.items() if key not in overrides}
-            click.echo(configuration.commented(resolved, kept), nl=False)
+            click.echo(show(), nl=False)
             return
         assert run_dir is not None
         with stop.abandoning("before it began"):
             from xdino_launch import processes as launcher
-            from xdino_launch.local import run_pretraining
         count = launcher.count(gpus, processes)
         if count == 1:
-            path = run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+            path = train()
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
-    code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *options])
+    lengths = {option: f"{value}" for option, value in length.items() if value is not None}
+    options = lengths | {f"--{key}": value for key, value in overrides.items()}
+    words = [word for pair in options.items() for word in pair]
+    code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *words])
     sys.exit(code)
+
+
+def _start_from(init: str | None, overrides: dict[str, str]) -> None:
+    """--init is the key of that name."""
+    from xdino.values import shown
+
+    if init is not None and overrides.setdefault("train.init", init) != init:
+        given = shown(overrides["train.init"])
+        raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
 
 
 def _begun(run_dir: str | None) -> str:
@@ -126,6 +150,60 @@ def _begun_by(run: Path) -> tuple[int | None, int | None]:
         return None, None
     on_cpu = config.load(str(run / "config.yaml")).runtime.device == "cpu"
     return (None, count) if on_cpu else (count, None)
+
+
+#: What prints the configuration, and what pretrains by it.
+Ways = tuple[Callable[[], str], Callable[[], Path]]
+
+
+def _by_recipe(
+    config: str,
+    overrides: Mapping[str, str],
+    run_dir: str | None,
+    length: Mapping[str, float | None],
+    stop: "StopSignal",
+) -> Ways:
+    from xdino import config as configuration
+
+    for option, value in length.items():
+        if value is not None and option == "--epochs":
+            raise UsageError(
+                f'"{option}" is not an option of pretrain: did you mean "--train.epochs"?'
+            )
+        if value is not None:
+            raise UsageError(f"{option} is for pretrain auto; {config} says its own length")
+    resolved = configuration.load(config, overrides)
+
+    def show() -> str:
+        remarks = configuration.comments(config)
+        kept = {key: remark for key, remark in remarks.items() if key not in overrides}
+        return configuration.commented(resolved, kept)
+
+    def train() -> Path:
+        assert run_dir is not None
+        with stop.abandoning("before it began"):
+            from xdino_launch.local import run_pretraining
+        return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+
+    return show, train
+
+
+def _by_choices(
+    given: Mapping[str, str],
+    run_dir: str | None,
+    length: Mapping[str, Any],
+    stop: "StopSignal",
+    began: float,
+) -> Ways:
+    with stop.abandoning("before it began"):
+        from xdino_launch import automatic
+    wanted = automatic.Asked(length["--minutes"], length["--epochs"], given)
+
+    def train() -> Path:
+        assert run_dir is not None
+        return automatic.pretrain_auto(wanted, run_dir, sys.argv[1:], stop, began)
+
+    return lambda: automatic.recipe_text(wanted, run_dir, stop), train
 
 
 @click.command(cls=Keyed, context_settings=KEYED)

@@ -10,12 +10,15 @@ from xdino.plan.networks import spec_of
 from xdino.plan.plan import Plan
 from xdino.plan.proof import prove
 from xdino.plan.schedules import schedules_of
-from xdino.runtime.device import resolve_device
+from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.values import shown
 
 
-def make_plan(config: Config, world_size: int = 1) -> Plan:
+def make_plan(config: Config, world_size: int = 1, precision: str | None = None) -> Plan:
     """Open the data, work everything out, and prove that the run can start; nothing is written.
+
+    Args:
+        precision: what "auto" was found to be by all processes, or by the run that is continued.
 
     Raises:
         UsageError: whatever cannot be done as configured.
@@ -23,9 +26,7 @@ def make_plan(config: Config, world_size: int = 1) -> Plan:
     if not config.data.path:
         raise UsageError("data.path is not set: name the images with --data.path FOLDER")
     device = resolve_device(config.runtime.device)
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+    precision = precision or resolve_precision(config.train.precision, device)
     with asked(f"cannot open data.path {shown(config.data.path)}"):
         source = data.open_source(
             config.data.path,

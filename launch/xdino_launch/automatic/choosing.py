@@ -1,0 +1,256 @@
+"""Choosing a recipe: look, time, choose, time again where whole epochs would miss the minutes."""
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from xdino import config as configuration
+from xdino import data
+from xdino.config import Config
+from xdino.data.sources import Source
+from xdino.errors import UsageError, asked
+from xdino.forecast import fitting, ladder
+from xdino.forecast.choices import Choice, choose, configured, settings_of, sizes_of
+from xdino.forecast.facts import Images, Machine, look_at, machine_of
+from xdino.forecast.fitting import Judging, Length
+from xdino.forecast.ladder import Rung
+from xdino.forecast.rates import Rates, time_steps
+from xdino.plan.networks import spec_of
+from xdino.runtime import distributed
+from xdino.runtime.device import resolve_device
+from xdino.values import shown
+from xdino_launch.automatic.record import Asked, Recipe
+from xdino_launch.local import evaluator_of
+
+PILOT_SHARE, PILOT_SECONDS = 0.06, (4.0, 60.0)  # of the time, for steps that are timed; bounds
+PILOT_STEPS = 60
+WITHOUT_LIMIT = 15.0  # seconds of a pilot where epochs were asked for
+JUDGED = (32, 96, 352)  # images of a split: to warm up, and twice to time
+END_SECONDS = 1.0  # after the last step
+
+
+class Choosing:
+    """One choice under way. All processes do the same, and hear of the first what it saw."""
+
+    def __init__(
+        self,
+        wanted: Asked,
+        run: Path | None,
+        device: torch.device,
+        began: float,
+        note: Callable[..., None],
+    ) -> None:
+        self.wanted, self.run, self.began, self.note = wanted, run, began, note
+        self.given = wanted.own
+        self.minutes = wanted.minutes
+        path = self.given.get("data.path")
+        if not path:
+            raise UsageError("data.path is not set: name the images with --data.path FOLDER")
+        self.images: Images = distributed.from_first(lambda: self._look(path))
+        self.machine: Machine = distributed.from_first(
+            lambda: machine_of(device, distributed.world_size())
+        )
+        self.rungs = ladder.ladder(self.images, self.machine)
+        self.judging: Judging | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """What is left of the minutes; None where there is no limit."""
+        if self.minutes is None:
+            return None
+        left = 60 * self.minutes - (time.monotonic() - self.began) - END_SECONDS
+        return distributed.from_first(lambda: left)
+
+    def recipe(self) -> Recipe:
+        """
+        Raises:
+            UsageError: not one epoch fits, or what a person has set cannot be done.
+        """
+        place = ladder.first_rung(self.rungs, self.machine, self.images, self.seconds)
+        while True:
+            rung = self.rungs[place]
+            choices, rates = self._timed(rung, None)
+            self._judge(choices)
+            found = self._length(rates)
+            smaller = place + 1 < len(self.rungs) and self._too_slow(rung, rates, found)
+            if not smaller:
+                break
+            place += 1
+        choices, rates, found = self._filled(rung, choices, rates, found)
+        if found is None:
+            raise UsageError(self._too_few(rates))
+        return self._settled(rung, choices, rates, found)
+
+    def _look(self, path: str) -> Images:
+        settings = settings_of(self.given)
+        channels, largest = settings.model.in_chans, settings.data.max_pixels
+        with asked(f"cannot open data.path {shown(path)}"):
+            source = data.open_source(path, "train", channels, max_pixels=largest)
+        found = look_at(source, self._splits(settings) is not None)
+        sides = "{}" if found.smallest == found.largest else "{} to {}"
+        sides = sides.format(found.smallest, found.largest)
+        self.note(
+            f"{found.count:,} images of {source.name}, {sides} pixels (the shorter side of "
+            f"{found.sampled}), {'grey' if found.grey else 'colour'}, "
+            f"{'labelled' if found.labelled else 'without labels to judge by'}",
+            soft_wrap=True,
+        )
+        return found
+
+    @staticmethod
+    def _splits(settings: Config) -> tuple[Source, Source] | None:
+        path = settings.evaluate.data or settings.data.path
+        try:
+            return data.open_splits(path, settings.model.in_chans, settings.data.max_pixels)
+        except UsageError:
+            if settings.evaluate.data:
+                raise
+            return None
+
+    def _choices(self, rung: Rung, updates: int, epochs: int, local: int | None) -> list[Choice]:
+        found = choose(self.images, self.machine, rung, updates, epochs, self.given)
+        return found if local is None else fitting.with_local_crops(found, local)
+
+    def _timed(self, rung: Rung, local: int | None) -> tuple[list[Choice], Rates]:
+        """Steps of a rung; with half of the batch where the memory does not suffice."""
+        while True:
+            choices = self._choices(rung, rung.updates, fitting.MOST_POINTS, local)
+            config = configured(choices)
+            limit = WITHOUT_LIMIT
+            if self.minutes is not None:
+                least, most = PILOT_SECONDS
+                limit = min(max(PILOT_SHARE * 60 * self.minutes, least), most)
+            rates, failed = None, False
+            try:
+                rates = time_steps(config, PILOT_STEPS, seconds=limit, folder=self._folder())
+            except torch.OutOfMemoryError:
+                failed = True
+            if not distributed.any_true(failed):
+                assert rates is not None
+                break
+            if rung.batch == 1 or "train.batch_size" in self.given:
+                raise UsageError(
+                    f"the memory does not suffice for a batch of {config.train.batch_size}"
+                )
+            rung = dataclasses.replace(rung, batch=config.train.batch_size // 2)
+        self.note(
+            f"{config.model.arch}, {rates.images_per_step} images a step: "
+            f"{rates.seconds_per_step:.3g} s ({rates.steps} steps in {rates.precision} on "
+            f"{rates.device}; {100 * rates.wait_share:.0f} % of it waiting for images)",
+            soft_wrap=True,
+        )
+        return choices, rates
+
+    def _folder(self) -> Path | None:
+        """Where the run's disk can be tried."""
+        if self.run is None:
+            return None
+        place = self.run.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        return place if place.is_dir() and os.access(place, os.W_OK) else None
+
+    def _judge(self, choices: list[Choice]) -> None:
+        """Time an evaluation of a network like that; it is not repeated for the next."""
+        if not self.images.labelled or self.judging is not None:
+            return
+        config = configured(choices)
+        self.judging = distributed.from_first(lambda: self._judged(config))
+
+    def _judged(self, config: Config) -> Judging | None:
+        splits = self._splits(config)
+        assert splits is not None
+        every = dataclasses.replace(config.evaluate, every=1)
+        channels = splits[0].channels
+        with torch.random.fork_rng():
+            backbone = spec_of(config, channels).build()
+            backbone.to(resolve_device(config.runtime.device))
+        taken = []
+        for limit in JUDGED:
+            limited = dataclasses.replace(every, limit=limit)
+            evaluator = evaluator_of(dataclasses.replace(config, evaluate=limited), splits)
+            assert evaluator is not None
+            began = time.monotonic()
+            try:
+                with warnings.catch_warnings(action="ignore"):  # of so few images
+                    evaluator(backbone)
+            except (OSError, RuntimeError, ValueError) as error:
+                self.note(f"scores along the way are left out: {error}", soft_wrap=True)
+                return None
+            taken.append(time.monotonic() - began)
+        few, many = (sum(min(limit, len(split)) for split in splits) for limit in JUDGED[1:])
+        an_image = max(0.0, taken[2] - taken[1]) / (many - few) if many > few else 0.0
+        fixed = max(0.0, taken[1] - few * an_image)
+        return Judging(fixed, an_image, len(splits[0]), len(splits[1]))
+
+    def _length(self, rates: Rates) -> Length | None:
+        if self.minutes is not None:
+            seconds = self.seconds
+            assert seconds is not None
+            return fitting.length(seconds, rates, self.judging)
+        epochs = settings_of(self.given).train.epochs
+        budget = fitting.EVALUATIONS_SHARE * epochs * fitting.epoch_seconds(rates)
+        judged = fitting.evaluations(epochs, budget, self.judging)
+        return fitting.of_epochs(epochs, rates, judged)
+
+    def _too_slow(self, rung: Rung, rates: Rates, found: Length | None) -> bool:
+        """Whether a smaller network would make more of the time. None where a person chose it."""
+        if "model.arch" in self.given or self.minutes is None:
+            return False
+        return found is None or 2 * found.epochs * rates.steps_per_epoch < rung.updates
+
+    def _filled(
+        self, rung: Rung, choices: list[Choice], rates: Rates, found: Length | None
+    ) -> tuple[list[Choice], Rates, Length | None]:
+        """With other local crops where whole epochs would leave much of the time."""
+        seconds = self.seconds
+        if seconds is None or "crops.local_count" in self.given:
+            return choices, rates, found
+        sizes = sizes_of(self.images, rung, self.given)
+        others = fitting.local_counts(seconds, rates, self.judging, sizes, rung.local_count)
+        if not others:
+            return choices, rates, found
+        more, timed = self._timed(rung, others[0])
+        seconds = self.seconds
+        assert seconds is not None
+        with_more = fitting.length(seconds, timed, self.judging)
+        if with_more is None or (found is not None and with_more.seconds <= found.seconds):
+            return choices, rates, self._length(rates) or found
+        return more, timed, with_more
+
+    def _too_few(self, rates: Rates) -> str:
+        spent = (time.monotonic() - self.began) / 60
+        one = (fitting.start_seconds(rates) + fitting.epoch_seconds(rates)) / 60
+        return (
+            f"one epoch of {rates.images:,} images takes about {one:.2g} minutes here with the "
+            f"smallest network, and the look at them took {spent:.1g} of the {self.minutes:g} that "
+            f"were asked for: give --minutes {1.1 * (spent + one) + 0.1:.2g} or more, or fewer images "
+            "(a text file of paths)"
+        )
+
+    def _settled(self, rung: Rung, timed: list[Choice], rates: Rates, found: Length) -> Recipe:
+        """All choices, now that the length is known."""
+        updates = found.epochs * rates.steps_per_epoch
+        local = int(next(c.value for c in timed if c.key == "crops.local_count"))
+        changed = local != rung.local_count and "crops.local_count" not in self.given
+        batch = next(c for c in timed if c.key == "train.batch_size")
+        rung = dataclasses.replace(rung, batch=min(rung.batch, int(batch.value)))
+        choices = self._choices(rung, updates, found.epochs, local if changed else None)
+        choices += [
+            choice
+            for choice in fitting.lengths(found, rates, self.judging)
+            if choice.key not in self.given
+        ]
+        order = configuration.dotted_keys()
+        choices.sort(key=lambda choice: order.index(choice.key))
+        facts = {
+            "images": dataclasses.asdict(self.images),
+            "machine": dataclasses.asdict(self.machine),
+            "rates": dataclasses.asdict(rates),
+        }
+        return Recipe(choices, found.seconds, facts)

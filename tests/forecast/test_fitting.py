@@ -1,0 +1,97 @@
+"""Whole epochs into the time there is."""
+
+import dataclasses
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from xdino.forecast import fitting
+from xdino.forecast.fitting import Judging
+from xdino.forecast.rates import Rates
+
+RATES = Rates(
+    seconds_per_step=0.5,
+    images_per_step=32,
+    peak_bytes=0,
+    precision="fp32",
+    device="cpu",
+    cores=2,
+    steps_per_epoch=20,
+    images=650,
+    steps=20,
+    plan_seconds=1.0,
+    state_seconds=0.1,
+)
+JUDGING = Judging(fixed=0.5, an_image=0.001, train=650, val=100)
+
+
+def test_a_run_of_many_epochs_fills_its_minutes_and_ends_with_a_score():
+    found = fitting.length(1800, RATES, JUDGING)
+    assert 0.95 * 1800 < found.seconds <= 1800
+    assert found.epochs % found.evaluations.every == 0
+    assert found.evaluations.points >= fitting.LEAST_POINTS
+    scores = found.evaluations.points * found.evaluations.seconds
+    assert scores <= 0.1 * 1800
+
+
+def test_without_labels_nothing_is_scored():
+    found = fitting.length(600, RATES, None)
+    assert (found.evaluations.every, found.evaluations.points) == (0, 0)
+    keys = {c.key: c for c in fitting.lengths(found, RATES, None)}
+    assert keys["evaluate.every"].value == "0"
+    assert "labelled" in keys["evaluate.every"].reason
+
+
+def test_scores_that_cost_too_much_are_left_out():
+    slow = Judging(fixed=100.0, an_image=0.1, train=10_000, val=1000)
+    found = fitting.length(300, RATES, slow)
+    assert found.evaluations.every == 0
+    assert found.epochs == fitting.length(300, RATES, None).epochs
+
+
+def test_not_one_epoch():
+    assert fitting.length(8, RATES, None) is None
+    assert fitting.length(-5, RATES, None) is None
+
+
+def test_local_crops_fill_what_whole_epochs_leave():
+    """17 s for epochs of 10.1: one leaves a third; more local crops make it last."""
+    assert fitting.length(17, RATES, None).seconds < 0.75 * 17
+    counts = fitting.local_counts(17, RATES, None, (64, 32), 4)
+    assert counts
+    assert 4 not in counts
+    slower = (2 * 64**2 + counts[0] * 32**2) / (2 * 64**2 + 4 * 32**2)
+    filled = dataclasses.replace(RATES, seconds_per_step=0.5 * slower)
+    assert fitting.length(17, filled, None).seconds >= fitting.FILLED * 17
+
+
+def test_where_whole_epochs_fill_the_time_nothing_is_changed():
+    assert fitting.local_counts(1800, RATES, JUDGING, (64, 32), 4) == []
+
+
+@given(
+    seconds=st.floats(1, 1e6),
+    step=st.floats(1e-3, 100),
+    steps=st.integers(1, 20_000),
+    state=st.floats(0, 5),
+    fixed=st.floats(0, 10),
+    image=st.floats(0, 0.1),
+)
+def test_never_longer_than_asked(seconds, step, steps, state, fixed, image):
+    assume(seconds / (step * steps) < 5_000)
+    rates = dataclasses.replace(
+        RATES, seconds_per_step=step, steps_per_epoch=steps, state_seconds=state
+    )
+    judging = Judging(fixed, image, 10_000, 1_000)
+    found = fitting.length(seconds, rates, judging)
+    if found is None:
+        assert fitting.epoch_seconds(rates) > seconds - 5 - 2 * step - state - 0.05 * seconds
+        return
+    assert found.epochs >= 1
+    assert found.seconds <= seconds
+    judged = found.evaluations
+    if judged.every:
+        assert found.epochs // judged.every == judged.points
+        assert judged.points * judged.seconds <= fitting.EVALUATIONS_SHARE * seconds
+    if found.epochs > 50:
+        assert found.seconds > 0.8 * seconds
