@@ -33,7 +33,9 @@ class Job(Protocol):
     # --- before anything is written, in this order ---
 
     def make_plan(self, config: Config) -> None:
-        """Open the data and prove that `config`, the run's own, can be done.
+        """Open the data and prove that `config`, the run's own, can be done; perhaps twice.
+
+        `iterations` counts those of extensions (`config.train.all_epochs`).
 
         Raises:
             UsageError: it cannot.
@@ -47,6 +49,10 @@ class Job(Protocol):
 
     def build(self, from_init: bool) -> None:
         """The networks; `from_init`: from the weights that the configuration names, if any."""
+
+    @property
+    def begins_at(self) -> int:
+        """From `build` on: completed steps that a new run counts from, where its networks bring some."""
 
     def ask_every_step(self) -> None:
         """From here on `step` says at once what is not finite, also on a GPU."""

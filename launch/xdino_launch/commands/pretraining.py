@@ -57,6 +57,18 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     help="The run's folder. Under torchrun write --run-dir: it takes --run for an option of its own.",
 )
 @click.option("--init", help="Weights to start from (a new run; continuing needs nothing).")
+@click.option(
+    "--continue-from",
+    metavar="FILE",
+    help="A full checkpoint of the published trainer, to go on with in a new run: both networks, "
+    "heads, centre, optimiser, epoch.",
+)
+@click.option(
+    "--extend",
+    type=Whole(),
+    metavar="N",
+    help="N further epochs behind a finished run's; while these are unfinished, continues them.",
+)
 @click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
 @click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
@@ -66,6 +78,8 @@ def pretrain(
     config: str,
     run_dir: str,
     init: str | None,
+    continue_from: str | None,
+    extend: int | None,
     gpus: int | None,
     processes: int | None,
     print_config: bool,
@@ -82,9 +96,13 @@ def pretrain(
         from xdino.values import shown
 
         overrides = parse_overrides(ctx.args)
-        if init is not None and overrides.setdefault("train.init", init) != init:
-            given = shown(overrides["train.init"])
-            raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
+        for option, value in (("init", init), ("continue_from", continue_from)):
+            key = f"train.{option}"
+            if value is not None and overrides.setdefault(key, value) != value:
+                short = option.replace("_", "-")
+                raise UsageError(
+                    f"--{short} is {shown(value)}, but --{key} is {shown(overrides[key])}: give one"
+                )
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         resolved = configuration.load(config, overrides)
@@ -96,11 +114,13 @@ def pretrain(
             from xdino_launch.local import run_pretraining
         count = launcher.count(gpus, processes)
         if count == 1:
-            path = run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+            command = sys.argv[1:]
+            path = run_pretraining(resolved, run_dir, command=command, stop=stop, extend=extend)
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    options += ["--extend", str(extend)] if extend is not None else []
     code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *options])
     sys.exit(code)
 

@@ -122,6 +122,11 @@ def _contradictions(config: Config) -> Iterable[str]:
                 f"{key} is {duration}, longer than the run of {epochs} epochs (train.epochs): "
                 'shorten it or give a share such as "10%"'
             )
+    if config.train.init and config.train.continue_from:
+        yield (
+            "train.init and train.continue_from cancel each other: the one begins with weights "
+            "alone, the other goes on with all that a full checkpoint holds. Give one"
+        )
     for key in ("global_scale", "local_scale"):
         low, high = getattr(config.crops, key)
         if low > high:

@@ -179,6 +179,8 @@ class Train:
     """The total batch is batch_size x accumulate x number of processes."""
 
     epochs: Positive = 100
+    # Epochs behind `epochs`, one extension after the other: `pretrain --extend` adds to them.
+    extended: tuple[Positive, ...] = ()
     batch_size: Positive = 64  # images a process and micro-batch
     accumulate: Positive = 1  # micro-batches an optimisation step
     # The published trainer uses fp16 with a scaler; "auto" is bf16 on CUDA, which needs none, and
@@ -186,9 +188,16 @@ class Train:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init: str | None = None  # weights to start from; continuing a run needs none
+    # A full checkpoint of the published trainer, which goes on here: both networks, centre, moments.
+    continue_from: str | None = None
     # What to do about a step whose numbers are not finite: "stop", "skip N" (at most N in a row),
     # "rollback FACTOR" (to the last saved state, the learning rate times the factor; see `nonfinite`).
     nonfinite: Annotated[str, AfterValidator(valid_policy)] = "stop"
+
+    @property
+    def all_epochs(self) -> int:
+        """`epochs`, and those that extensions added."""
+        return self.epochs + sum(self.extended)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,7 +264,8 @@ KEYS: dict[str, dict[str, Any]] = {
 # (the images are compared by their fingerprint), what a new run would start from, and what becomes of
 # a step that is not finite.
 FREE = frozenset(
-    ["train.init", "train.nonfinite", "data.path", "data.max_bad_share"]
+    ["train.init", "train.continue_from", "train.extended", "train.nonfinite"]
+    + ["data.path", "data.max_bad_share"]
     + [f"evaluate.{key}" for key in KEYS["evaluate"]]
 ) - {"evaluate.input_size", "evaluate.resize"}  # these two travel with the weights
 
