@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,8 +126,10 @@ def _row(entry: Any) -> Row:
     return Row(**entry)
 
 
-def append(path: Path | str, rows: Sequence[Row]) -> None:
-    """Add `rows` to the file at `path`, making it if need be.
+def append(
+    path: Path | str, rows: Sequence[Row], instead_of: Callable[[Row], bool] = lambda row: False
+) -> None:
+    """Add `rows` to the file at `path`, making it if need be; `instead_of`: rows that go for them.
 
     Raises:
         ValueError: a row without its origin (see `signed`), or with a number that is not finite.
@@ -139,7 +141,8 @@ def append(path: Path | str, rows: Sequence[Row]) -> None:
     path = Path(path)
     as_json([asdict(row) for row in rows])  # before anything is touched
     with locked(path):
-        write_text(path, as_json([asdict(row) for row in [*load(path), *rows]]))
+        kept = [row for row in load(path) if not instead_of(row)]
+        write_text(path, as_json([asdict(row) for row in [*kept, *rows]]))
 
 
 def as_json(value: Any) -> str:

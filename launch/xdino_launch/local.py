@@ -18,7 +18,7 @@ from xdino.runtime.device import resolve_device
 from xdino.runtime.stopping import StopSignal
 from xdino.values import shown
 from xdino_eval import evaluators, results
-from xdino_eval.during_training import callback, numbers
+from xdino_eval.during_training import BestTeacher, callback, numbers
 from xdino_eval.evaluators import EVALUATORS, LABEL_FREE, Quality
 from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
@@ -31,10 +31,11 @@ def run_pretraining(
     run_dir: str | Path,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    extend: int | None = None,
 ) -> Path:
     """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
 
-    `stop`: who listens to signals already; None to listen from here on.
+    `stop`: who listens to signals already; None to listen from here on. `extend`: as `train.run`.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -44,8 +45,9 @@ def run_pretraining(
         listener = stack.enter_context(ConsoleListener())
         with stop.abandoning("while it was planned"), distributed.heard():
             splits = distributed.together(lambda: evaluated_splits(config))
-        evaluator = evaluator_of(config, splits)
-        path = pretrain(config, run_dir, evaluator, listener, command, stop)
+        best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
+        evaluator = evaluator_of(config, splits, best)
+        path = pretrain(config, run_dir, evaluator, listener, command, stop, extend)
         if config.evaluate.linear and splits and distributed.rank() == 0:
             with stop.abandoning("while the linear probe was made"):
                 judge_at_end(config, Path(run_dir), splits, listener)
@@ -84,13 +86,15 @@ def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
         ) from None
 
 
-def evaluator_of(config: Config, splits: tuple[Source, Source] | None) -> Evaluator | None:
-    """What judges for the trainer, or none where `evaluate.every` is 0."""
+def evaluator_of(
+    config: Config, splits: tuple[Source, Source] | None, best: BestTeacher | None = None
+) -> Evaluator | None:
+    """What judges for the trainer; none where `evaluate.every` is 0. `best`: is shown what is found."""
     if not config.evaluate.every or splits is None:
         return None
     known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": Quality(config.crops)}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
-    return callback(chosen, *splits, Options(limit=config.evaluate.limit))
+    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best)
 
 
 def judge_at_end(

@@ -21,7 +21,7 @@ from xdino import config as configuration
 from xdino.errors import NonFinite, RunFailed, UsageError
 from xdino.learner import Learner
 from xdino.loss import Views
-from xdino.plan import Plan, build_learner, make_plan
+from xdino.plan import Plan, build_learner, continue_published, make_plan
 from xdino.pretraining import loader_of, to_device
 from xdino.run_directory import CONFIG_FILE, INITIAL_FILE, RunDirectory
 from xdino.runtime.device import resolve_device, resolve_precision
@@ -87,6 +87,10 @@ def replay(run: Path, iteration: int | None = None, device: str | None = None) -
     done = 0
     if state is not None:
         done = _restore(learner, guard, state, plan)
+    elif plan.config.train.continue_from:
+        done = continue_published(plan, learner).iteration
+        if iteration <= done:
+            raise UsageError(f"the run begins at iteration {done:,}: --iteration is above it")
     found = Replay(iteration, done, _loader(plan, 0).world_size)
     for number, batches in _steps(plan, done, iteration):
         if event is not None and number > int(event.get("state_iteration", 0)):

@@ -29,14 +29,14 @@ class Job(Protocol):
     device: torch.device  # from `make_plan` on, as the next two
     iterations: int
     steps_per_epoch: int
-    begun: Mapping[
-        str, Any
-    ]  # what environment.json tells of the last start, set before `make_plan`
+    last_start: Mapping[str, Any]  # of environment.json; set before `make_plan`
 
     # --- before anything is written, in this order ---
 
     def make_plan(self, config: Config) -> None:
-        """Open the data and prove that `config`, the run's own, can be done.
+        """Open the data and prove that `config`, the run's own, can be done; perhaps twice.
+
+        `iterations` counts those of extensions (`config.train.all_epochs`).
 
         Raises:
             UsageError: it cannot.
@@ -50,6 +50,10 @@ class Job(Protocol):
 
     def build(self, from_init: bool) -> None:
         """The networks; `from_init`: from the weights that the configuration names, if any."""
+
+    @property
+    def begins_at(self) -> int:
+        """From `build` on: completed steps that a new run counts from, where its networks bring some."""
 
     def ask_every_step(self) -> None:
         """From here on `step` says at once what is not finite, also on a GPU."""

@@ -26,7 +26,7 @@ from xdino.data import BadImage, CropBatch, CropLoader, fingerprint
 from xdino.errors import RunFailed, UsageError, reason
 from xdino.job import Evaluator, Listener
 from xdino.learner import Learner
-from xdino.plan import Plan, build_learner, check_disk, make_plan
+from xdino.plan import Begun, Plan, build_learner, check_disk, continue_published, make_plan
 from xdino.runtime import distributed, transfer
 from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.runtime.stopping import StopSignal
@@ -41,6 +41,7 @@ def pretrain(
     listener: Listener | None = None,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    extend: int | None = None,
 ) -> Path:
     """Pretrain, or continue the unfinished run in `run_dir`; arguments and errors as `train.run`.
 
@@ -49,7 +50,7 @@ def pretrain(
     Returns:
         The path of the pretrained backbone.
     """
-    train.run(Pretraining(config), run_dir, evaluator, listener, command, stop)
+    train.run(Pretraining(config), run_dir, evaluator, listener, command, stop, extend)
     return Path(run_dir) / checkpoint.BACKBONE_FILE
 
 
@@ -96,7 +97,8 @@ class Pretraining:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.begun: Mapping[str, Any] = {}
+        self.last_start: Mapping[str, Any] = {}
+        self.begun: Begun | None = None  # where another trainer's checkpoint goes on
         self._batches: Generator[CropBatch, None, None] | None = None
 
     # --- before anything is written ---
@@ -113,7 +115,7 @@ class Pretraining:
 
     def _precision(self, config: Config) -> str:
         """The same on all processes: "auto" is bf16 where every one of them multiplies in it."""
-        before = self.begun.get("precision")
+        before = self.last_start.get("precision")
         found = distributed.together(
             lambda: resolve_precision(
                 config.train.precision, resolve_device(config.runtime.device), before
@@ -132,7 +134,14 @@ class Pretraining:
 
     def build(self, from_init: bool) -> None:
         self.learner = distributed.together(lambda: build_learner(self.plan, from_init=from_init))
+        if from_init and self.config.train.continue_from:
+            self.begun = distributed.together(lambda: continue_published(self.plan, self.learner))
+            distributed.agree({"the content of train.continue_from": self.begun.sha256})
         self._alarm = self._new_alarm()
+
+    @property
+    def begins_at(self) -> int:
+        return self.begun.iteration if self.begun is not None else 0
 
     def ask_every_step(self) -> None:
         self.learner.stepping.asks_every_step = True
@@ -140,6 +149,13 @@ class Pretraining:
     def notices(self) -> Iterator[str]:
         yield from self.plan.source.notices()
         yield from self.learner.loss.notices()
+        yield from self.begun.notices if self.begun is not None else ()
+        if (added := self.config.train.extended) and self.plan.iterations:
+            last = self.plan.schedules.lr[-added[-1] * self.steps_per_epoch :]
+            yield (
+                f"{self.config.train.epochs} epochs, extended by {' and '.join(map(str, added))}: "
+                f"in the last {added[-1]} lr rises to {last.max():.3g} and falls to {last[-1]:.3g}"
+            )
         if self.learner.kernels.why is not None:
             yield self.learner.kernels.why
 
@@ -188,7 +204,7 @@ class Pretraining:
         self.learner.begin(self._settings(number, lr_factor), self.config.train.accumulate)
         for batch in self._next_batches():
             views = to_device(batch, self.plan.crops, self.device, self.learner.kernels.views)
-            if number == 1:
+            if number == self.begins_at + 1:
                 self._draw(views, run_dir)
             self.learner.add(views)
         return self.learner.finish(diagnose)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xdino import checkpoint, metrics, nonfinite
 from xdino import config as configuration
+from xdino.backbone import Origin
 from xdino.data import BadImage
 from xdino.errors import NonFinite, RunFailed, Stopped
 from xdino.job import Evaluator, Job, Listener
@@ -31,6 +32,7 @@ def run(
     listener: Listener | None = None,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    extend: int | None = None,
 ) -> None:
     """Run the job in `run_dir`, or continue it there.
 
@@ -42,6 +44,7 @@ def run(
         listener: is told how it goes.
         command: what a person typed, for environment.json.
         stop: who listens to signals already; None to listen from here on.
+        extend: epochs that a finished run is given on top.
 
     Raises:
         UsageError: cannot be done as configured; nothing was written.
@@ -53,9 +56,10 @@ def run(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while it was planned"), distributed.heard():
-            if not _prepared(job, place, evaluator):
+            if not _prepared(job, place, evaluator, extend):
                 listener.notice(
                     f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
+                    " (--extend N adds epochs)"
                 )
                 return
         for sentence in job.notices():
@@ -80,13 +84,20 @@ def run(
             raise RunFailed(f"{failure}{good}") from error
 
 
-def _prepared(job: Job, place: RunDirectory, evaluator: Evaluator | None) -> bool:
+def _prepared(
+    job: Job, place: RunDirectory, evaluator: Evaluator | None, extend: int | None
+) -> bool:
     """Plan and build; False where the folder holds the finished run."""
-    distributed.agree({"the configuration": configuration.to_yaml(job.config)})
-    config = distributed.from_first(lambda: place.resolve(job.config))
-    job.begun = distributed.from_first(place.last_start)
+    told = {"the configuration": configuration.to_yaml(job.config), "--extend": extend}
+    distributed.agree(told)
+    config = distributed.from_first(lambda: place.resolve(job.config, extend))
+    job.last_start = distributed.from_first(place.last_start)
     job.make_plan(config)
     distributed.agree(job.same_everywhere())
+    shape = job.iterations, job.steps_per_epoch
+    settled = distributed.from_first(lambda: place.settle(job.config, *shape, extend))
+    if settled != job.config:  # an extension that was cut off
+        job.make_plan(settled)
     if distributed.from_first(lambda: _is_finished(place, job, evaluator)):
         return False
     distributed.from_first(lambda: job.check_disk(place.path))
@@ -105,11 +116,8 @@ def _owes_evaluation(
     run: RunDirectory, job: Job, evaluator: Evaluator | None, iteration: int
 ) -> bool:
     """Whether the state of this iteration is to be evaluated and was not (a kill came between)."""
-    every = job.config.evaluate.every
-    epoch, step = divmod(iteration, job.steps_per_epoch)
-    if evaluator is None or not every or not epoch or step or epoch % every:
-        return False
-    return not run.evaluated(iteration)
+    every = job.config.evaluate.every if evaluator is not None else 0
+    return run.owes_evaluation(iteration, every * job.steps_per_epoch)
 
 
 class _Loop:
@@ -125,9 +133,8 @@ class _Loop:
     ) -> None:
         self.job, self.run = job, run
         self.evaluator, self.listener, self.stop = evaluator, listener, stop
-        self.iteration = 0
+        self.iteration = self.loaded_at = job.begins_at
         self.saved_at: int | None = None
-        self.loaded_at = 0
         self.guard = nonfinite.Guard(nonfinite.Policy.parse(job.config.train.nonfinite))
         if self.guard.policy.kind == "skip":
             # A step can be skipped only if its trouble is known before the next one.
@@ -177,7 +184,7 @@ class _Loop:
         try:
             while self.iteration < total:
                 done = self.iteration + 1
-                logs = done % runtime.log_every == 0 or done in (1, total)
+                logs = done % runtime.log_every == 0 or done in (job.begins_at + 1, total)
                 result = self._step(done, logs)
                 self.iteration = done
                 if result is None:
@@ -284,23 +291,15 @@ class _Loop:
     # --- what is told ---
 
     def _row(self, result: StepResult, clock: metrics.Clock) -> dict[str, Any]:
-        steps, seconds, waited = clock.lap(self.iteration)
-        row: dict[str, Any] = {
+        measured = clock.measured(self.iteration, self.job.images_per_step, self.job.device)
+        return {
             "iteration": self.iteration,
             "epoch": self._epoch(self.iteration),
             "loss": result.loss,
             **self.job.columns(self.iteration, self.guard.lr_factor),
             **result.diagnostics,
+            **measured,
         }
-        if steps:
-            row["images_per_second"] = steps * self.job.images_per_step / seconds
-            row["wait_share"] = waited / seconds
-        resident = metrics.resident_megabytes()
-        if resident is not None:
-            row["resident_mb"] = round(resident, 1)
-        if self.job.device.type == "cuda":
-            row["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.job.device) / 2**20
-        return row
 
     def _owes(self) -> bool:
         return _owes_evaluation(self.run, self.job, self.evaluator, self.iteration)
@@ -317,9 +316,12 @@ class _Loop:
         epoch = self.iteration // self.job.steps_per_epoch
         if distributed.rank() == 0:
             assert self.evaluator is not None
+            facts = {"iteration": self.iteration, "iterations": self.job.iterations}
+            judged = self.job.judged
+            judged.origin = Origin(facts={**facts, "data": self.job.facts()["data"]})
             try:
                 with self.stop.abandoning("while evaluating"):
-                    scores = self.evaluator(self.job.judged)
+                    scores = self.evaluator(judged)
             except Stopped:
                 pass  # all processes stop below
             except (OSError, RuntimeError, ValueError, MemoryError) as error:

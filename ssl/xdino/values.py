@@ -140,7 +140,7 @@ def _several(kinds: tuple[Any, ...], value: object) -> Any:
         inner = value.strip()
         if inner.startswith("[") and inner.endswith("]"):
             inner = inner[1:-1]
-        value = [part.strip() for part in inner.split(",")]
+        value = [part.strip() for part in inner.split(",")] if inner or value != "[]" else []
     if not isinstance(value, list | tuple):
         raise ValueError(f"takes numbers such as 0.3,1.0, got {shown(value)}")
     if kinds[-1] is Ellipsis:

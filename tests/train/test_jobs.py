@@ -19,6 +19,8 @@ from xdino.stepping import Stepping, StepResult
 class Regression:
     """`job.Job` of a linear classifier on made points: four steps an epoch, one batch a step."""
 
+    begins_at = 0
+
     def __init__(self, settings: config.Config, points: int = 32) -> None:
         self.config, self.points = settings, points
 
@@ -28,7 +30,7 @@ class Regression:
         self.config = settings
         self.device = torch.device("cpu")
         self.steps_per_epoch = self.points // settings.train.batch_size
-        self.iterations = self.steps_per_epoch * settings.train.epochs
+        self.iterations = self.steps_per_epoch * settings.train.all_epochs
         generator = torch.Generator().manual_seed(settings.train.seed)
         self.x = torch.randn(self.points, 3, generator=generator)
         self.y = (self.x.sum(1) > 0).long()

@@ -64,7 +64,9 @@ def test_a_run_that_moves_goes_on_in_the_precision_that_it_began_with(tiny, tmp_
     pretrain(config, tmp_path / "run")
     able(True)
     longer = Pretraining(config)
-    longer.begun = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][-1]
+    longer.last_start = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][
+        -1
+    ]
     longer.make_plan(config)
     assert longer.plan.precision == "fp32"
     # The loop hears it from the folder; a damaged file says nothing.

@@ -32,6 +32,18 @@ HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no li
     help="The run's folder. Under torchrun write --run-dir: it takes --run for an option of its own.",
 )
 @click.option("--init", help="Weights to start from (a new run; continuing needs nothing).")
+@click.option(
+    "--continue-from",
+    metavar="FILE",
+    help="A full checkpoint of the published trainer, to go on with in a new run: both networks, "
+    "heads, centre, optimiser, epoch.",
+)
+@click.option(
+    "--extend",
+    type=Whole(),
+    metavar="N",
+    help="N further epochs behind a finished run's; while these are unfinished, continues them.",
+)
 @click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
 @click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
 @click.option(
@@ -47,6 +59,8 @@ def pretrain(
     config: str | None,
     run_dir: str | None,
     init: str | None,
+    continue_from: str | None,
+    extend: int | None,
     gpus: int | None,
     processes: int | None,
     print_config: bool,
@@ -55,11 +69,9 @@ def pretrain(
 ) -> None:
     """Pretrain by a recipe's name or a YAML file; continue the run that --run holds.
 
-    Of a run that was begun, `pretrain --run RUN` is enough. `xdino recipes` lists the recipes.
-
-    CONFIG auto makes the recipe from a look at the images, at the machine and at some timed steps, for
-    --minutes or --epochs, and tells the reason of each choice: pretrain auto --data.path FOLDER
-    --minutes 30 --run RUN.
+    Of a run that was begun, `pretrain --run RUN` is enough. `xdino recipes` lists the recipes. CONFIG
+    auto makes one from a look at the images, at the machine and at some timed steps, for --minutes or
+    --epochs, and tells the reasons: pretrain auto --data.path FOLDER --minutes 30 --run RUN.
 
     --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
     xdino_launch pretrain CONFIG --run-dir DIR, or submit.
@@ -76,16 +88,18 @@ def pretrain(
             raise UsageError("Missing option '--run': the folder of a new run, or one to continue")
         if config is None:
             config = _begun(run_dir)
-            if gpus is None and processes is None:
+            if gpus is processes is None:
                 gpus, processes = _begun_by(Path(str(run_dir)))
-        _start_from(init, overrides)
+        _start_from({"init": init, "continue_from": continue_from}, overrides)
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         length = {"--minutes": minutes, "--epochs": epochs}
+        if config == AUTO and extend is not None:
+            raise UsageError(f"auto begins a run: pretrain --run RUN --extend {extend} extends one")
         if config == AUTO:
             show, train = _by_choices(overrides, run_dir, length, stop, began)
         else:
-            show, train = _by_recipe(config, overrides, run_dir, length, stop)
+            show, train = _by_recipe(config, overrides, run_dir, {**length}, extend, stop)
         if print_config:
             click.echo(show(), nl=False)
             return
@@ -98,20 +112,26 @@ def pretrain(
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    lengths = {option: f"{value}" for option, value in length.items() if value is not None}
-    options = lengths | {f"--{key}": value for key, value in overrides.items()}
-    words = [word for pair in options.items() for word in pair]
-    code = launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *words])
-    sys.exit(code)
+    words = _words({**length, "--extend": extend}, overrides)
+    sys.exit(launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *words]))
 
 
-def _start_from(init: str | None, overrides: dict[str, str]) -> None:
-    """--init is the key of that name."""
+def _words(options: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
+    """Options that are set, and keys, as a command line has them."""
+    given = {option: str(value) for option, value in options.items() if value is not None}
+    given |= {f"--{key}": value for key, value in overrides.items()}
+    return [word for pair in given.items() for word in pair]
+
+
+def _start_from(given: Mapping[str, str | None], overrides: dict[str, str]) -> None:
+    """--init and --continue-from are the keys of those names."""
     from xdino.values import shown
 
-    if init is not None and overrides.setdefault("train.init", init) != init:
-        given = shown(overrides["train.init"])
-        raise UsageError(f"--init is {shown(init)}, but --train.init is {given}: give one")
+    for option, value in given.items():
+        key = f"train.{option}"
+        if value is not None and overrides.setdefault(key, value) != value:
+            short, other = option.replace("_", "-"), shown(overrides[key])
+            raise UsageError(f"--{short} is {shown(value)}, but --{key} is {other}: give one")
 
 
 def _begun(run_dir: str | None) -> str:
@@ -161,6 +181,7 @@ def _by_recipe(
     overrides: Mapping[str, str],
     run_dir: str | None,
     length: Mapping[str, float | None],
+    extend: int | None,
     stop: "StopSignal",
 ) -> Ways:
     from xdino import config as configuration
@@ -183,7 +204,7 @@ def _by_recipe(
         assert run_dir is not None
         with stop.abandoning("before it began"):
             from xdino_launch.local import run_pretraining
-        return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop)
+        return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop, extend=extend)
 
     return show, train
 

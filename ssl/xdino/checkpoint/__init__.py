@@ -5,9 +5,11 @@ Files appear whole or not at all: written beside their name, flushed to the disk
 
 from xdino.checkpoint.loading import build_for, load_backbone, load_into, spec_of
 from xdino.checkpoint.plain import reading
+from xdino.checkpoint.published import FullCheckpoint, read_full
 from xdino.checkpoint.states import STATE_FILE, check_state, load_state, save_state
 from xdino.checkpoint.weights import (
     BACKBONE_FILE,
+    BEST_FILE,
     HEADER_KEY,
     WeightsFile,
     read_weights,
@@ -19,14 +21,17 @@ from xdino.checkpoint.weights import (
 
 __all__ = [
     "BACKBONE_FILE",
+    "BEST_FILE",
     "HEADER_KEY",
     "STATE_FILE",
+    "FullCheckpoint",
     "WeightsFile",
     "build_for",
     "check_state",
     "load_backbone",
     "load_into",
     "load_state",
+    "read_full",
     "read_weights",
     "reading",
     "save_backbone",

@@ -29,6 +29,7 @@ from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
 
 BACKBONE_FILE = "backbone.safetensors"
+BEST_FILE = "best.safetensors"  # beside it: the teacher whose k-NN was best while training
 HEADER_KEY = "xdino"  # of the safetensors metadata
 CHECKSUM = "sha256"  # of tensors, spec and facts, in the header of our own files
 
@@ -154,7 +155,7 @@ def _read_safetensors(path: Path, role: str) -> WeightsFile:
 
 def _of_one_role(path: Path, role: str) -> str:
     """A sentence on a file of ours that holds the other network than was asked for."""
-    run = path.parent if path.name == BACKBONE_FILE else path.parent.parent
+    run = path.parent if path.name in (BACKBONE_FILE, BEST_FILE) else path.parent.parent
     if role == "teacher" and (run / STATE_FILE).is_file():
         return f"{path} holds the teacher alone: the student is in {run / STATE_FILE}"
     return f"{path} holds the {role} alone: --role {role}"
@@ -197,7 +198,7 @@ def _read_pickle(path: Path, role: str) -> WeightsFile:
         check_state(path)
         facts = _facts({"role": role, "iteration": tree.get("iteration")})
         network = tree["learner"].get(role)
-        if not _is_network(network, size):
+        if not is_network(network, size):
             raise RunFailed(f"{path} is damaged: a run's state without its {role}")
         own = {
             name.removeprefix("backbone."): value
@@ -208,12 +209,12 @@ def _read_pickle(path: Path, role: str) -> WeightsFile:
     facts = _published_facts(tree) if isinstance(tree, dict) else {}
     top, whose = tree, None
     for _ in range(4):
-        if not isinstance(tree, dict) or _is_network(tree, size):
+        if not isinstance(tree, dict) or is_network(tree, size):
             break
         key = _inner(tree, role)
         whose = key if key in weight_names.ROLES else whose
         tree = tree[key] if key is not None else None
-    if not _is_network(tree, size):
+    if not is_network(tree, size):
         raise RunFailed(
             f"{path} holds no weights of a {role}, a model or a state_dict{_described(top)}"
         )
@@ -238,7 +239,7 @@ def _inner(tree: dict[Any, Any], role: str) -> str | None:
     return key
 
 
-def _is_network(tree: Any, size: int) -> bool:
+def is_network(tree: Any, size: int) -> bool:
     """Whether this is names and plain tensors that a file of `size` bytes can hold."""
     return (
         isinstance(tree, dict)

@@ -113,7 +113,7 @@ def written(value: Any) -> str:
     ('0.3,1.0', 'null', 'false', '1e-06')
     """
     if isinstance(value, list | tuple):
-        return ",".join(map(written, value))
+        return ",".join(map(written, value)) or "[]"
     plain = {None: "null", True: "true", False: "false"}
     return plain[value] if value is None or isinstance(value, bool) else str(value)
 

@@ -127,6 +127,11 @@ def _contradictions(config: Config) -> Iterable[str]:
             f"loss.targets {config.loss.targets} is for loss.objective dino: {config.loss.objective} "
             "has no prototypes. Leave loss.targets at centre"
         )
+    if config.train.init and config.train.continue_from:
+        yield (
+            "train.init and train.continue_from cancel each other: the one begins with weights "
+            "alone, the other goes on with all that a full checkpoint holds. Give one"
+        )
     for key in ("global_scale", "local_scale"):
         low, high = getattr(config.crops, key)
         if low > high:

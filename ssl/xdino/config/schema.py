@@ -256,6 +256,8 @@ class Train:
 
     epochs: Positive = 100
     """Number of epochs: how often each image is seen, in two global and some local crops."""
+    extended: tuple[Positive, ...] = ()
+    """Epochs behind those, one extension after the other: pretrain --extend adds to them."""
     batch_size: Positive = 64
     """Images a process and micro-batch."""
     accumulate: Positive = 1
@@ -268,9 +270,17 @@ class Train:
     """Number that all random numbers follow from."""
     init: str | None = None
     """Weights to start from, a file or run; also as --init. Continuing a run needs none."""
+    continue_from: str | None = None
+    """A full checkpoint of the published trainer, which goes on here: both networks, centre, moments;
+    also as --continue-from."""
     nonfinite: Annotated[str, AfterValidator(valid_policy)] = "stop"
     """What becomes of a step whose numbers are not finite: stop, "skip N" (at most N in a row) or
     "rollback FACTOR" (to the last saved state, the learning rate times the factor)."""
+
+    @property
+    def all_epochs(self) -> int:
+        """`epochs`, and those that extensions added."""
+        return self.epochs + sum(self.extended)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -350,7 +360,8 @@ KEYS: dict[str, dict[str, Any]] = {
 # (the images are compared by their fingerprint), what a new run would start from, and what becomes of
 # a step that is not finite.
 FREE = frozenset(
-    ["train.init", "train.nonfinite", "data.path", "data.max_bad_share"]
+    ["train.init", "train.continue_from", "train.extended", "train.nonfinite"]
+    + ["data.path", "data.max_bad_share"]
     + [f"evaluate.{key}" for key in KEYS["evaluate"]]
 ) - {"evaluate.input_size", "evaluate.resize"}  # these two travel with the weights
 

@@ -324,6 +324,22 @@ class Clock:
         self.time, self.waited, self.iteration = now, waited, iteration
         return lap
 
+    def measured(
+        self, iteration: int, images_per_step: int, device: torch.device
+    ) -> dict[str, float]:
+        """What metrics.jsonl tells of speed and memory at this iteration, which ends a lap."""
+        steps, seconds, waited = self.lap(iteration)
+        found: dict[str, float] = {}
+        if steps:
+            found["images_per_second"] = steps * images_per_step / seconds
+            found["wait_share"] = waited / seconds
+        resident = resident_megabytes()
+        if resident is not None:
+            found["resident_mb"] = round(resident, 1)
+        if device.type == "cuda":
+            found["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        return found
+
 
 def check_writable(run_dir: Path) -> None:
     """Make the run folder, or say in a sentence why it cannot be.

@@ -51,6 +51,6 @@ def make_plan(config: Config, world_size: int = 1, precision: str | None = None)
         total_batch,
         steps,
         augment.at_sizes(crops, early.global_size, early.local_size) if early.share else None,
-        round(early.share * len(laid_out)),
+        round(early.share * config.train.epochs * steps),
     )
     return dataclasses.replace(plan, state_bytes=prove(plan, world_size))

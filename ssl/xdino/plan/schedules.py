@@ -23,19 +23,30 @@ def schedules_of(config: Config, steps: int, total_batch: int) -> Schedules:
     Raises:
         UsageError: they are longer than memory, or larger than float32.
     """
-    o, epochs = config.optim, config.train.epochs
+    train = config.train
     feasibility.check_memory(
-        f"the schedules of {epochs * steps:,} iterations",
-        64 * epochs * steps,
+        f"the schedules of {train.all_epochs * steps:,} iterations",
+        64 * train.all_epochs * steps,
         torch.device("cpu"),
-        "lower train.epochs",
+        "lower train.epochs, or extend by fewer",
     )
-    shape_of_run = epochs, steps
+    laid_out, epochs = _of_epochs(train.epochs, config, steps, total_batch), train.epochs
+    warmup = configuration.in_epochs(config.optim.warmup_epochs, epochs) / epochs
+    for further in train.extended:
+        epochs += further
+        longer = _of_epochs(epochs, config, steps, total_batch)
+        laid_out = laid_out.extended(longer, rise=round(warmup * further * steps))
+    return laid_out
+
+
+def _of_epochs(epochs: int, config: Config, steps: int, total_batch: int) -> Schedules:
+    """The schedules of a run of so many epochs, its warm-ups as long as those of `train.epochs`."""
+    o, shape_of_run = config.optim, (epochs, steps)
     scale = total_batch / 256
     if o.lr_scaling == "sqrt":  # DINOv2's rule (arXiv 2304.07193), which counts from 1024 instead
         scale = math.sqrt(scale)
     temperature_epochs = round(
-        configuration.in_epochs(config.loss.warmup_teacher_temp_epochs, epochs)
+        configuration.in_epochs(config.loss.warmup_teacher_temp_epochs, config.train.epochs)
     )
     with np.errstate(over="ignore", invalid="ignore"):
         laid_out = Schedules(
@@ -43,7 +54,7 @@ def schedules_of(config: Config, steps: int, total_batch: int) -> Schedules:
                 o.lr * scale,
                 o.min_lr,
                 *shape_of_run,
-                warmup_epochs=configuration.in_epochs(o.warmup_epochs, epochs),
+                warmup_epochs=configuration.in_epochs(o.warmup_epochs, config.train.epochs),
             ),
             weight_decay=schedules.cosine(o.weight_decay, o.weight_decay_end, *shape_of_run),
             momentum=schedules.cosine(

@@ -4,18 +4,26 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xdino.backbone import Backbone
 from xdino.data.sources import Source
+from xdino_eval.during_training.best_teacher import BestTeacher
 from xdino_eval.evaluators import LABEL_FREE, Evaluator, check_labels
 from xdino_eval.extraction import Options
 from xdino_eval.results import Row
 
 
 def callback(
-    evaluators: Mapping[str, Evaluator], train: Source, val: Source, options: Options
+    evaluators: Mapping[str, Evaluator],
+    train: Source,
+    val: Source,
+    options: Options,
+    best: BestTeacher | None = None,
 ) -> Callable[[Backbone], dict[str, float]]:
     """A function from a backbone to all their numbers, see `numbers`.
 
     The network is judged where it lies and comes back in the mode it was in; no random number is
     drawn from any generator that training uses.
+
+    Args:
+        best: is shown the rows of "knn", to keep the teacher that has the best.
 
     Raises:
         UsageError: sources without labels, where one of the evaluators needs them.
@@ -26,7 +34,10 @@ def callback(
     def evaluate(backbone: Backbone) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, evaluator in evaluators.items():
-            found |= numbers(name, evaluator(backbone, train, val, options))
+            rows = evaluator(backbone, train, val, options)
+            found |= numbers(name, rows)
+            if name == "knn" and best is not None:
+                best.look(backbone, rows, lambda b: evaluators["knn"](b, train, val, options))
         return found
 
     return evaluate

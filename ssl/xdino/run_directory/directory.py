@@ -9,6 +9,7 @@ views.png                 the first batch as the networks saw it
 checkpoints/last.pt       the whole state; previous.pt the one before it; epoch_0020.pt and so on are kept
 checkpoints/initial.safetensors   the teacher before the first step
 backbone.safetensors      the teacher, refreshed with every checkpoint
+best.safetensors          the teacher whose k-NN was best while training, where k-NN was asked for
 results.json, attention/  what the evaluations add
 .lock                     which process holds the folder, while one does
 """
@@ -17,16 +18,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from xdino import checkpoint
 from xdino import config as configuration
@@ -34,6 +30,7 @@ from xdino.config import Config
 from xdino.data.loader import BadImage
 from xdino.errors import RunFailed, UsageError, asked, world
 from xdino.metrics import check_writable, read_rows
+from xdino.run_directory import extension
 from xdino.runtime.atomic import remove_left, write_text, written_beside
 from xdino.runtime.lock import LOCK_FILE, Lock
 
@@ -43,42 +40,9 @@ METRICS_FILE = "metrics.jsonl"
 UNREADABLE_FILE = "unreadable.jsonl"
 PREVIOUS = "previous.pt"
 INITIAL_FILE = Path("checkpoints") / "initial.safetensors"
-
+_WEIGHTS = (checkpoint.BACKBONE_FILE, checkpoint.BEST_FILE)  # only a run that was trained has them
 # What reading a damaged file of JSON raises.
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, RecursionError)
-
-
-def commit() -> str:
-    """The commit of the checkout that this code runs from, "+changes" behind it if it was edited."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return "not a checkout"
-    try:
-        head, status = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+changes" if status else "")
-
-
-def environment(device: torch.device, world_size: int, seed: int) -> dict[str, Any]:
-    """What a result may depend on besides the configuration."""
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "faiss-cpu")
-    on_cuda = device.type == "cuda"
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in ("xdino", *packages)},
-        "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "processes": world_size,
-        "seed": seed,
-    }
 
 
 class RunDirectory:
@@ -91,10 +55,11 @@ class RunDirectory:
     def state_file(self) -> Path:
         return self.path / checkpoint.STATE_FILE
 
-    def resolve(self, config: Config) -> Config:
+    def resolve(self, config: Config, extend: int | None = None) -> Config:
         """The configuration to go on with; nothing is written.
 
-        Of a run that was begun, the weights it started from stay what they were.
+        Of a run that was begun, what it started from stays what it was, and so do the epochs that it
+        was extended by. `extend`: further epochs, which `settle` sees to.
 
         Raises:
             UsageError: the folder holds something else, or a run of another configuration (the
@@ -103,16 +68,53 @@ class RunDirectory:
         with asked(f"--run {self.path}"):
             before = self._begun_with()
         if before is None:
+            if extend is not None:
+                raise UsageError(
+                    f"--extend {extend} adds epochs to a finished run, and {self.path} holds none: "
+                    "leave it out, and set train.epochs"
+                )
             return config
         differing = configuration.differing_keys(before, config)
         if differing:
+            if len(differing) == 1 and before.train.epochs != config.train.epochs:
+                raise UsageError(extension.raised(self.path, before, config))
             raise UsageError(
                 f"{self.path} holds a run of another configuration (there against here): "
                 f"{', '.join(differing)}. Continue it with its own {CONFIG_FILE}, "
                 "or choose another folder"
             )
-        train = dataclasses.replace(config.train, init=before.train.init)
+        train = dataclasses.replace(
+            config.train,
+            init=before.train.init,
+            continue_from=before.train.continue_from,
+            extended=extension.extended(self.path, before, config, extend),
+        )
         return dataclasses.replace(config, train=train)
+
+    def settle(
+        self, config: Config, iterations: int, steps_per_epoch: int, extend: int | None
+    ) -> Config:
+        """`config`, which `resolve` gave, if the epochs that it adds to the run may be added.
+
+        An extension that was cut off and is asked for again by --extend goes on as it was begun.
+
+        Args:
+            iterations: what `config` comes to.
+
+        Raises:
+            UsageError: the run is not finished.
+        """
+        before = self._begun_with()
+        had = before.train.extended if before is not None else config.train.extended
+        added = config.train.extended[len(had) :]
+        least = iterations - sum(added) * steps_per_epoch
+        if not added or self.reached(least) is not None:
+            return config
+        if extend is not None and had[-1:] == (extend,):
+            return dataclasses.replace(
+                config, train=dataclasses.replace(config.train, extended=had)
+            )
+        raise UsageError(extension.unfinished(self.path, self.backbone_iteration(), least))
 
     def _begun_with(self) -> Config | None:
         """The configuration in the folder, None for a folder that is empty or not there."""
@@ -181,8 +183,8 @@ class RunDirectory:
         kept = [str(path) for path in self.kept_states()]
         if kept:
             advice = f"kept are {', '.join(kept)}: copy one to {self.state_file.name} there"
-        elif (self.path / checkpoint.BACKBONE_FILE).exists():
-            advice = f"its weights in {checkpoint.BACKBONE_FILE} can start another run by --init"
+        elif weights := [name for name in _WEIGHTS if (self.path / name).exists()]:
+            advice = f"its weights in {weights[0]} can start another run by --init"
         else:
             return False
         raise UsageError(
@@ -290,6 +292,12 @@ class RunDirectory:
             row.get("iteration") == iteration and "loss" not in row and "linear_top1" not in row
             for row in self.rows()
         )
+
+    def owes_evaluation(self, iteration: int, every: int) -> bool:
+        """Whether an evaluation, due every so many iterations (0: never), is missing at this one."""
+        if not every or not iteration or iteration % every:
+            return False
+        return not self.evaluated(iteration)
 
     def unreadable(self) -> list[BadImage]:
         """The images that earlier starts of this run could not read."""
