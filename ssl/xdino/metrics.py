@@ -4,7 +4,8 @@ Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_d
 teacher_temp, global_size and local_size (of the crops, in pixels), images_per_second (over all
 processes), wait_share (of the time, for data), teacher_entropy and kl (nats), centre_norm,
 resident_mb (Linux: what this process holds now), peak_memory_mb (CUDA), and knn_* and linear_*
-(per cent) where they were evaluated.
+(per cent) where they were evaluated, with val_images (that were scored) and chance_top1 (per cent
+that always answering the commonest class scores). Iteration 0 is the network before its first step.
 """
 
 import contextlib

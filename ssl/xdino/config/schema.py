@@ -195,7 +195,8 @@ class Train:
 class Evaluate:
     """What judges while training, a linear probe at the end, and the size at which all judge."""
 
-    every: Count = 0  # epochs between evaluations by `protocols`; 0 for never
+    # Epochs between evaluations by `protocols`, with one before the first step; 0 for never.
+    every: Count = 0
     # "quality" needs no labels; "grid" wants many images.
     protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
     linear: Literal["logistic", "grid"] | None = (
