@@ -39,8 +39,9 @@ def run(
     The first process alone looks at the folder and writes into it; the others go by what it says.
 
     Args:
-        evaluator: given `job.judged` every `evaluate.every` epochs; returns numbers for
-            metrics.jsonl and leaves the network as it was. If it fails, training goes on.
+        evaluator: given `job.judged` every `evaluate.every` epochs and before the first step;
+            returns numbers for metrics.jsonl and leaves the network as it was. If it fails,
+            training goes on.
         listener: is told how it goes.
         command: what a person typed, for environment.json.
         stop: who listens to signals already; None to listen from here on.
@@ -326,9 +327,8 @@ class _Loop:
                 pass  # all processes stop below
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
                 # A number is missing then; the run is worth more than the number.
-                self.listener.notice(
-                    f"the evaluation after epoch {epoch} failed, training goes on: {error}"
-                )
+                what = f"after epoch {epoch}" if epoch else "before the first step"
+                self.listener.notice(f"the evaluation {what} failed, training goes on: {error}")
             else:
                 self._tell(log, {"iteration": self.iteration, "epoch": epoch, **scores})
         self._stop_if_asked()

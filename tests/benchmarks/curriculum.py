@@ -63,10 +63,10 @@ class Arm(Listener):
 
     def evaluate(self, backbone: Backbone) -> dict[str, float]:
         self.seconds += time.perf_counter() - self.began
-        self.last += self.config.evaluate.every
         scores = self.knn(backbone)
         told = {"epoch": self.last, "iteration": self.last * self.epoch_iterations}
         self.pipe.send(told | {"minutes": self.seconds / 60, **scores})
+        self.last += self.config.evaluate.every
         self.wait()
         return scores
 

@@ -190,7 +190,7 @@ def train_ours(job: Job, say: Say) -> None:
         asked = replaced(job.configured(epochs), "evaluate", every=every)
         asked = replaced(asked, "runtime", keep_every=0)
         judge = Judge(make_plan(asked))
-        done = itertools.count(every * steps, every * steps)
+        done = itertools.count(0, every * steps)
         clock = Clock()
 
         def evaluate(backbone: nn.Module) -> dict[str, float]:

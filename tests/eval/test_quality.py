@@ -18,7 +18,7 @@ from xdino.config import Crops
 from xdino.errors import RunFailed
 from xdino_eval import quality, results
 from xdino_eval.extraction import Options
-from xdino_eval.quality import feature_std, lidar, rankme
+from xdino_eval.quality import agreement, feature_std, lidar, rankme
 from xdino_eval.quality.alarms import alarms
 from xdino_eval.quality.evaluation import view_features
 
@@ -165,6 +165,27 @@ def test_alarms_speak_of_what_is_lost_only():
     assert "RankMe" not in few
 
 
+# --- agreement --------------------------------------------------------------------------------
+
+
+def test_agreement_by_hand():
+    east, north, west, south = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    pairs = torch.stack([torch.stack(p) for p in ((east, 3 * east), (north, north), (west, south))])
+    assert agreement(pairs[:2]) == 100, "length does not count"
+    # Asked first: west finds south of east, north, south? west.east -1, west.north 0, west.south 0:
+    # the earlier. Asked second: south finds east at 0, and so not west.
+    assert agreement(pairs) == pytest.approx(100 * 4 / 6)
+    assert agreement(torch.ones(5, 2, 3)) == pytest.approx(20), "as good as guessing"
+    assert agreement(pairs[:1]) == 100
+    with pytest.raises(ValueError, match="2 views"):
+        agreement(torch.ones(5, 1, 3))
+
+
+def test_agreement_of_independent_views_is_chance():
+    generator = torch.Generator().manual_seed(0)
+    assert agreement(torch.randn(400, 2, 16, generator=generator)) < 2
+
+
 # --- networks and images ----------------------------------------------------------------------
 
 SMALL = Crops(global_size=24)
@@ -194,6 +215,7 @@ def test_it_needs_no_labels_and_leaves_the_network_alone(frozen, make_source, rn
     assert found.notes[-1] == "1 images could not be read"
     assert 1 <= found.metrics["rankme"] <= 8
     assert 0 < found.metrics["lidar"] <= 8
+    assert 0 <= found.metrics["agreement"] <= 100
     with pytest.raises(RunFailed, match="image 0 of stand-in: truncated"):
         quality.evaluate(frozen, make_source(2, bad=(0, 1)), Options(), SMALL, views=2)
 

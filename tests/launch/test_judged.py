@@ -1,7 +1,10 @@
 """Evaluation during and after pretraining: what it leaves, and that it disturbs nothing."""
 
 import json
+import os
+import signal
 import sys
+import time
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 
 from xdino import checkpoint, config
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, Stopped, UsageError
 from xdino.pretraining import pretrain
 from xdino_eval import evaluators, extraction, results
 from xdino_launch import local
@@ -101,7 +104,7 @@ def test_evaluation_leaves_numbers_and_the_same_bits(tiny, tmp_path, wandb, caps
     assert row["features"] == "teacher, iteration 6"
     assert row["settings"][local.AT_END] == 20
     told = metrics(judged)
-    assert [r["iteration"] for r in told if "knn_top1" in r] == [3, 6]
+    assert [r["iteration"] for r in told if "knn_top1" in r] == [0, 3, 6]
     assert told[-1] == {
         "iteration": 6,
         "epoch": 2,
@@ -145,6 +148,7 @@ def test_an_evaluation_that_fails_costs_its_number_alone(
     assert checkpoint.load_backbone(path).origin.facts["iteration"] == 6
     shown = capsys.readouterr().err
     assert shown.count("the evaluation after epoch") == 2
+    assert shown.count("the evaluation before the first step failed, training goes on") == 1
     assert "training goes on" in shown
     assert "the linear probe at the end failed" in shown
     assert [r["iteration"] for r in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -183,25 +187,58 @@ def test_several_protocols_at_once_say_what_the_commands_say(tiny, folder, tmp_p
     local.run_pretraining(tiny(every=2, protocols=protocols, limit=30), judged)
     sums = [checkpoint.sha256(r / "backbone.safetensors") for r in (plain, judged)]
     assert sums[0] == sums[1], "training is not disturbed"
-    (told,) = [row for row in metrics(judged) if "knn_top1" in row]
-    found = {"iteration": 6, "epoch": 2}
-    for name, *command in (
-        ("knn", "knn", "--k", "20", "--json"),
-        ("quality", "quality", "--limit", "30", "--json"),
-        ("logistic", "linear", "--json"),
+    before, after = [row for row in metrics(judged) if "knn_top1" in row]
+    for told, weights, found in (
+        (before, judged / "checkpoints" / "initial.safetensors", {"iteration": 0, "epoch": 0}),
+        (after, judged, {"iteration": 6, "epoch": 2}),
     ):
-        code, out, error = xdino(command[0], judged, "--data", folder, *command[1:])
-        assert code == 0, error
-        (row,) = json.loads(out)
-        scores = {"top1": row["top1"], "top5": row["top5"], **row["metrics"]}
-        found |= {f"{name}_{n}": value for n, value in scores.items() if value is not None}
-    assert told == found
-    assert [row.checkpoint for row in results.load(judged / "results.json")] == [sums[1]] * 3
+        for name, *command in (
+            ("knn", "knn", "--k", "20", "--json"),
+            ("quality", "quality", "--limit", "30", "--json"),
+            ("logistic", "linear", "--json"),
+        ):
+            code, out, error = xdino(command[0], weights, "--data", folder, *command[1:])
+            assert code == 0, error
+            (row,) = json.loads(out)
+            scores = {"top1": row["top1"], "top5": row["top5"], **row["metrics"]}
+            found |= {f"{name}_{n}": value for n, value in scores.items() if value is not None}
+        found |= {"chance_top1": 50.0, "val_images": 12}
+        assert told == found | {"chance_agreement": pytest.approx(100 / 24)}
+    assert [r.checkpoint for r in results.load(judged / "results.json")][-3:] == [sums[1]] * 3
+
+
+def test_the_untrained_network_is_scored_once(tiny, tmp_path, monkeypatch):
+    """Stopped while it is scored, the run saves iteration 0 and comes back to it; later starts do
+    not, nor does a run whose first steps were made without evaluations."""
+    whole, broken, older = (tmp_path / name for name in ("whole", "broken", "older"))
+    local.run_pretraining(tiny(every=1), whole)
+
+    def stopping(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # the signal ends this at once
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "extract", stopping)
+        with pytest.raises(Stopped, match="after iteration 0 of 6"):
+            local.run_pretraining(tiny(every=1), broken)
+    local.run_pretraining(tiny(every=1), broken)
+    assert [r["iteration"] for r in metrics(broken) if "knn_top1" in r] == [0, 3, 6]
+    sums = [checkpoint.sha256(r / "backbone.safetensors") for r in (whole, broken)]
+    assert sums[0] == sums[1]
+    local.run_pretraining(tiny(every=1), broken)
+    assert [r["iteration"] for r in metrics(broken) if "knn_top1" in r] == [0, 3, 6]
+
+    local.run_pretraining(tiny(), older)
+    local.run_pretraining(tiny(every=1), older)
+    assert [r["iteration"] for r in metrics(older) if "knn_top1" in r] == [6]
 
 
 def test_quality_alone_needs_no_labels(tiny, folder, tmp_path):
     flat = str(folder / "train" / "dark")
     local.run_pretraining(tiny(every=2, protocols=["quality"], limit=5, data=flat), tmp_path)
-    assert sum("quality_rankme" in row for row in metrics(tmp_path)) == 1
+    told = [row for row in metrics(tmp_path) if "quality_rankme" in row]
+    assert [row["iteration"] for row in told] == [0, 6]
+    assert all(0 <= row["quality_agreement"] <= 100 for row in told)
+    assert told[0]["chance_agreement"] == 20
     with pytest.raises(UsageError, match=r"evaluate.every asks for k-NN during training.*--evalu"):
         local.run_pretraining(tiny(every=2, data=flat), tmp_path / "other")

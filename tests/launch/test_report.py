@@ -106,7 +106,7 @@ def make_run(tmp_path):
         measured = results.Row(
             quality.PROTOCOL, {"images": 19}, None, None, "photos", "centre crop 28", 19, 0, SHA,
             "teacher, iteration 40", notes=["RankMe is 5.12 of 64"],
-            metrics=dict(zip(quality.MEASURES, (5.125, 2.5, 0.0625), strict=True)),
+            metrics=dict(zip(quality.MEASURES, (5.125, 2.5, 0.0625, 87.5), strict=True)),
         )  # fmt: skip
         rows = [row(78.1, 98.4), row(100.0, 100.0, val_size=7), measured]
         results.append(path / "results.json", rows)

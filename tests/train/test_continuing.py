@@ -191,15 +191,17 @@ def test_a_signal_during_an_evaluation_abandons_it_and_it_is_made_again(tiny, tm
 
     def interrupted(backbone):
         seen.append("begun")
+        if len(seen) == 1:
+            return {"knn_top1": 1.0}  # before the first step
         ask_to_stop()
         time.sleep(30)  # a signal ends this at once
         seen.append("done")
 
     with pytest.raises(Stopped, match="SIGUSR2"):
         pretrain(tiny(evaluate__every=2), run, evaluator=interrupted)
-    assert seen == ["begun"]
+    assert seen == ["begun", "begun"]
     assert checkpoint.load_state(run / "checkpoints" / "last.pt")["iteration"] == 6
-    assert not any("knn_top1" in row for row in rows(run))
+    assert [r["iteration"] for r in rows(run) if "knn_top1" in r] == [0]
 
     def scored(backbone):
         seen.append("again")
@@ -207,19 +209,23 @@ def test_a_signal_during_an_evaluation_abandons_it_and_it_is_made_again(tiny, tm
 
     pretrain(tiny(evaluate__every=2), run, evaluator=scored)
     pretrain(tiny(evaluate__every=2), run, evaluator=scored)
-    assert seen == ["begun", "again"]
-    assert [r["iteration"] for r in rows(run)] == [1, 2, 3, 4, 5, 6, 6]
+    assert seen == ["begun", "begun", "again"]
+    assert [r["iteration"] for r in rows(run)] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
 def test_a_kill_during_an_evaluation_loses_no_step(tiny, tmp_path):
+    scores = iter([{"knn_top1": 1.0}])  # before the first step, and then no more
+
     def killed(backbone):
+        for found in scores:
+            return found
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny(evaluate__every=1), tmp_path, evaluator=killed)
     assert checkpoint.load_state(tmp_path / "checkpoints" / "last.pt")["iteration"] == 3
     pretrain(tiny(evaluate__every=1), tmp_path, evaluator=lambda backbone: {"knn_top1": 3.0})
-    assert [r["iteration"] for r in rows(tmp_path) if "knn_top1" in r] == [3, 6]
+    assert [r["iteration"] for r in rows(tmp_path) if "knn_top1" in r] == [0, 3, 6]
 
 
 def test_a_signal_while_planning_leaves_nothing(tiny, tmp_path, monkeypatch):

@@ -210,9 +210,9 @@ def test_evaluation_during_training_changes_no_bit(tiny, tmp_path):
 
     pretrain(tiny(), tmp_path / "plain")
     pretrain(tiny(evaluate__every=1), tmp_path / "judged", evaluator=evaluator)
-    assert seen == [(2, 32)] * 2
+    assert seen == [(2, 32)] * 3
     told = [(r["iteration"], r["knn_top1"]) for r in rows(tmp_path / "judged") if "knn_top1" in r]
-    assert told == [(3, 12.5), (6, 12.5)]
+    assert told == [(0, 12.5), (3, 12.5), (6, 12.5)]
     states = [
         checkpoint.load_state(tmp_path / n / "checkpoints" / "last.pt")["learner"]
         for n in ("plain", "judged")

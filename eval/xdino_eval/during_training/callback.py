@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from xdino.backbone import Backbone
 from xdino.data.sources import Source
 from xdino_eval.during_training.best_teacher import BestTeacher
@@ -35,12 +37,30 @@ def callback(
         found: dict[str, float] = {}
         for name, evaluator in evaluators.items():
             rows = evaluator(backbone, train, val, options)
-            found |= numbers(name, rows)
+            found |= numbers(name, rows) | beside(rows, train, val)
             if name == "knn" and best is not None:
                 best.look(backbone, rows, lambda b: evaluators["knn"](b, train, val, options))
         return found
 
     return evaluate
+
+
+def beside(rows: Sequence[Row], train: Source, val: Source) -> dict[str, float]:
+    """What the scores of an evaluator are to be read against: what scores without looking, of how
+    many images."""
+    if any(row.top1 is not None for row in rows):
+        return {"chance_top1": chance(train, val), "val_images": rows[0].val_size}
+    views = [row.settings["lidar_images"] for row in rows if "agreement" in row.metrics]
+    return {"chance_agreement": 100 / views[0]} if views else {}
+
+
+def chance(train: Source, val: Source) -> float:
+    """Per cent of `val` that has the commonest class of `train`: 100 / K for K even classes.
+
+    What a classifier scores that never looks at an image; among equals the lower class.
+    """
+    commonest = int(np.bincount(np.asarray(train.labels)).argmax())
+    return 100.0 * float(np.mean(np.asarray(val.labels) == commonest))
 
 
 def numbers(name: str, rows: Sequence[Row]) -> dict[str, float]:

@@ -25,11 +25,11 @@ from xdino_eval import results
 from xdino_eval.extraction import Options
 from xdino_eval.features import Batch, autocast, device_of, evaluating, in_turn, read_batches
 from xdino_eval.quality.alarms import alarms
-from xdino_eval.quality.measures import DELTA, feature_std, lidar, rankme
+from xdino_eval.quality.measures import DELTA, agreement, feature_std, lidar, rankme
 from xdino_eval.results import Row
 
 PROTOCOL = "quality without labels"
-MEASURES = ("rankme", "lidar", "feature_std")
+MEASURES = ("rankme", "lidar", "feature_std", "agreement")
 IMAGES = 25_600  # RankMe's paper
 
 
@@ -107,13 +107,14 @@ def evaluate(
     views: int = 50,
     seed: int = 0,
 ) -> Row:
-    """The three measures on images without labels, a row not signed yet; the numbers are the papers'.
+    """The four measures on images without labels, a row not signed yet; the numbers are the papers'.
 
     Args:
         options: `limit` images at most (None: RankMe's 25,600), the same ones for one seed.
         crops: whose global crops LiDAR's views are drawn by; None = the published ones at the
             backbone's own size.
-        lidar_images: of the images, for LiDAR, with so many `views` of each.
+        lidar_images: of the images, for LiDAR, with so many `views` of each; agreement compares the
+            first two, one of each published kind.
 
     Raises:
         RunFailed: no image could be read, or a feature is not finite.
@@ -133,8 +134,8 @@ def evaluate(
         "feature_std": feature_std(found.features),
     }
     notes = alarms(**told, images=N, lidar_images=len(several), dim=D)
-    if found.skipped:
-        notes.append(f"{len(found.skipped)} images could not be read")
+    notes += [f"{len(found.skipped)} images could not be read"] if found.skipped else []
+    told["agreement"] = agreement(several)
     return Row(
         protocol=PROTOCOL,
         settings={

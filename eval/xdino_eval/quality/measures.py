@@ -1,9 +1,10 @@
 """How good features are, measured without a label: how many directions they use, and for what.
 
-Three numbers, each from its paper. RankMe counts the directions that features use. LiDAR counts
+Four numbers, each from its paper. RankMe counts the directions that features use. LiDAR counts
 those that tell images from their own augmented views, so noise that a view adds does not count.
-The standard deviation of features on the unit sphere is zero where a network says the same of every
-image. None of them is an accuracy: compare them between checkpoints of one kind, measured alike.
+Agreement is how often a view's nearest neighbour is the other view of its own image. The standard
+deviation of features on the unit sphere is zero where a network says the same of every image. None
+of them is an accuracy: compare them between checkpoints of one kind, measured alike.
 
 Letters: N images, q views of each, D width of a feature.
 """
@@ -11,6 +12,8 @@ Letters: N images, q views of each, D width of a feature.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from xdino_eval.accuracy import ranks
 
 EPSILON = 1e-7  # RankMe's, for features in float32
 DELTA = 1e-4  # keeps the within-image covariance invertible
@@ -91,6 +94,27 @@ def feature_std(features: Tensor) -> float:
     """
     unit = F.normalize(_matrix(features, 2).double(), dim=1)
     return unit.std(0, correction=0).mean().item()
+
+
+def agreement(features: Tensor) -> float:
+    """Per cent of views whose nearest neighbour is the other view of their own image.
+
+    Instance discrimination (Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.1: every
+    image is a class of its own), answered by one neighbour. The first views of all images are asked
+    among the second ones, and these among the first; cosine similarity, among equals the earlier
+    image. Guessing gives 100 / N, and so does a network that says the same of every image.
+
+    Args:
+        features: float [N, q, D], of which two views are compared.
+    """
+    z = F.normalize(_matrix(features, 3).double(), dim=2)
+    N, q, _ = z.shape
+    if q < 2:
+        raise ValueError(f"agreement needs 2 views of each image, got {q}")
+    similarity = z[:, 0] @ z[:, 1].T  # [N, N]
+    own = torch.arange(N, device=z.device)
+    hits = [(ranks(asked, own) == 0).double().mean().item() for asked in (similarity, similarity.T)]
+    return 50.0 * sum(hits)
 
 
 def _effective_rank(spectrum: Tensor, epsilon: float) -> float:

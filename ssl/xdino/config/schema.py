@@ -288,7 +288,7 @@ class Evaluate:
     """What judges while training, a linear probe at the end, and the size at which all judge."""
 
     every: Count = 0
-    """Epochs between evaluations by protocols; 0 for never."""
+    """Epochs between evaluations by protocols, with one before the first step; 0 for never."""
     protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
     """What judges then, several with commas: quality needs no labels, grid wants many images."""
     linear: Literal["logistic", "grid"] | None = None

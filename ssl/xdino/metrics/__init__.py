@@ -3,7 +3,9 @@
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
 global_size and local_size (of the crops, in pixels), images_per_second (over all processes),
 wait_share (of the time, for data), resident_mb (Linux: what this process holds now), peak_memory_mb
-(CUDA), and knn_* and linear_* (per cent) where they were evaluated.
+(CUDA), and knn_* and linear_* (per cent) where they were evaluated, with val_images (that were
+scored) and chance_top1 (per cent that always answering the commonest class scores). Iteration 0 is the
+network before its first step.
 
 Of the objective: teacher_temp, teacher_entropy and kl (nats; with koleo, of the rest of the loss) and
 centre_norm of DINO, the last not with Sinkhorn-Knopp; koleo (the sum over the global views, before its

@@ -295,7 +295,7 @@ class RunDirectory:
 
     def owes_evaluation(self, iteration: int, every: int) -> bool:
         """Whether an evaluation, due every so many iterations (0: never), is missing at this one."""
-        if not every or not iteration or iteration % every:
+        if not every or iteration % every:
             return False
         return not self.evaluated(iteration)
 
