@@ -52,6 +52,7 @@ def pretrain(
 
     with StopSignal(last=ctx.obj is True) as stop:  # before the imports, which take seconds
         from xdino import config as configuration
+        from xdino.runtime import places
         from xdino.values import shown
 
         if config is not None and config.startswith("--"):  # a key: there is no recipe
@@ -76,6 +77,9 @@ def pretrain(
             click.echo(configuration.commented(resolved, kept), nl=False)
             return
         assert run_dir is not None
+        places.check_data(resolved.data.path, resolved.evaluate.data)
+        if resolved.train.init and not Path(run_dir, "config.yaml").exists():
+            places.check_weights(resolved.train.init)
         with stop.abandoning("before it began"):
             from xdino_launch import processes as launcher
             from xdino_launch.local import run_pretraining
