@@ -334,3 +334,47 @@ def test_help_is_there_and_quick_commands_import_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pretrain" in done.stdout
+
+
+SLIPS = (
+    ("pretrain", "debug", "--run", "r", "--data.path", "slip"),
+    ("pretrain", "debug", "--run", "r", "--evaluate.data", "slip"),
+    ("pretrain", "debug", "--run", "r", "--init", "slip"),
+    ("knn", "slip", "--data", "fashion_mnist_sample"),
+    ("knn", "there", "--data", "slip"),
+    ("linear", "there", "--data", "slip"),
+    ("linear", "there", "--data", "there", "--apply", "slip"),
+    ("neighbours", "there", "--data", "slip", "--out", "o"),
+    ("features", "there", "--data", "slip", "--out", "f.safetensors"),
+    ("quality", "there", "--data", "slip"),
+    ("attention", "there", "slip", "--out", "o"),
+    ("segment-score", "there", "--data", "slip"),
+    ("retrieval", "there", "--data", "slip"),
+    ("copydetection", "there", "--data", "slip"),
+    ("davis", "there", "--data", "slip", "--out", "o"),
+    ("export", "slip", "--out", "w.safetensors"),
+    ("pack", "slip", "--out", "p.tar"),
+    ("report", "slip"),
+    ("replay", "slip"),
+    ("runs", "slip"),
+)
+
+
+def test_a_mistyped_path_is_answered_before_torch_is_imported(tmp_path):
+    (tmp_path / "there").mkdir()
+    code = (
+        "import sys\nfrom xdino_launch import cli\n"
+        f"for command in {SLIPS!r}:\n"
+        "    try: cli.main(command)\n"
+        "    except SystemExit as stop: assert stop.code == 2, command\n"
+        "    assert 'torch' not in sys.modules, command\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == len(SLIPS)
+    for command, sentence in zip(SLIPS, told, strict=True):
+        assert re.search("(no|called) .*slip", sentence), (command, sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

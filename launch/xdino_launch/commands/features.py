@@ -27,6 +27,7 @@ from xdino_launch.commands.options import (
 @on_one_process
 def features(judged: SubjectOptions, out: Path) -> None:
     """Write the frozen features of train/ and val/ to a safetensors file."""
+    judged.there(judged.data)
     from xdino_launch.evaluation.subject import save_features
 
     click.echo(str(save_features(judged.open(), out)))
@@ -65,6 +66,7 @@ def quality(
     LiDAR's views are the global crops of the run that the weights lie in, or, where there is none,
     the published ones at the network's size.
     """
+    judged.there(data)
     from xdino.data import open_source
     from xdino.runtime.device import resolve_device
     from xdino_eval.evaluators import Quality

@@ -76,6 +76,7 @@ def knn(
         raise UsageError(
             "--shots draws from train/ and is judged on val/: not with --leave-one-out"
         )
+    judged.there(judged.data)
     from xdino.runtime import distributed
     from xdino.runtime.device import resolve_device
     from xdino_eval.knn import Draws, SearchOptions

@@ -7,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from xdino.errors import UsageError
+from xdino.runtime import places
 from xdino_launch.commands.options import (
     ABOVE_0,
     SEED,
@@ -94,6 +95,10 @@ def linear(
     for name, chosen in {"--lrs": lrs, "--wds": wds, "--features": features}.items():
         if chosen is not None and not protocol.startswith("grid"):
             raise UsageError(f"{name} belongs to --protocol grid or grid-features, not {protocol}")
+    if cs not in ("default", "dino"):
+        numbers(cs, "c", above=0)
+    if not protocol.startswith("grid"):  # its own options come first, and take torch to check
+        judged.there(judged.data)
     from xdino_eval.evaluators import Linear
     from xdino_eval.linear.grid import Grid
     from xdino_eval.linear.logistic import GRIDS
@@ -130,6 +135,8 @@ def _apply(
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = {"cs": "c"}.get(name, name).replace("_", "-")
             raise UsageError(f"--apply trains nothing: leave out --{option}")
+    places.check_files("probe", probe)
+    judged.there(judged.data)
     from xdino_launch.evaluation.probing import use
 
     rows = use(judged.open, probe, split, predictions)

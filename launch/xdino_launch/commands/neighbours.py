@@ -35,6 +35,7 @@ def neighbours(
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
         raise UsageError(f"there is no image file {missing[0]}")
+    judged.there(judged.data)
     import numpy as np
 
     from xdino.data.loader import epoch_order

@@ -293,6 +293,18 @@ class WeightsOptions:
     arch: str | None = option("--arch", help="Architecture, where the file does not say.")
     role: str = option("--role", default="teacher", type=click.Choice(["teacher", "student"]))
 
+    def there(self, *data: str, folders: "Sequence[str | Path | None]" = ()) -> None:
+        """Look for the weights, data and folders before torch is imported: a slip is answered at once.
+
+        Raises:
+            UsageError: nothing is there.
+        """
+        from xdino.runtime import places
+
+        places.check_weights(self.weights)
+        places.check_data(*data)
+        places.check_files("folder", *folders)
+
 
 @dataclass(frozen=True)
 class BackboneOptions(WeightsOptions):

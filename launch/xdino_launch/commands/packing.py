@@ -2,6 +2,7 @@
 
 import click
 
+from xdino.runtime import places
 from xdino_launch.commands.options import PIXELS, Place, Whole, workers_option
 
 
@@ -20,6 +21,7 @@ def pack(
     Without --shorter-side the files' own bytes: the same crops as from the folder. With it,
     smaller JPEGs that are faster to read; results then say that their data were shrunk.
     """
+    places.check_data(data)
     from xdino.data import pack as room
     from xdino_launch.console import counter, stderr_console
 

@@ -8,6 +8,7 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError
+from xdino.runtime import places
 from xdino_launch.commands.options import (
     BackboneOptions,
     Number,
@@ -63,6 +64,8 @@ def attention(
         raise UsageError("--foreground goes with --pca")
     if (pca or xca) and (how["layer"] or how["head"]):
         raise UsageError("--layer and --head choose class attention; --pca and --xca have none")
+    judged.there()
+    places.check_files("image, folder or video", *images)
     from xdino_launch.evaluation import components, drawing
 
     backbone = judged.backbone()
@@ -112,6 +115,7 @@ def segment_score(
     """
     _check_mass(mass)
     void = _void(ignore)
+    judged.there(folders=[data])
     from xdino_eval.attention import segmentation
     from xdino_launch.console import counter, stderr_console
 

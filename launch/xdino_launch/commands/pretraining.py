@@ -185,6 +185,7 @@ def _by_recipe(
     stop: "StopSignal",
 ) -> Ways:
     from xdino import config as configuration
+    from xdino.runtime import places
 
     for option, value in length.items():
         if value is not None and option == "--epochs":
@@ -202,6 +203,9 @@ def _by_recipe(
 
     def train() -> Path:
         assert run_dir is not None
+        places.check_data(resolved.data.path, resolved.evaluate.data)
+        if resolved.train.init and not Path(run_dir, "config.yaml").exists():
+            places.check_weights(resolved.train.init)
         with stop.abandoning("before it began"):
             from xdino_launch.local import run_pretraining
         return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop, extend=extend)

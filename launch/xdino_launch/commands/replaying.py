@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from xdino.runtime import places
+
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
@@ -13,6 +15,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def replay(run_dir: Path, iteration: int | None, device: str | None, as_json: bool) -> None:
     """Make a step of RUN again and say where its numbers stop being finite; RUN stays as it is."""
+    places.check_files("run folder", run_dir)
     from xdino_launch.replay import replay as again
 
     found = again(run_dir, iteration, device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from xdino.runtime import places
 from xdino_launch.commands.options import SEED, Place
 
 
@@ -15,6 +16,7 @@ from xdino_launch.commands.options import SEED, Place
 @click.option("--out", type=Place(Path, file=True), help="File; default: report.html in RUN.")
 def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
     """Write a run, or two side by side, as one HTML file that needs nothing else."""
+    places.check_files("run folder", run_dir, other)
     from xdino_launch.report.page import write_report
 
     click.echo(str(write_report([run_dir, other] if other else [run_dir], out)))

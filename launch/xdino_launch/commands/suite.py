@@ -90,6 +90,7 @@ def retrieval(
     DINO's published numbers show the network whole query images; the benchmark's protocol crops
     them to the query's box (--crop-queries).
     """
+    judgement.there(folders=[data])
     from xdino_eval.suite.retrieval import evaluate_retrieval, open_benchmark
 
     benchmark = open_benchmark(data, dataset)
@@ -129,6 +130,7 @@ def copydetection(
       FOLDER/jpegqual/75/*.jpg, FOLDER/crops/10/*.jpg, ...    may be absent
     A copy's name begins with the four characters of its original's.
     """
+    judgement.there(folders=[data, distractors, whitening])
     from xdino_eval.suite.copydetection import evaluate_copydetection, open_copydays
 
     copydays = open_copydays(data, distractors, whitening)
@@ -177,6 +179,7 @@ def davis(
     Masks are written to OUT/VIDEO/00000.png ... as palette PNGs of the frames' size: what the
     official scorer reads. J and F are measured as it does, where all frames are annotated.
     """
+    judgement.there(folders=[data])
     from xdino_eval.suite.davis import evaluate_davis
     from xdino_eval.suite.davis_dataset import open_davis
     from xdino_eval.suite.label_propagation import Propagation

@@ -26,6 +26,7 @@ def export(judged: WeightsOptions, out: Path, format: str) -> None:
     As safetensors under the published parameter names or timm's, or as an ONNX graph (needs
     xdino[onnx]) that takes any batch, and for an XCiT any image size.
     """
+    judged.there()
     from xdino_launch.console import stderr_console
     from xdino_launch.export.backbone import export_backbone
 

@@ -27,6 +27,7 @@ from xdino.checkpoint.plain import load_plain, reading
 from xdino.checkpoint.states import STATE_FILE, check_state
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
+from xdino.runtime.places import missing_weights
 
 BACKBONE_FILE = "backbone.safetensors"
 BEST_FILE = "best.safetensors"  # beside it: the teacher whose k-NN was best while training
@@ -99,7 +100,7 @@ def weights_path(path: str | Path, role: str = "teacher") -> Path:
                 )
             path = file
         if not path.is_file():
-            raise UsageError(f"there is no weights file or run directory {path}")
+            raise UsageError(missing_weights(path))
         open(path, "rb").close()  # permissions, before anything is called damaged
     return path
 

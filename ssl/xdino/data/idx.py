@@ -15,9 +15,9 @@ import numpy as np
 from xdino.data.scattered import scattered
 from xdino.data.source import Source, png
 from xdino.errors import UsageError
+from xdino.runtime.places import DATA_SETS
 
-#: Data sets that have a name instead of a place.
-NAMES = ("fashion_mnist", "fashion_mnist_sample", "fashion_mnist_scattered")
+NAMES = DATA_SETS
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -18,7 +18,8 @@ from xdino.data.idx import NAMES, ArraySource, open_named
 from xdino.data.listing import shortened
 from xdino.data.shards import TarSource, open_tars, splits_of_tar
 from xdino.data.source import Source, fingerprint, limit_pixels
-from xdino.errors import UsageError, asked, nearest
+from xdino.errors import UsageError, asked
+from xdino.runtime.places import missing_data
 
 __all__ = [
     "ArraySource",
@@ -71,7 +72,7 @@ def _open(data: str, split: str | None, channels: int | None, labelled: bool) ->
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(_missing(data, path)) from None
+        raise UsageError(missing_data(data, path)) from None
     if stat.S_ISDIR(mode):
         return open_folder(data, path, split, channels, labelled)
     if not stat.S_ISREG(mode):
@@ -112,24 +113,3 @@ def splits_of(data: str) -> tuple[str | None, ...]:
         elif path.is_file() and _TAR_NAME.search(path.name):
             found = splits_of_tar(path)
     return tuple(found) or (None,)
-
-
-def _missing(data: str, path: Path) -> str:
-    """One sentence about a `data` that is neither a name, a folder nor a file."""
-    if path.is_symlink():
-        return f"{data} is a link to {os.readlink(path)}, which does not exist"
-    parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
-    siblings = [entry.name for entry in os.scandir(parent)]
-    if parent.is_dir() and path.is_file():
-        return f"{data} does not exist: {path} is a file, not a folder"
-    if len(Path(data).parts) == 1 and not data.startswith("~"):
-        return (
-            f'there is no data set or folder called "{data}"; '
-            + nearest(data, [*NAMES, *siblings])
-            + f" (data sets: {', '.join(NAMES)}; else a folder or a list of paths)"
-        )
-    hint = nearest(path.name, siblings)
-    where = f"{data} does not exist: {parent} has no {path.name}"
-    return where + (f"; {hint}" if hint.startswith("did you") else "")
