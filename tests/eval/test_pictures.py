@@ -108,6 +108,7 @@ def test_captions_name_the_weights(tmp_path):
     for path, name in (
         ("runs/mine/backbone.safetensors", "mine"),
         ("runs/mine/checkpoints/initial.safetensors", "mine/checkpoints/initial.safetensors"),
+        ("backbone.safetensors", Path.cwd().name),
         ("dino.pth", "dino.pth"),
     ):
         backbone.origin = Origin(Path(path), "", facts)

@@ -19,7 +19,7 @@ def weights(backbone: Backbone) -> str:
     """ "runs/mine, teacher, iteration 1234 of 5000 · xcit_nano_12_p4, embed_dim 64, depth 3"."""
     origin, spec = backbone.origin, backbone.spec
     facts, path = origin.facts, origin.path
-    name = path.parent if path.name == BACKBONE_FILE else path
+    name = path.absolute().parent if path.name == BACKBONE_FILE else path
     place = "/".join(part for part in name.parts[-3:] if part != "/")
     if name.parent.name != "checkpoints":
         place = name.name
