@@ -45,6 +45,9 @@ with quiet(), world("find a folder for matplotlib's cache"):
     from matplotlib.figure import Figure as Figure
 
 ROW, GAP, BESIDE = 18, 12, 4  # pixels: a line of text, between tiles, between pictures of a tile
+LARGEST = 4000  # pixels of a sheet's width and height, about: what every viewer opens at once
+NARROWEST = 480  # pixels that a caption below a picture may take at least
+BAR = (320, 12)  # pixels of a colour bar
 CAPTION = 360  # pixels that a caption may take where its pictures are narrower
 FRAME, DASH = 3, 6  # pixels: a frame's width, and a dash of it
 DRAWN = {"Software": "xdino"}  # in the header of every picture from here
@@ -63,6 +66,15 @@ class Tile:
     frame: str = ""
 
 
+@dataclass(frozen=True)
+class Bar:
+    """What colours mean: uint8 [W, 3] from left to right, and numbers at places of 0..1."""
+
+    colours: np.ndarray
+    ticks: Sequence[tuple[float, str]]
+    title: str
+
+
 def sheet(
     tiles: Sequence[Tile | None],
     columns: int,
@@ -78,8 +90,8 @@ def sheet(
     Args:
         side: pixels of each picture's longer side; None: as they are.
     """
-    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
-    shown = {i: [_shrunk(p, side) for p in tile.pictures] for i, tile in enumerate(tiles) if tile}
+    font = _font()
+    shown = {i: [resized(p, side) for p in tile.pictures] for i, tile in enumerate(tiles) if tile}
     width = max(sum(p.width for p in row) + BESIDE * (len(row) - 1) for row in shown.values())
     captions = [printable(tile.caption) if tile else "" for tile in tiles]
     longest = math.ceil(max(map(font.getlength, captions)))
@@ -111,7 +123,55 @@ def sheet(
     return out
 
 
-def _shrunk(picture: np.ndarray, side: int | None) -> Image.Image:
+def captioned(
+    picture: Image.Image | np.ndarray, lines: Sequence[str], bar: Bar | None = None
+) -> Image.Image:
+    """A picture above its caption, each line wrapped to the picture's width, and a colour bar."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    font, width = _font(), max(image.width, NARROWEST)
+
+    def fits(text: str) -> bool:
+        return font.getlength(text) <= width - 2 * GAP
+
+    told = [
+        _cut(short, fits)
+        for line in lines
+        for short in wrapped(printable(line), lambda text: not fits(text))
+    ]
+    height = image.height + len(told) * ROW + GAP + (3 * ROW + BAR[1] if bar else 0)
+    out = Image.new("RGB", (width, height), "white")
+    out.paste(image.convert("RGB"), ((width - image.width) // 2, 0))
+    pen, top = ImageDraw.Draw(out), image.height + GAP // 2
+    for line in told:
+        pen.text((GAP, top), line, fill="#222222", font=font)
+        top += ROW
+    if bar:
+        _draw_bar(out, pen, bar, (GAP, top + 4))
+    return out
+
+
+def _draw_bar(
+    out: Image.Image, pen: ImageDraw.ImageDraw, bar: Bar, corner: tuple[int, int]
+) -> None:
+    left, top = corner
+    font, (width, height) = _font(), BAR
+    pen.text((left, top), bar.title, fill="#222222", font=font)
+    top += ROW
+    strip = Image.fromarray(bar.colours[None].astype(np.uint8))
+    out.paste(strip.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+    for at, label in bar.ticks:
+        x = left + round(at * (width - 1))
+        pen.line((x, top + height, x, top + height + 4), fill="#222222")
+        pen.text(
+            (x, top + height + 4), label, fill="#222222", font=font, anchor="ma" if at else "la"
+        )
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
+
+
+def resized(picture: np.ndarray, side: int | None) -> Image.Image:
     """With its longer side at `side` pixels; made larger, it shows its own pixels."""
     height, width = picture.shape[:2]
     scale = 1.0 if side is None else side / max(height, width)

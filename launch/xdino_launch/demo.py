@@ -10,19 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from rich.table import Table
 
 from xdino import checkpoint, config, data, metrics
 from xdino.backbone import Backbone
 from xdino.errors import world
 from xdino.run_directory import INITIAL_FILE
-from xdino_eval import attention, knn, results, sheets
-from xdino_eval.attention import figures
+from xdino_eval import knn, results
+from xdino_eval.attention import captions, class_attention_maps, figures
+from xdino_eval.attention.colours import Scale
+from xdino_eval.attention.figures import Looked
+from xdino_eval.attention.sizes import Shown, shown
 from xdino_eval.features import Features, extract, pixels
 from xdino_eval.linear import logistic
 from xdino_eval.results import Row
-from xdino_eval.sheets import Tile
 from xdino_eval.transform import EvalTransform
 from xdino_launch.console import stderr_console, stdout_console
 from xdino_launch.local import run_pretraining
@@ -63,7 +64,7 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
     with world(f"write {run_dir / 'results.json'}"):  # the rows of an earlier demo in this folder
         (run_dir / "results.json").unlink(missing_ok=True)
     results.append(run_dir / "results.json", rows)
-    sheet = _draw(pretrained, val, run_dir / "attention")
+    sheet = _draw(pretrained, untrained, val, run_dir / "attention")
     _print(rows, run_dir, sheet, len(val), time.monotonic() - began)
     return rows
 
@@ -80,23 +81,41 @@ def _features(
     return extract(backbone, train, transform), extract(backbone, val, transform)
 
 
-def _draw(backbone: Backbone, val: data.Source, out: Path) -> Path:
-    """Attention on one held-out image of each class, and one sheet of all of them."""
+def _draw(pretrained: Backbone, untrained: Backbone, val: data.Source, out: Path) -> Path:
+    """Attention on one held-out image of each class, before and after; one sheet of all of them."""
     labels = np.asarray(val.labels)
-    pages: list[Tile | None] = []
+    told = captions.weights(pretrained)
+    pairs: list[tuple[Looked, Looked]] = []
+    seen: list[Shown] = []
     for label, name in enumerate(val.classes or ()):
         image = val.read(int(np.flatnonzero(labels == label)[0]))
-        maps = attention.class_attention_maps(backbone, image)
-        # A map of a few patches is looked at, not measured: draw it on an enlarged image.
-        large = np.asarray(
-            Image.fromarray(image[..., 0]).resize((224, 224), Image.Resampling.BICUBIC)
+        seen.append(shown(pretrained, image.shape))
+        lines = (told, captions.inputs(pretrained, seen[-1:]))
+        before, after = (
+            Looked(name, image, class_attention_maps(backbone, image, seen[-1].shorter), lines)
+            for backbone in (untrained, pretrained)
         )
-        stem = name.lower().replace(" ", "-").replace("/", "-")
-        files = figures.draw(maps, large[..., None], out, stem)
-        pages.append(Tile([np.asarray(Image.open(files[0]))]))
-    path = out / "all.png"
-    sheets.save(sheets.sheet(pages, columns=1), path)
-    return path
+        pairs.append((before, after))
+    scale = Scale.of(figures.one_map(after.maps.layers[-1], None) for _, after in pairs)
+    for _, after in pairs:
+        stem = after.name.lower().replace(" ", "-").replace("/", "-")
+        figures.draw_overlay(after, out / f"{stem}-overlay.png", scale)
+
+    def row(before: Looked, after: Looked) -> tuple[str, list[np.ndarray]]:
+        name, (image, overlay, mask) = figures.row(after, scale)
+        return name, [image, figures.row(before, scale)[1][1], overlay, mask]
+
+    def below() -> list[str]:
+        return [
+            "Each: the image; attention laid over, before the first step and at the end; the patches "
+            "that hold 60% of it at the end, and what share of all they are (even: 60%)",
+            f"{told} · {figures.told_map(pairs[0][1].maps)}",
+            captions.inputs(pretrained, seen),
+        ]
+
+    rows = (row(*pair) for pair in pairs)
+    sheet, *_ = figures.folder_sheets(rows, out, told=below, bar=captions.bar(scale))
+    return sheet
 
 
 def _print(rows: list[Row], run_dir: Path, sheet: Path, val: int, seconds: float) -> None:

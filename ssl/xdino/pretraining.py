@@ -14,15 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xdino import checkpoint, metrics, train
-from xdino.augment import MultiCrop
+from xdino.augment import MultiCrop, picture
 from xdino.augment.photometric import photometric
 from xdino.backbone import Backbone
 from xdino.config import Config
 from xdino.data import BadImage, CropBatch, CropLoader, fingerprint
+from xdino.data.decode import UnreadableImage
 from xdino.errors import RunFailed, UsageError, reason
 from xdino.job import Evaluator, Listener
 from xdino.learner import Learner
@@ -205,7 +207,7 @@ class Pretraining:
         for batch in self._next_batches():
             views = to_device(batch, self.plan.crops, self.device, self.learner.kernels.views)
             if number == self.begins_at + 1:
-                self._draw(views, run_dir)
+                self._draw(batch, views, run_dir)
             self.learner.add(views)
         return self.learner.finish(diagnose)
 
@@ -222,11 +224,20 @@ class Pretraining:
         settings = self.plan.schedules.at(number - 1)
         return dataclasses.replace(settings, lr=settings.lr * lr_factor)
 
-    def _draw(self, views: list[Tensor], run_dir: Path) -> None:
-        """The first batch as the networks see it."""
-        picture = run_dir / "views.png"
-        if distributed.rank() == 0 and not picture.exists():
-            metrics.save_views(picture, views, self.plan.spec.mean, self.plan.spec.std)
+    def _draw(self, batch: CropBatch, views: list[Tensor], run_dir: Path) -> None:
+        """The first batch as the networks see it, beside the images that it was cut from."""
+        path = run_dir / "views.png"
+        if distributed.rank() != 0 or path.exists():
+            return
+
+        def original(number: int) -> np.ndarray | None:
+            try:
+                return self.plan.source.read(int(batch.indices[number]))
+            except (UnreadableImage, OSError):  # another image stands in for it
+                return None
+
+        spec, crops = self.plan.spec, self.plan.crops
+        picture.save_views(path, views, spec.mean, spec.std, original, batch.table, crops.ratio)
 
     def check(self) -> None:
         self.learner.check()

@@ -143,7 +143,7 @@ def draw(backbone, folder: Path, out: Path, count: int = 12) -> None:
     rows = []
     for pair in find_pairs(folder)[:count]:
         image = np.asarray(Image.open(pair.image))
-        maps = class_attention_maps(backbone, image)
+        maps = class_attention_maps(backbone, image, SIDE)
         tiles = [image]
         for heads in maps.layers:
             one = figures.view(heads.mean(0), image, maps.lattice)
@@ -174,7 +174,7 @@ def main() -> None:
             ("pretrained", place / "run"),
         ):
             backbone = load_backbone(path)
-            one[name] = summaries(score(backbone, find_pairs(held))[0])
+            one[name] = summaries(score(backbone, find_pairs(held), size=SIDE)[0])
             draw(backbone, held, place / "pictures" / name)
         report[seed] = one
         print(f"seed {seed}: {seconds:.0f} s of pretraining; brightness {one['brightness']:.1f}")

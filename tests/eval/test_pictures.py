@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,50 +11,110 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from xdino.backbone import Origin
 from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed
 from xdino_eval import sheets
-from xdino_eval.attention import figures, pca
+from xdino_eval.attention import captions, channels, colours, figures, pca
+from xdino_eval.attention.channels import draw_channels
+from xdino_eval.attention.colours import Scale
+from xdino_eval.attention.figures import Looked
 from xdino_eval.attention.maps import Maps, mask, mass_threshold
 from xdino_eval.backbone_tokens import Lattice
+
+
+def looked(layers, image, names=(), name="photo.jpg"):
+    return Looked(name, image, Maps(tuple(layers), tuple(names)), ("weights", "shown at"))
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(3, 4), (1, 3)])
 def test_pictures_of_every_head_and_of_their_mean(tmp_path, channels, heads):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
-    maps = Maps(tuple(rng.random((heads, 4, 6), dtype=np.float32) for _ in range(2)))
+    one = looked([rng.random((heads, 4, 6), dtype=np.float32) for _ in range(2)], image)
+    scale = Scale.of(figures.every_map(one.maps))
     state = torch.get_rng_state()
-    sheet, *files = figures.draw(maps, image, tmp_path / "new", "photo", mass=0.5)
+    files = list(figures.draw_each(one, tmp_path / "new", "photo", scale, mass=0.5))
     assert torch.equal(state, torch.get_rng_state())
-    assert sheet.name == "photo-sheet.png"
-    assert Image.open(sheet).width > 1000
     each = [f"head{i}{end}" for i in range(1, heads + 1) for end in ("", "-mask")]
     names = [*each, "mean", "overlay", "mask"]
     assert [f.name for f in files] == [
         f"photo-layer{n}-{name}.png" for n in (1, 2) for name in names
     ]
     assert {Image.open(file).size for file in files} == {(83, 61)}
+    first, layer = np.asarray(Image.open(files[1])), one.maps.layers[0]
     written = np.asarray(Image.open(files[len(names) - 1]))
-    assert np.array_equal(written > 0, mask(maps.layers[0].mean(0), None, 61, 83, 0.5))
+    assert np.array_equal(written > 0, mask(layer.mean(0), None, 61, 83, 0.5))
     assert set(np.unique(written)) == {0, 255}
-    first = np.asarray(Image.open(files[1]))
-    assert np.array_equal(first > 0, mask(maps.layers[0][0], None, 61, 83, 0.5))
-    assert (first > 0).mean() == pytest.approx(
-        mass_threshold(maps.layers[0][0], 0.5).mean(), abs=0.05
-    )
+    assert np.array_equal(first > 0, mask(layer[0], None, 61, 83, 0.5))
+    assert (first > 0).mean() == pytest.approx(mass_threshold(layer[0], 0.5).mean(), abs=0.05)
 
 
 def test_one_head_alone(tmp_path):
     rng = np.random.default_rng(0)
-    maps = Maps((rng.random((3, 4, 4), dtype=np.float32),), ("block12",))
-    image = np.zeros((20, 20, 3), np.uint8)
-    _, *files = figures.draw(maps, image, tmp_path, "a", head=2)
+    layer = rng.random((3, 4, 4), dtype=np.float32)
+    one = looked([layer], np.zeros((20, 20, 3), np.uint8), ["block12"])
+    assert len(figures.every_map(one.maps, 2)) == 1
+    files = list(figures.draw_each(one, tmp_path, "a", Scale(), head=2))
     assert [f.name for f in files] == [
         f"a-block12-head2{end}.png" for end in ("", "-overlay", "-mask")
     ]
     kept = np.asarray(Image.open(files[-1])) > 0
-    assert np.array_equal(kept, mask(maps.layers[0][1], None, 20, 20))
+    assert np.array_equal(kept, mask(layer[1], None, 20, 20))
+    assert figures.told_map(one.maps, 2) == "block 12, head 2"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "heads", "gaps"),
+    [(28, 28, 2, 0), (50, 3000, 1, 0), (3000, 50, 8, 0), (50, 3000, 3, 1), (28, 28, 40, 0)],
+)
+def test_sheets_and_overlays_are_of_a_size_that_opens(tmp_path, height, width, heads, gaps):
+    image = np.full((height, width, 3), 90, np.uint8)
+    one = looked([np.full((heads, 4, 6), 1 / 24, np.float32)] * 2, image)
+    sheet = Image.open(figures.draw_sheet(one, tmp_path / "sheet.png", Scale()))
+    overlay = Image.open(figures.draw_overlay(one, tmp_path / "overlay.png", Scale()))
+    assert max(sheet.size) <= 1.03 * sheets.LARGEST
+    assert min(sheet.size) >= 200
+    assert 480 <= max(overlay.size) <= 1400
+    assert -(4 + heads) % figures.columns_of(4 + heads, 2) == gaps
+
+
+def test_a_caption_says_whose_weights_and_what_was_shown(tmp_path, monkeypatch):
+    """The words that reach the picture, and the bar's."""
+    said = []
+    written = figures.captioned
+    monkeypatch.setattr(
+        figures,
+        "captioned",
+        lambda p, lines, bar: said.append((lines, bar)) or written(p, lines, bar),
+    )
+    one = looked([np.full((2, 4, 6), 1 / 24, np.float32)], np.zeros((30, 40, 3), np.uint8))
+    figures.draw_overlay(one, tmp_path / "a.png", Scale(8.0))
+    figures.draw_sheet(one, tmp_path / "b.png", Scale(8.0))
+    list(figures.folder_sheets([figures.row(one, Scale())], tmp_path, told=lambda: one.told))
+    for lines, _ in said:
+        assert {"weights", "shown at"} <= set(lines)
+    assert "60% of it on 62% of the patches; even: 60%" in said[0][0][-1]
+    assert [label for _, label in said[0][1].ticks] == ["0", "1x", "2x", "4x", "6x", "8x"]
+
+
+def test_captions_name_the_weights(tmp_path):
+    xcit = BackboneSpec("xcit_nano_12_p16", shape={"embed_dim": 32, "depth": 1, "num_heads": 4})
+    backbone = xcit.build()
+    assert captions.weights(backbone).startswith(
+        "weights of no file · xcit_nano_12_p16, embed_dim 32"
+    )
+    facts = {"role": "teacher", "iteration": 0, "iterations": 90}
+    for path, name in (
+        ("runs/mine/backbone.safetensors", "mine"),
+        ("runs/mine/checkpoints/initial.safetensors", "mine/checkpoints/initial.safetensors"),
+        ("backbone.safetensors", Path.cwd().name),
+        ("dino.pth", "dino.pth"),
+    ):
+        backbone.origin = Origin(Path(path), "", facts)
+        assert captions.weights(backbone).startswith(
+            f"{name}, teacher, iteration 0 of 90 (untrained)"
+        )
 
 
 def test_stretched_maps_keep_each_patch_where_it_lies():
@@ -70,22 +131,34 @@ def test_stretched_maps_keep_each_patch_where_it_lies():
 
 
 def test_a_sheet_of_a_folder_has_pages(tmp_path):
-    picture = np.full((30, 50, 3), 200, np.uint8)
-    rows = [(f"a/very/long/path/{'x' * 90}/{i}.png", [picture, picture]) for i in range(61)]
-    pages = list(figures.folder_sheets(rows, tmp_path))
-    assert [page.name for page in pages] == ["sheet.png", "sheet-2.png"]
-    assert Image.open(pages[0]).height > 5 * Image.open(pages[1]).height
+    for side, count in (((30, 50), 181), ((50, 30), 91)):
+        picture = np.full((*side, 3), 200, np.uint8)
+        rows = [(f"a/very/long/path/{'x' * 90}/{i}.png", [picture] * 3) for i in range(count)]
+        pages = list(figures.folder_sheets(rows, tmp_path, told=lambda: ["word " * 200]))
+        assert [page.name for page in pages] == ["sheet.png", "sheet-2.png", "sheet-3.png"][
+            : len(pages)
+        ]
+        assert len(pages) == -(-count // 70)
+        for page in pages:
+            assert max(Image.open(page).size) <= 1.05 * sheets.LARGEST
+    assert not (tmp_path / "sheet-3.png").exists(), "a page of an earlier, longer list"
+    alike = Image.open(pages[0])
+    assert 0.8 < alike.width / alike.height < 1.6, "a grid"
 
 
-def test_channel_matrices(tmp_path):
+def test_channel_matrices(tmp_path, monkeypatch):
     matrices = [np.random.default_rng(i).dirichlet(np.ones(8), (3, 8)) for i in range(2)]
-    files = figures.draw_channels(matrices, tmp_path, "a")
+    assert [f.name for f in draw_channels(matrices, tmp_path, "a")] == ["a-xca-sheet.png"]
+    files = draw_channels(matrices, tmp_path, "a", ["weights"], every=True)
     assert [f.name for f in files] == [
         "a-xca-sheet.png",
         "a-xca-block1.png",
         "a-xca-block2.png",
     ]
     assert all(Image.open(f).width > 500 for f in files)
+    monkeypatch.setattr(channels, "LARGEST", 400)
+    (large,) = draw_channels(matrices, tmp_path, "b")
+    assert 300 < max(Image.open(large).size) <= 400
 
 
 # --- principal components ---------------------------------------------------------------------
@@ -145,25 +218,51 @@ def test_patch_tokens_of_an_xcit_are_those_before_class_attention():
 def test_attention_that_says_nothing_looks_flat():
     rng = np.random.default_rng(0)
     photograph = np.full((60, 80, 3), 128, np.uint8)
-    for spread, low, high in ((0, 0, 0), (1e-6, 0, 0), (0.01, 0, 2), (2, 40, 255)):
+    for spread, low, high in ((0, 0, 0), (1e-6, 0, 0), (0.01, 0, 3), (2, 40, 255)):
         weights = np.exp(spread * rng.normal(size=(6, 8)))
         drawn = figures.view(weights / weights.sum(), photograph)
         assert low <= drawn.heat.astype(float).std((0, 1)).max() <= high, spread
-    # Twice the uniform weight is as bright in a map of many patches as in one of few.
+        vivid = np.ptp(drawn.overlay.astype(int), axis=2).max()
+        assert vivid < 12 if spread < 0.1 else vivid > 100, "colour is for more than an even share"
+
+
+def test_masks_of_even_maps_fade():
+    photograph = np.full((60, 60, 3), 128, np.uint8)
+    peak = np.full((10, 10), 0.1)
+    peak[2:5, 2:5] = 10
+    for attention, least, most in ((np.ones((10, 10)), 0, 1), (peak, 60, 255)):
+        keep = mask(attention, None, 60, 60)
+        drawn = figures.masked(photograph, keep, attention).astype(int)
+        assert least <= np.abs(drawn - 128).max() <= most
+
+
+def test_one_scale_holds_for_all_heads_and_images():
+    flat, peak = np.full((10, 10), 0.01), np.full((10, 10), 0.01)
+    peak[:2, :5] = 0.2
+    assert Scale.of([flat]).top == 4
+    assert Scale.of([]).top == 4
+    assert Scale.of([flat, peak]) == Scale.of([peak, flat])
+    assert Scale.of([flat, peak]).top in colours.STOPS
+    assert Scale.of([peak * 1000]).top == Scale.of([peak]).top >= 6
+    # Twice the even share has one colour in a map of many patches and of few.
+    shades = set()
     for patches in (10, 40):
         double = np.full((patches, patches), 1 / patches**2)
         double[: patches // 10] *= 2
-        assert figures.limits_of(double) == pytest.approx((0, 3 * double.mean()))
+        ratio = colours.times_even(double)
+        assert ratio.mean() == pytest.approx(1)
+        shades.add(tuple(colours.colour(ratio, Scale())[0, 0]))
+    assert len(shades) == 1
+    assert (colours.times_even(np.zeros((2, 3, 3))) == 0).all()
 
 
 def test_titles_of_a_portrait_have_room(tmp_path):
     """Each title ends before the next column begins: nothing is drawn in the gaps."""
     image = np.zeros((400, 40, 3), np.uint8)
-    maps = Maps((np.full((2, 40, 4), 1 / 160, np.float32),), ("layer12",))
-    sheet, *_ = figures.draw(maps, image, tmp_path, "tall")
-    pixels = np.asarray(Image.open(sheet))
-    width = (pixels.shape[1] - sheets.GAP) // figures.COLUMNS
-    for column in range(1, figures.COLUMNS + 1):
+    one = looked([np.full((4, 40, 4), 1 / 160, np.float32)], image, ["layer12"])
+    pixels = np.asarray(Image.open(figures.draw_sheet(one, tmp_path / "tall.png", Scale())))
+    width = (pixels.shape[1] - sheets.GAP) // 4
+    for column in range(1, 5):
         left = column * width
         assert (pixels[: sheets.ROW, left : left + sheets.GAP] == 255).all()
 
@@ -185,10 +284,12 @@ def test_captions_are_cut_and_frames_tell_apart():
 
 def test_pictures_say_who_drew_them(tmp_path):
     image = np.zeros((20, 20, 3), np.uint8)
-    maps = Maps((np.full((1, 4, 4), 1 / 16, np.float32),))
+    one = looked([np.full((1, 4, 4), 1 / 16, np.float32)], image)
     for path in [
-        *figures.draw(maps, image, tmp_path, "a"),
-        *figures.draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
+        *figures.draw_each(one, tmp_path, "a", Scale()),
+        figures.draw_sheet(one, tmp_path / "a-sheet.png", Scale()),
+        figures.draw_overlay(one, tmp_path / "a-overlay.png", Scale()),
+        *draw_channels([np.full((1, 4, 4), 0.25)], tmp_path, "a"),
         *figures.folder_sheets([("\udcff", [image])], tmp_path),
     ]:
         assert sheets.drawn_here(path)
@@ -197,7 +298,7 @@ def test_pictures_say_who_drew_them(tmp_path):
     assert not sheets.drawn_here(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RunFailed, match="cannot write"):
-        figures.draw(maps, image, tmp_path / "file", "a")
+        figures.draw_sheet(one, tmp_path / "file" / "a.png", Scale())
 
 
 def test_matplotlib_says_nothing_of_its_cache(tmp_path):

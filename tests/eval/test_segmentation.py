@@ -64,8 +64,8 @@ def test_figures_are_those_of_the_masks(folder, xcit):
     by_hand, mean_map = [], []
     for pair in find_pairs(folder):
         truth = np.asarray(Image.open(pair.mask)) > 0
-        heads = class_attention_maps(xcit, np.asarray(Image.open(pair.image))).layers[-1]
-        place = class_attention_maps(xcit, np.asarray(Image.open(pair.image))).lattice
+        maps = class_attention_maps(xcit, np.asarray(Image.open(pair.image)), 80)
+        heads, place = maps.layers[-1], maps.lattice
         by_hand.append([jaccard(mask(h, place, 40, 56, 0.5), truth) for h in heads])
         mean_map.append(jaccard(mask(heads.mean(0), place, 40, 56, 0.5), truth))
     np.testing.assert_allclose(last.heads, by_hand)
@@ -81,6 +81,9 @@ def test_figures_are_those_of_the_masks(folder, xcit):
     }
     for name, value in wanted.items():
         assert figures[f"jaccard {name}"] == pytest.approx(value, abs=1e-4)
+    assert rows[1].settings["size"] == "longer 112", "twice the images' own 56 pixels"
+    assert "shown at 112 x 80 pixels, 14 x 10 patches of 8" in rows[1].transform
+    assert segmentation.evaluate(xcit, folder, size=40)[0][0].settings["size"] == 40
     assert (rows[1].top1, rows[1].val_size, rows[1].settings["mass"]) == (None, 3, 0.5)
 
 

@@ -30,7 +30,12 @@ def test_the_demo_scores_three_kinds_of_features_and_draws(tmp_path, capsys, mon
         assert (row.train_size, row.val_size) == (10_000, 2_000)
     assert rows[0].top1 == pytest.approx(81.55, abs=0.05), "raw pixels do not depend on training"
     assert stored[2]["checkpoint"] != stored[4]["checkpoint"]
-    assert Image.open(tmp_path / "demo" / "attention" / "all.png").height > 1000
+    pictures = tmp_path / "demo" / "attention"
+    sheet = Image.open(pictures / "sheet.png")
+    assert 0.5 < sheet.width / sheet.height < 2, "a grid, not a tower"
+    assert max(sheet.size) < 2500
+    assert len(list(pictures.glob("*-overlay.png"))) == 10
+    assert len(list(pictures.glob("*"))) == 11
     again = run_demo(tmp_path / "demo", seed=1, overrides=SHORT)
     assert [r.top1 for r in again] == [r.top1 for r in rows]
     assert len(json.loads((tmp_path / "demo" / "results.json").read_text())) == 6

@@ -163,7 +163,8 @@ COMMANDS: dict[str, tuple[tuple[tuple[str, ...], ...], dict, dict]] = {
         "--results": OUT, "--split": NAMES}),
     "attention": ((WEIGHTS, ("one.png", "one.png", "flat", *PLACES)), {"--out": OUT}, {
         "--arch": NAMES, "--size": SIZE, "--mass": NUMBER, "--layer": WHOLE, "--head": WHOLE, "--fps": NUMBER,
-        "--pca": FLAG, "--foreground": FLAG, "--xca": FLAG, "--device": DEVICE}),
+        "--pca": FLAG, "--foreground": FLAG, "--xca": FLAG, "--all": FLAG, "--limit": WHOLE,
+        "--device": DEVICE}),
     "segment-score": ((WEIGHTS,), {"--data": ("masks", "masks", "masks", *PLACES)}, {
         "--arch": NAMES, "--size": SIZE, "--mass": NUMBER, "--layer": WHOLE, "--out": OUT, "--details": OUT,
         "--ignore": (*WHOLE, "none", "255"), "--device": DEVICE, "--json": FLAG}),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -10,12 +9,10 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-import torch
-from PIL import Image
 
 from xdino import metrics
 from xdino.errors import RunFailed
-from xdino.metrics import CollapseAlarm, MetricsLog, collapse_warning, save_views
+from xdino.metrics import CollapseAlarm, MetricsLog, collapse_warning
 
 
 def rows(folder):
@@ -167,24 +164,6 @@ def test_a_loss_that_hovers_at_ln_k_is_said_once():
     assert [bool(words) for words in again] == [False, False, False, False, True, False]
     passing = CollapseAlarm(K)
     assert not any(passing.look(i, near * (1 - 0.003 * i), spread) for i in range(40))
-
-
-def test_a_picture_of_the_views_that_cannot_be_written(tmp_path):
-    group = torch.zeros(2, 3, 3, 16, 16)
-    (tmp_path / "views.png").mkdir()
-    with pytest.raises(RunFailed, match=r"cannot write .*views\.png"):
-        save_views(tmp_path / "views.png", [group], [0.5] * 3, [0.25] * 3)
-    assert os.listdir(tmp_path) == ["views.png"], "nothing is left beside it"
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_the_picture_of_the_views(tmp_path, channels):
-    groups = [torch.zeros(2, 3, channels, 16, 16), torch.ones(4, 3, channels, 8, 8)]
-    save_views(tmp_path / "views.png", groups, [0.5] * channels, [0.25] * channels)
-    picture = Image.open(tmp_path / "views.png")
-    assert picture.size == (6 * (6 * 18 - 2), 6 * (3 * 18 - 2)), "six times as large as 16 pixels"
-    assert picture.getpixel((0, 0)) == (128, 128, 128)  # zero is the mean
-    assert picture.getpixel((6 * 2 * 18, 0)) == (191, 191, 191)  # one is a standard deviation above
 
 
 def scalars(run):

@@ -1,15 +1,15 @@
-"""Pictures of attention and of channel matrices, and sheets of them.
+"""Pictures of attention, and sheets of them.
 
-Nothing is computed here that is scored: maps are stretched smoothly and coloured, for the eye.
-Colours run from weight 0 to the map's 99th percentile, but never to less than `LEAST_TOP` times the
-weight that each patch has when all have the same (the map's mean). So what is nearly flat looks
-flat: attention that says nothing must not be drawn as vivid structure. Sheets say the upper end.
+Nothing is computed here that is scored: maps are stretched smoothly and coloured, for the eye, all on
+one scale (`colours`). A picture is made at the image's own size within bounds, whatever the size that
+the network saw; its caption says both.
 
-Letters: H x W pixels, h x w patches, d channels of a head.
+Letters: H x W pixels, h x w patches.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,27 +17,30 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from xdino.errors import world
-from xdino_eval import sheets
-from xdino_eval.attention.maps import MASS, Maps, mask
+from xdino_eval.attention import captions
+from xdino_eval.attention.colours import Scale, colour, overlay, times_even
+from xdino_eval.attention.maps import MASS, Maps, mask, mass_threshold
 from xdino_eval.backbone_tokens import Lattice
 from xdino_eval.sheets import (
-    DRAWN,
-    Figure,
-    FigureCanvasAgg,
+    GAP,
+    LARGEST,
+    ROW,
+    Bar,
     Tile,
     as_rgb,
-    matplotlib,
+    captioned,
+    drawn_here,
+    resized,
     save,
     sheet,
-    wrapped,
 )
 
-COLOURS = matplotlib.colormaps["inferno"]
-COLUMNS = 4
-LARGE, SMALL = 320, 176  # pixels, a picture's longer side on an image's and on a folder's sheet
-PAGE, ACROSS = 60, 9  # images on a page of a folder's sheet, and pictures side by side
-LEAST_TOP = 3.0  # times the uniform weight, at the bright end of a map's colours at least
+CAPTION = 250  # pixels below a sheet that are kept for words, about
+LARGE, SMALL = 400, 224  # pixels, a picture's longer side on one image's and on a sheet of many
+LEAST, MOST = 480, 640  # pixels of the longer side of what is drawn on
+MOST_OF_EACH = 4096  # the same, where every map has a file of its own
+ASPECT = 1.4  # width of a sheet of many over its height, about
+INSIDE = (0, 190, 220)  # the colour of a mask
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,31 @@ class View:
     mask: np.ndarray
 
 
+@dataclass(frozen=True)
+class Looked:
+    """An image that was looked at: what it is called, its maps, the photograph to draw on (uint8
+    [H, W, C]), and the lines of the caption that say what made them."""
+
+    name: str
+    photograph: np.ndarray
+    maps: Maps
+    told: Sequence[str] = ()
+
+
 def view(
     attention: np.ndarray,
     photograph: np.ndarray,
     lattice: Lattice | None = None,
     mass: float = MASS,
-    limits: tuple[float, float] | None = None,
+    scale: Scale | None = None,
 ) -> View:
-    """Draw one map, float [h, w], over uint8 [H, W, 3]; `limits` are its colours' ends."""
+    """Draw one map, float [h, w], over uint8 [H, W, 3]; on a scale of its own where none is given."""
     height, width = photograph.shape[:2]
-    limits = limits or limits_of(attention)
-    wide = stretch(attention, lattice, height, width)
+    scale = scale or Scale.of([attention])
+    wide = stretch(times_even(attention), lattice, height, width)
     return View(
-        colour(wide, limits),
-        overlay(photograph, wide, limits),
+        colour(wide, scale),
+        overlay(photograph, wide, scale),
         mask(attention, lattice, height, width, mass),
     )
 
@@ -80,148 +94,191 @@ def one_map(heads: np.ndarray, head: int | None) -> np.ndarray:
     return heads.mean(0) if head is None else heads[head - 1]
 
 
-def draw(
-    maps: Maps,
-    image: np.ndarray,
-    out_dir: Path | str,
-    stem: str,
+def every_map(maps: Maps, head: int | None = None) -> list[np.ndarray]:
+    """What one scale must hold for, float [h, w] each: the means, and all heads but for `head`."""
+    heads = [one for layer in maps.layers for one in layer] if head is None else []
+    return [*(one_map(layer, head) for layer in maps.layers), *heads]
+
+
+def fitted(photograph: np.ndarray, least: int = LEAST, most: int = MOST) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [H', W', 3] with a longer side from `least` to `most` pixels.
+
+    Made larger, it shows its own pixels.
+    """
+    picture = as_rgb(photograph)
+    side = max(picture.shape[:2])
+    if least <= side <= most:
+        return picture
+    return np.asarray(resized(picture, min(max(side, least), most)))
+
+
+def draw_overlay(
+    looked: Looked,
+    path: Path,
+    scale: Scale,
     mass: float = MASS,
     head: int | None = None,
-) -> list[Path]:
-    """Write the pictures of `maps` over `image` as PNG files, the contact sheet first.
+) -> Path:
+    """Write one picture of an image: its last layer's map laid over, and beside it the mask."""
+    photograph, maps = fitted(looked.photograph), looked.maps
+    attention = one_map(maps.layers[-1], head)
+    drawn = view(attention, photograph, maps.lattice, mass, scale)
+    pair = sheet([Tile([drawn.overlay, masked(photograph, drawn.mask, attention, mass)])], 1)
+    lines = [
+        looked.name,
+        *looked.told,
+        f"{told_map(maps, head)}; right: {captions.kept(share(attention, mass), mass)}",
+    ]
+    save(captioned(pair, lines, captions.bar(scale)), path)
+    return path
+
+
+def draw_sheet(
+    looked: Looked,
+    path: Path,
+    scale: Scale,
+    mass: float = MASS,
+    head: int | None = None,
+) -> Path:
+    """Write one image's sheet: for every layer the mean laid over, its mask, its map, each head."""
+    maps = looked.maps
+    photograph = fitted(looked.photograph, LARGE, LARGE)
+    count = 4 + (len(maps.layers[0]) if head is None else 0)
+    columns = columns_of(count, len(maps.layers))
+    tiles: list[Tile | None] = []
+    for i, heads in enumerate(maps.layers):
+        mean = one_map(heads, head)
+        main = view(mean, photograph, maps.lattice, mass, scale)
+        layer = title(maps.name(i))
+        tiles += [
+            Tile([photograph], "image"),
+            Tile([main.overlay], f"{layer}: {_heads(heads, head)}"),
+            Tile(
+                [masked(photograph, main.mask, mean, mass)],
+                captions.kept(share(mean, mass), mass),
+            ),
+            Tile([main.heat], f"{layer}: the map alone"),
+        ]
+        for number, attention in enumerate(heads, 1) if head is None else ():
+            one = view(attention, photograph, maps.lattice, mass, scale)
+            tiles.append(Tile([one.overlay], f"{layer}: head {number}"))
+        tiles += [None] * (-count % columns)
+    side = min((LARGEST - CAPTION) // (len(tiles) // columns) - 2 * ROW, LARGEST // columns - GAP)
+    side = max(24, min(LARGE, side))
+    whole = sheet(tiles, columns, side, widest=side)
+    save(captioned(whole, [looked.name, *looked.told], captions.bar(scale)), path)
+    return path
+
+
+def columns_of(count: int, layers: int) -> int:
+    """Of one image's sheet with `count` pictures a layer: about a square, with the fewest gaps."""
+    least = max(4, round(math.sqrt(count * layers)))
+    return min(range(least, least + 3), key=lambda n: (-count % n, n))
+
+
+def draw_each(
+    looked: Looked,
+    out_dir: Path | str,
+    stem: str,
+    scale: Scale,
+    mass: float = MASS,
+    head: int | None = None,
+) -> Iterator[Path]:
+    """Write every map of `looked` as a PNG file of its own, without a caption; yields each.
 
     For every layer: each head and its mask (black and white), the mean of the heads, the mean laid
-    over the image, and its mask; all of the image's size in pixels. With `head`, that head alone
-    in the place of the mean.
+    over the image, and its mask; all of the photograph's size in pixels, up to `MOST_OF_EACH` along
+    the longer side. With `head`, that head alone in the place of the mean.
 
     Args:
-        image: uint8 [H, W, C], the one that the maps are of, at any resolution.
         stem: how the files' names begin.
         head: a number from 1, or None.
-
-    Returns:
-        The files written.
     """
-    out_dir = Path(out_dir)
-    photograph = as_rgb(image)
-    tiles: list[Tile | None] = []
-    written: list[Path] = []
+    photograph, maps = fitted(looked.photograph, 1, MOST_OF_EACH), looked.maps
 
-    def put(name: str, picture: np.ndarray) -> None:
-        written.append(out_dir / f"{stem}-{name}.png")
-        save(picture, written[-1])
+    def put(name: str, picture: np.ndarray) -> Path:
+        path = Path(out_dir) / f"{stem}-{name}.png"
+        save(picture, path)
+        return path
 
     for i, heads in enumerate(maps.layers):
         name = maps.name(i)
-        each: list[Tile | None] = []
         for number, attention in enumerate(heads, 1) if head is None else ():
-            one = view(attention, photograph, maps.lattice, mass)
-            put(f"{name}-head{number}", one.heat)
-            put(f"{name}-head{number}-mask", black_white(one.mask))
-            top = times_uniform(attention)
-            each.append(Tile([one.heat], f"head {number}, to {top:.1f}x"))
-        mean = one_map(heads, head)
-        main = view(mean, photograph, maps.lattice, mass)
-        prefix, what = ("", "mean of heads") if head is None else (f"head{head}-", f"head {head}")
-        put(f"{name}-{prefix or 'mean'}".rstrip("-"), main.heat)
-        put(f"{name}-{prefix}overlay", main.overlay)
-        put(f"{name}-{prefix}mask", black_white(main.mask))
-        tiles += [
-            Tile([photograph], "image"),
-            Tile([main.heat], f"{_title(name)}: {what}, to {times_uniform(mean):.1f}x"),
-            Tile([main.overlay], f"{what}, laid over"),
-            Tile([dimmed(photograph, main.mask)], f"{mass:.0%} of its mass"),
-            *each,
-            *[None] * (-len(each) % COLUMNS),
-        ]
-    path = out_dir / f"{stem}-sheet.png"
-    save(sheet(tiles, COLUMNS, LARGE, SCALE), path)
-    return [path, *written]
+            one = view(attention, photograph, maps.lattice, mass, scale)
+            yield put(f"{name}-head{number}", one.heat)
+            yield put(f"{name}-head{number}-mask", black_white(one.mask))
+        main = view(one_map(heads, head), photograph, maps.lattice, mass, scale)
+        prefix = "" if head is None else f"head{head}-"
+        yield put(f"{name}-{prefix or 'mean'}".rstrip("-"), main.heat)
+        yield put(f"{name}-{prefix}overlay", main.overlay)
+        yield put(f"{name}-{prefix}mask", black_white(main.mask))
 
 
-SCALE = (
-    "Colours: from weight 0 (black) to the number behind a title, in multiples of the uniform "
-    f"weight that all patches would share alike (bright). It is at least {LEAST_TOP:g}, so that a "
-    "map that is nearly flat looks flat."
-)
-
-
-def _title(name: str) -> str:
+def title(name: str) -> str:
     """ "layer2" -> "class-attention layer 2"; "block12" -> "block 12"."""
     if name.startswith("layer"):
         return f"class-attention layer {name.removeprefix('layer')}"
     return name.replace("block", "block ")
 
 
+def told_map(maps: Maps, head: int | None = None) -> str:
+    """ "class-attention layer 2, mean of 4 heads": what is drawn of an image that has one picture."""
+    return f"{title(maps.name(len(maps.layers) - 1))}, {_heads(maps.layers[-1], head)}"
+
+
+def _heads(heads: np.ndarray, head: int | None) -> str:
+    return f"mean of {len(heads)} heads" if head is None else f"head {head}"
+
+
+def row(
+    looked: Looked, scale: Scale, mass: float = MASS, head: int | None = None
+) -> tuple[str, list[np.ndarray]]:
+    """An image on a sheet of many: its name, and itself, overlay and mask of the last layer."""
+    photograph = fitted(looked.photograph, SMALL, SMALL)
+    one = one_map(looked.maps.layers[-1], head)
+    drawn = view(one, photograph, looked.maps.lattice, mass, scale)
+    name = f"{looked.name}: {mass:.0%} on {share(one, mass):.0%}"
+    return name, [photograph, drawn.overlay, masked(photograph, drawn.mask, one, mass)]
+
+
 def folder_sheets(
-    rows: Iterable[tuple[str, Sequence[np.ndarray]]], out_dir: Path, stem: str = "sheet"
+    rows: Iterable[tuple[str, Sequence[np.ndarray]]],
+    out_dir: Path,
+    stem: str = "sheet",
+    told: Callable[[], Sequence[str]] = tuple,
+    bar: Bar | None = None,
 ) -> Iterator[Path]:
-    """Write the images of a folder side by side, `PAGE` of them a page; yields each page.
+    """Write many images side by side on pages of at most about `LARGEST` pixels; yields each page.
+
+    Pages of an earlier, longer list are removed.
 
     Args:
-        rows: (name, uint8 [H, W, 3] pictures of one image, as many for each).
+        rows: (name, uint8 [H, W, 3] pictures of one image, as many for each), drawn `SMALL`.
         stem: of the files' names: "sheet.png", then "sheet-2.png" and so on.
+        told: gives the lines below, once the page is full.
     """
-    named = iter(rows)
+    named = ((name, [np.asarray(resized(p, SMALL)) for p in pictures]) for name, pictures in rows)
     for number in itertools.count(1):
-        tiles = [Tile(pictures, name) for name, pictures in itertools.islice(named, PAGE)]
-        if not tiles:
-            return
-        columns = max(1, min(len(tiles), round(ACROSS / len(tiles[0].pictures))))
         path = out_dir / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        save(sheet(tiles, columns, SMALL), path)
+        first = next(named, None)
+        if first is None:
+            break
+        across = LARGEST // (len(first[1]) * (SMALL + 4) + GAP) or 1
+        rows_down = (LARGEST - CAPTION) // (SMALL + 2 * ROW)
+        tiles = [
+            Tile(pictures, name)
+            for name, pictures in (first, *itertools.islice(named, across * rows_down - 1))
+        ]
+        wide = max(sum(p.shape[1] for p in tile.pictures) for tile in tiles) + GAP
+        down = max(p.shape[0] for tile in tiles for p in tile.pictures) + 2 * ROW
+        columns = max(round(math.sqrt(len(tiles) * ASPECT * down / wide)), 1)
+        columns = min(max(columns, -(-len(tiles) // rows_down)), LARGEST // wide or 1)
+        save(captioned(sheet(tiles, columns), told(), bar), path)
         yield path
-
-
-def draw_channels(matrices: Sequence[np.ndarray], out_dir: Path | str, stem: str) -> list[Path]:
-    """Write XCA's matrices, float [heads, d, d] a block, as heat maps: one file a block, one of all.
-
-    Returns:
-        The files written, the sheet of all blocks first.
-    """
-    out_dir = Path(out_dir)
-    top = max(float(np.quantile(block, 0.999)) for block in matrices)
-    written = [out_dir / f"{stem}-xca-sheet.png"]
-    _channel_figure(matrices, range(1, len(matrices) + 1), top, written[0])
-    for i, block in enumerate(matrices, 1):
-        written.append(out_dir / f"{stem}-xca-block{i}.png")
-        _channel_figure([block], [i], float(np.quantile(block, 0.999)), written[-1])
-    return written
-
-
-NOTE = (
-    "Cross-covariance attention mixes the channels of a head, so its matrices have no map over the "
-    "image. Row: channel that is written; column: channel that is read; rows sum to 1."
-)
-
-
-def _channel_figure(
-    blocks: Sequence[np.ndarray], numbers: Sequence[int], top: float, path: Path
-) -> None:
-    rows, columns = len(blocks), max(len(block) for block in blocks)
-    inches = 1.7 if rows > 1 else 2.6
-    size = (max(7.0, columns * inches + 1.2), rows * inches + 1.3)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for row, (number, block) in enumerate(zip(numbers, blocks, strict=True)):
-        for column, matrix in enumerate(block):
-            axes = grid[row, column]
-            shown = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=max(top, 1e-12))
-            axes.set_xticks([0, len(matrix) - 1])
-            axes.set_yticks([0, len(matrix) - 1])
-            axes.tick_params(labelsize=6, length=2)
-            if row == 0:
-                axes.set_title(f"head {column + 1}", fontsize=9)
-            if row == rows - 1:
-                axes.set_xlabel("key channel", fontsize=8)
-            if column == 0:
-                axes.set_ylabel(f"block {number}\nquery channel", fontsize=8)
-    figure.colorbar(shown, ax=list(grid.flat), label="attention weight", shrink=min(1, 3 / rows))
-    lines = wrapped(NOTE, lambda line: len(line) > size[0] * 14)
-    figure.suptitle("\n".join(lines), fontsize=8)
-    with world(f"write {path}"), sheets.quiet():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(path, metadata=DRAWN)
+    while drawn_here(path):
+        path.unlink()
+        number += 1
+        path = out_dir / f"{stem}-{number}.png"
 
 
 def black_white(keep: np.ndarray) -> np.ndarray:
@@ -231,7 +288,26 @@ def black_white(keep: np.ndarray) -> np.ndarray:
 
 def dimmed(photograph: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3], dark where bool [H, W] is False."""
-    return np.where(keep[..., None], photograph, photograph // 5)
+    return np.where(keep[..., None], photograph, photograph // 4)
+
+
+def masked(
+    photograph: np.ndarray, keep: np.ndarray, attention: np.ndarray, mass: float = MASS
+) -> np.ndarray:
+    """uint8 [H, W, 3]: the photograph, tinted where bool [H, W] is True and dark where it is not.
+
+    The fainter the more even the map, float [h, w], is: the `mass` of a flat one lies on as large a
+    share of the patches, anywhere, and such a mask must not look like an object that was found.
+    """
+    strength = min(1.0, max(0.0, 2 * (1 - share(attention, mass) / mass)))
+    inside = photograph * (1 - 0.35 * strength) + np.array(INSIDE) * 0.35 * strength
+    outside = photograph * (1 - 0.7 * strength)
+    return np.rint(np.where(keep[..., None], inside, outside)).astype(np.uint8)
+
+
+def share(attention: np.ndarray, mass: float = MASS) -> float:
+    """How many of the patches hold `mass` of a map, float [h, w]: 0..1."""
+    return float(mass_threshold(attention, mass).mean()) if attention.any() else 0.0
 
 
 def stretch(
@@ -258,38 +334,3 @@ def stretch(
         align_corners=False,
     )
     return wide[0].numpy().reshape(*values.shape[:-2], height, width)
-
-
-def limits_of(attention: np.ndarray) -> tuple[float, float]:
-    """The ends of a map's colours, see the module: float [h, w] -> (0, the bright end).
-
-    One patch must not blacken the rest, so a hundredth is cut off; and what is less than
-    `LEAST_TOP` times the uniform weight is not bright.
-    """
-    return 0.0, times_uniform(attention) * float(attention.mean())
-
-
-def times_uniform(attention: np.ndarray) -> float:
-    """The bright end of a map's colours in multiples of the uniform weight, its mean."""
-    mean = float(attention.mean())
-    return max(float(np.quantile(attention, 0.99)) / mean, LEAST_TOP) if mean > 0 else LEAST_TOP
-
-
-def colour(attention: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
-    """float [H, W] -> uint8 [H, W, 3], dark to bright between `limits`, by default `limits_of`."""
-    return np.rint(COLOURS(unit(attention, limits))[..., :3] * 255).astype(np.uint8)
-
-
-def overlay(
-    photograph: np.ndarray, attention: np.ndarray, limits: tuple[float, float] | None = None
-) -> np.ndarray:
-    """uint8 [H, W, 3] and float [H, W] -> uint8 [H, W, 3]: colour where the attention is."""
-    opacity = (0.15 + 0.65 * unit(attention, limits))[..., None]
-    grey = photograph.mean(2, keepdims=True) * 0.8
-    return np.rint(grey * (1 - opacity) + colour(attention, limits) * opacity).astype(np.uint8)
-
-
-def unit(attention: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
-    """Scaled to 0..1 between `limits`, by default `limits_of`."""
-    low, high = limits or limits_of(attention)
-    return np.clip((attention - low) / max(high - low, 1e-12), 0, 1)

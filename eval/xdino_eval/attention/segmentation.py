@@ -31,7 +31,9 @@ from xdino.backbone import Backbone
 from xdino.errors import UsageError
 from xdino.runtime.atomic import write_text
 from xdino_eval import image_files
+from xdino_eval.attention import captions
 from xdino_eval.attention.maps import MASS, class_attention_maps, mask
+from xdino_eval.attention.sizes import Shown, shown
 from xdino_eval.image_files import DAMAGED, Unreadable, printable
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
@@ -187,11 +189,14 @@ def score(
     layers: Sequence[int] | None = None,
     ignore: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    seen: list[Shown] | None = None,
 ) -> tuple[list[Scores], list[str], list[str]]:
     """The Jaccard indices of every layer and head, and what was left out: the names of masks
     without an object, and a sentence for each image or mask that cannot be read.
 
-    Args: as for `attention.class_attention_maps` and `read_mask`.
+    Args: as for `attention.class_attention_maps` and `read_mask`, but
+        size: None = of each image what `sizes.shown` chooses.
+        seen: how large each image was shown is added here.
 
     Raises:
         UsageError: as those; no mask with an object, or none that can be read.
@@ -209,7 +214,10 @@ def score(
             continue
         height, width = truth.shape
         if truth.any():
-            maps = class_attention_maps(backbone, image, size, layers)
+            how = shown(backbone, image.shape, size)
+            maps = class_attention_maps(backbone, image, how.shorter, layers)
+            if seen is not None:
+                seen.append(how)
             names.append(pair.name)
             for i, heads in enumerate(maps.layers):
                 everything = [*heads, heads.mean(0)]
@@ -246,10 +254,12 @@ def evaluate(
     """
     began = time.monotonic()
     pairs = find_pairs(folder)
-    scores, empty, damaged = score(backbone, pairs, mass, size, layers, ignore, progress)
+    seen: list[Shown] = []
+    scores, empty, damaged = score(backbone, pairs, mass, size, layers, ignore, progress, seen)
     transform = EvalTransform.of(backbone, size)
+    large = f"shorter side {size}" if size else captions.inputs(backbone, seen)
     told = (
-        f"whole image, shorter side {transform.size} (PIL bicubic); masks by nearest patch at the "
+        f"whole image, {large} (PIL bicubic); masks by nearest patch at the "
         f"image's own size; mean {transform.mean}, std {transform.std}, fp32"
     )
     notes = [f"{len(empty)} masks without an object were left out"] if empty else []
@@ -261,7 +271,7 @@ def evaluate(
             settings={
                 "layer": one.layer,
                 "mass": mass,
-                "size": transform.size,
+                "size": size or _longer(seen),
                 "heads": one.heads.shape[1],
                 "ignore": "255 in palette files" if ignore is None else ignore,
             },
@@ -278,6 +288,12 @@ def evaluate(
         for one in scores
     ]
     return rows, scores
+
+
+def _longer(seen: Sequence[Shown]) -> str:
+    """ "longer 480", "longer 56-480"."""
+    sides = sorted({max(one.width, one.height) for one in seen})
+    return f"longer {'-'.join(map(str, dict.fromkeys((sides[0], sides[-1]))))}"
 
 
 def save_details(path: Path, scores: Sequence[Scores]) -> None:

@@ -20,6 +20,7 @@ from xdino_launch.commands.options import (
     takes,
 )
 
+SIZE = "Shorter side in pixels; default: the longer one at 480, less for what is much smaller."
 mass_option = click.option(
     "--mass", default=0.6, show_default=True, type=Number(), help="Share held by the mask."
 )
@@ -33,8 +34,8 @@ def _check_mass(value: float) -> None:
 @click.command()
 @takes(judged=BackboneOptions)
 @click.argument("images", nargs=-1, required=True, type=Place())
-@click.option("--out", required=True, type=Place(Path), help="Folder for the pictures.")
-@shorter_side_option()
+@click.option("--out", type=Place(Path), help="Folder; of a run, its attention/ by default.")
+@shorter_side_option(help=SIZE)
 @mass_option
 @click.option(
     "--layer",
@@ -46,14 +47,21 @@ def _check_mass(value: float) -> None:
 @click.option("--pca", is_flag=True, help="Patch tokens as colours, by principal components.")
 @click.option("--foreground", is_flag=True, help="With --pca: of objects alone, found by it.")
 @click.option("--xca", is_flag=True, help="XCA's channel-by-channel matrices.")
+@click.option("--all", "every", is_flag=True, help="A file of each head, map and mask, too.")
+@click.option("--limit", default=200, show_default=True, type=Whole(), help="Images of a folder.")
 @on_one_process
 def attention(
     judged: BackboneOptions, images: tuple[str, ...], pca: bool, xca: bool, **how: Any
 ) -> None:
-    """Draw what a backbone attends to: heads, mean, overlay, mask.
+    """Draw what a backbone attends to: one overlay an image, and one sheet.
 
-    IMAGES are image files, folders of images (with a sheet of all of them) and videos.
+    IMAGES are image files, folders of images and videos. The sheet shows every head of one image,
+    or all images side by side; --all writes each map to a file of its own.
     """
+    if how["out"] is None:
+        if not Path(judged.weights).is_dir():
+            raise UsageError("--out FOLDER is needed where WEIGHTS is no run")
+        how["out"] = Path(judged.weights) / "attention"
     _check_mass(how["mass"])
     fps = how["fps"]
     if fps is not None and not 0.001 <= fps <= 1000:
@@ -90,7 +98,7 @@ def _void(ignore: str | None) -> int | str | None:
 @click.command("segment-score")
 @takes(judged=BackboneOptions, output=OutputOptions)
 @click.option("--data", required=True, type=Place(), help="Folder with images/ and masks/.")
-@shorter_side_option()
+@shorter_side_option(help=SIZE)
 @mass_option
 @click.option("--layer", type=Whole(1, 1000), help="Layer of an XCiT, block of a ViT.")
 @click.option("--ignore", help='Value of masks that is void, or "none"; default: 255 in palettes.')

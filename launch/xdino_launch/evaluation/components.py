@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from xdino.backbone import Backbone
 from xdino.errors import UsageError
 from xdino_eval import attention, sheets
-from xdino_eval.attention import figures, pca
-from xdino_launch.evaluation.drawing import Options, gathered, make_folder
+from xdino_eval.attention import captions, figures, pca
+from xdino_eval.attention.sizes import Shown, shown
+from xdino_eval.sheets import Tile
+from xdino_launch.evaluation.drawing import Options, gathered, make_folder, say_sizes
 from xdino_launch.evaluation.inputs import Item, Work
+
+PAIR = 640  # pixels of the longer side of an image and of its components beside it
 
 
 def draw_components(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
@@ -29,33 +32,56 @@ def draw_components(backbone: Backbone, names: Sequence[str], options: Options) 
     backbone.grid(64, 64)  # refuses a backbone without patches before anything is read
     colours = _Colours(backbone, work, options)
     make_folder(options.out)
-    cells = []
-    for item in colours.readable():
-        path = options.out / f"{item.stem}-pca.png"
-        sheets.save(colours.picture(item.read()), path)
-        yield path
-        cells.append((item, path))
+    written: list[Path] = []
+    rows = _rows(colours, options, written)
+    if len(work.items) > 1:
+        for page in figures.folder_sheets(rows, options.out, "pca-sheet", colours.told):
+            yield from (*written, page)
+            written.clear()
+    else:
+        for _ in rows:
+            yield from written
     for film in work.videos:
         path = options.out / f"{film.stem}-pca.mp4"
         with film.writer(path) as out:
             for _, frame in film.counted():
-                out.add(colours.picture(frame.pixels), frame.time, frame.duration)
+                picture = colours.picture(frame.pixels, frame.pixels.shape[:2], options.size)
+                out.add(picture, frame.time, frame.duration)
         yield path
-    if len(cells) > 1:
-        rows = ((item.name, _pair(item, path)) for item, path in cells)
-        yield from figures.folder_sheets(rows, options.out, "pca-sheet")
+    say_sizes(backbone, colours.seen, options)
 
 
-def _pair(item: Item, path: Path) -> list[np.ndarray]:
-    """The image and its components' picture, for the sheet."""
-    return [sheets.as_rgb(item.read()), np.asarray(Image.open(path))]
+def _rows(
+    colours: "_Colours", options: Options, written: list[Path]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Draw each image beside its components; its row on the sheet of all."""
+    for item in colours.readable():
+        image = item.read()
+        size = colours.size_of(image)
+        photograph = figures.fitted(image, most=PAIR)
+        picture = colours.picture(image, photograph.shape[:2], size.shorter)
+        pair = sheets.sheet([Tile([photograph, picture])], 1)
+        path = options.out / f"{item.stem}-pca.png"
+        lines = [item.name, *colours.told([size])]
+        sheets.save(sheets.captioned(pair, lines), path)
+        written.append(path)
+        if options.every:
+            whole = figures.fitted(image, 1, figures.MOST_OF_EACH).shape[:2]
+            path = options.out / f"{item.stem}-components.png"
+            sheets.save(colours.picture(image, whole, size.shorter), path)
+            written.append(path)
+        yield item.name, [photograph, picture]
 
 
 class _Colours:
-    """The components of everything in `work`, and any image in their colours."""
+    """The components of everything in `work`, and any image in their colours.
+
+    seen: how large each image was shown.
+    """
 
     def __init__(self, backbone: Backbone, work: Work, options: Options) -> None:
         self._backbone, self._options = backbone, options
+        self.seen: list[Shown] = []
         self._work, self._skipped = work, work.skipped()
         self._foreground: pca.Foreground | None = None
         self._components = self._fit("too few patches for components")
@@ -88,12 +114,16 @@ class _Colours:
         return [item for item in self._work.items if item.stem not in self._skipped.reasons]
 
     def _tokens(self) -> Iterator[pca.PatchTokens]:
+        self.seen.clear()
         for item in self.readable():
             try:
-                found = pca.patch_tokens(self._backbone, item.read(), self._options.size)
+                image = item.read()
+                size = self.size_of(image)
+                found = pca.patch_tokens(self._backbone, image, size.shorter)
             except UsageError as error:
                 self._skipped.add(item, error)
             else:
+                self.seen.append(size)
                 yield found
         for film in self._work.videos:
             for frame in film.frames():
@@ -104,10 +134,26 @@ class _Colours:
             return np.ones(found.grid, dtype=bool)
         return self._foreground.of(found)
 
-    def picture(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, C] -> uint8 [H, W, 3]; black outside of the foreground."""
-        found = pca.patch_tokens(self._backbone, image, self._options.size)
-        height, width = image.shape[:2]
+    def size_of(self, image: np.ndarray) -> Shown:
+        return shown(self._backbone, image.shape, self._options.size)
+
+    def told(self, seen: Sequence[Shown] = ()) -> list[str]:
+        """The lines below a picture of images that were shown so large."""
+        shares = ", ".join(f"{share:.0%}" for share in self._components.explained)
+        of = "objects" if self._foreground is not None else "patches"
+        return [
+            captions.weights(self._backbone),
+            captions.inputs(self._backbone, seen or self.seen),
+            f"red, green, blue: the first three principal components of all {of} of this command's "
+            f"images together; {shares} of their variance",
+        ]
+
+    def picture(
+        self, image: np.ndarray, drawn: tuple[int, ...], size: int | None = None
+    ) -> np.ndarray:
+        """uint8 [H, W, C], shown at `size` -> uint8 [*drawn, 3]; black outside of the foreground."""
+        found = pca.patch_tokens(self._backbone, image, size)
+        height, width = drawn
         values = self._components.project(found.tokens).reshape(*found.grid, 3)
         wide = figures.stretch(values.transpose(2, 0, 1), found.lattice, height, width)
         colours = pca.rgb(wide.transpose(1, 2, 0), self._low, self._high)

@@ -3,6 +3,7 @@
 Everything is checked before anything is computed: a wrong layer costs no time.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,18 +16,25 @@ import torch
 from xdino.backbone import Backbone
 from xdino.errors import UsageError, world
 from xdino_eval import attention, sheets
-from xdino_eval.attention import figures, video
+from xdino_eval.attention import captions, channels, figures, video
+from xdino_eval.attention.colours import Scale
+from xdino_eval.attention.figures import Looked
+from xdino_eval.attention.sizes import Shown, shown
 from xdino_eval.attention.video import Frame
 from xdino_eval.features import device_of, evaluating
 from xdino_launch.console import counter, stderr_console
-from xdino_launch.evaluation.inputs import Film, Item, Skipped, Work, gather
+from xdino_launch.evaluation.inputs import LIMIT, Film, Item, Work, gather, say
 
 SMOOTHING = 0.9  # of a video's range of colours from frame to frame: without it pictures flicker
+ENOUGH = 32  # images whose maps set the scale of all
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `xdino attention` was asked for. `layer` and `head` count from 1; None = all."""
+    """What `xdino attention` was asked for. `layer` and `head` count from 1; None = all.
+
+    every: a file of each map, too. limit: images of a folder.
+    """
 
     out: Path
     size: int | None = None
@@ -35,6 +43,8 @@ class Options:
     head: int | None = None
     fps: float | None = None
     foreground: bool = False
+    every: bool = False
+    limit: int = LIMIT
 
     @property
     def layers(self) -> list[int] | None:
@@ -44,7 +54,7 @@ class Options:
 def gathered(backbone: Backbone, names: Sequence[str], options: Options) -> Work:
     """What is to be drawn, in the backbone's number of channels."""
     channels: Any = backbone.in_chans
-    return gather(names, channels, options.out, options.fps)
+    return gather(names, channels, options.out, options.fps, options.limit)
 
 
 def make_folder(out: Path) -> None:
@@ -58,8 +68,9 @@ def make_folder(out: Path) -> None:
 def draw_attention(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
     """Pictures of class attention; yields each file written.
 
-    One image: every head, their mean, overlay, masks and a sheet. A folder: these, and sheets of
-    all its images. A video: three videos a layer, of the map, of the map laid over, and of its mask.
+    Of each image one overlay; of one image its sheet with all heads, of several one sheet of them;
+    with `every` both, and a file of each map. A video: three videos a layer, of the map, of the map
+    laid over, and of its mask.
 
     Raises:
         UsageError: no class attention in this backbone, no such layer or head, or a file that
@@ -69,22 +80,90 @@ def draw_attention(backbone: Backbone, names: Sequence[str], options: Options) -
     work = gathered(backbone, names, options)
     _check(backbone, options)
     make_folder(options.out)
-    skipped = work.skipped()
-    for item in work.images:
-        try:
-            files = _draw_one(backbone, item, options)[0]
-        except UsageError as error:
-            skipped.add(item, error)
-        else:
-            yield from files
-    for name, items in work.folders:
-        written: list[Path] = []
-        rows = _folder_rows(backbone, items, options, written, skipped)
-        for page in figures.folder_sheets(rows, options.out, f"{name}-folder"):
-            yield from (*written, page)
-            written.clear()
+    if work.items:
+        yield from _Images(backbone, work, options).draw()
     for film in work.videos:
         yield from _film_attention(backbone, film, options)
+
+
+class _Images:
+    """The images among what is drawn, one after the other, on one scale."""
+
+    def __init__(self, backbone: Backbone, work: Work, options: Options) -> None:
+        self._backbone, self._options = backbone, options
+        self._items, self._skipped = work.items, work.skipped()
+        self._seen: list[Shown] = []
+        self._scale = Scale()
+        self._written: list[Path] = []
+        self._last = ""  # which map is drawn of each image
+
+    def draw(self) -> Iterator[Path]:
+        options, several = self._options, len(self._items) > 1
+        looked = self._looked()
+        first = list(itertools.islice(looked, ENOUGH))
+        self._scale = Scale.of(one for _, found in first for one in self._drawn(found.maps))
+        rows = (self._pictures(item, found) for item, found in itertools.chain(first, looked))
+        if several:
+            bar = captions.bar(self._scale)
+            for page in figures.folder_sheets(rows, options.out, told=self._told, bar=bar):
+                yield from (*self._written, page)
+                self._written.clear()
+        else:
+            for _ in rows:
+                yield from self._written
+        say_sizes(self._backbone, self._seen, options)
+
+    def _looked(self) -> Iterator[tuple[Item, Looked]]:
+        tell = counter(stderr_console(), "attention")
+        told = captions.weights(self._backbone)
+        for done, item in enumerate(self._items, 1):
+            try:
+                image = item.read()
+                size = shown(self._backbone, image.shape, self._options.size)
+                maps = _maps(self._backbone, image, item.name, self._options, size.shorter)
+            except UsageError as error:
+                self._skipped.add(item, error)
+                continue
+            self._seen.append(size)
+            lines = (told, captions.inputs(self._backbone, [size]))
+            yield item, Looked(item.name, figures.fitted(image, 1), maps, lines)
+            tell(done, len(self._items))
+
+    def _drawn(self, maps: attention.Maps) -> list[np.ndarray]:
+        """The maps that are drawn of an image."""
+        if len(self._items) == 1 or self._options.every:
+            return figures.every_map(maps, self._options.head)
+        return [figures.one_map(maps.layers[-1], self._options.head)]
+
+    def _pictures(self, item: Item, found: Looked) -> tuple[str, list[np.ndarray]]:
+        """Draw one image; its row on the sheet of all."""
+        options, out = self._options, self._options.out
+        how = self._scale, options.mass, options.head
+        self._last = figures.told_map(found.maps, options.head)
+        if len(self._items) == 1 or options.every:
+            path = out / f"{item.stem}-sheet.png"
+            self._written.append(figures.draw_sheet(found, path, *how))
+        self._written.append(figures.draw_overlay(found, out / f"{item.stem}-overlay.png", *how))
+        if options.every:
+            whole = Looked(item.name, item.read(), found.maps)
+            self._written += figures.draw_each(whole, out, item.stem, *how)
+        return figures.row(found, *how)
+
+    def _told(self) -> list[str]:
+        """What stands below the sheet of all."""
+        mass = self._options.mass
+        return [
+            f"Each: the image; {self._last}, laid over; the patches that hold {mass:.0%} of it, and "
+            f"what share of all they are (even: {mass:.0%}, and the mask fades)",
+            captions.weights(self._backbone),
+            captions.inputs(self._backbone, self._seen),
+        ]
+
+
+def say_sizes(backbone: Backbone, seen: Sequence[Shown], options: Options) -> None:
+    """Name on standard error the size that was chosen."""
+    if seen and options.size is None:
+        say(f"{captions.inputs(backbone, seen)}; --size N sets the shorter side instead")
 
 
 def _check(backbone: Backbone, options: Options) -> None:
@@ -102,49 +181,19 @@ def _grey(backbone: Backbone) -> torch.Tensor:
     return torch.zeros(1, backbone.in_chans, side, side, device=device_of(backbone))
 
 
-def _maps(backbone: Backbone, image: np.ndarray, name: str, options: Options) -> attention.Maps:
+def _maps(
+    backbone: Backbone, image: np.ndarray, name: str, options: Options, size: int | None
+) -> attention.Maps:
     try:
-        return attention.class_attention_maps(backbone, image, options.size, options.layers)
+        return attention.class_attention_maps(backbone, image, size, options.layers)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
-
-
-def _draw_one(
-    backbone: Backbone, item: Item, options: Options
-) -> tuple[list[Path], np.ndarray, attention.Maps]:
-    image = item.read()
-    maps = _maps(backbone, image, item.name, options)
-    files = figures.draw(maps, image, options.out, item.stem, options.mass, options.head)
-    return files, image, maps
-
-
-def _folder_rows(
-    backbone: Backbone,
-    items: Sequence[Item],
-    options: Options,
-    written: list[Path],
-    skipped: Skipped,
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Draw each image; (name, [image, overlay, masked image]) of the last layer for the sheet."""
-    tell = counter(stderr_console(), "attention")
-    for done, item in enumerate(items, 1):
-        try:
-            files, image, maps = _draw_one(backbone, item, options)
-        except UsageError as error:
-            skipped.add(item, error)
-            continue
-        written += files
-        photograph = sheets.as_rgb(image)
-        one = figures.one_map(maps.layers[-1], options.head)
-        view = figures.view(one, photograph, maps.lattice, options.mass)
-        yield item.name, [photograph, view.overlay, figures.dimmed(photograph, view.mask)]
-        tell(done, len(items))
 
 
 def _film_attention(backbone: Backbone, film: Film, options: Options) -> Iterator[Path]:
     """Three videos a layer; yields them once they are whole."""
     paths: list[Path] = []
-    limits: dict[str, tuple[float, float]] = {}
+    scales: dict[str, Scale] = {}
     with ExitStack() as stack:
         writers: dict[str, video.Writer] = {}
 
@@ -155,22 +204,22 @@ def _film_attention(backbone: Backbone, film: Film, options: Options) -> Iterato
             writers[name].add(picture, frame.time, frame.duration)
 
         for number, frame in film.counted():
-            maps = _maps(backbone, frame.pixels, f"frame {number} of {film.stem}", options)
+            what = f"frame {number} of {film.stem}"
+            maps = _maps(backbone, frame.pixels, what, options, options.size)
             photograph = sheets.as_rgb(frame.pixels)
             for name, one in figures.choose(maps, options.head):
-                limits[name] = _calmer(limits.get(name), figures.limits_of(one))
-                view = figures.view(one, photograph, maps.lattice, options.mass, limits[name])
+                scales[name] = _calmer(scales.get(name), Scale.of([one]))
+                view = figures.view(one, photograph, maps.lattice, options.mass, scales[name])
                 put(name, view.heat, frame)
                 put(f"{name}-overlay", view.overlay, frame)
                 put(f"{name}-mask", figures.black_white(view.mask), frame)
     yield from paths
 
 
-def _calmer(before: tuple[float, float] | None, now: tuple[float, float]) -> tuple[float, float]:
+def _calmer(before: Scale | None, now: Scale) -> Scale:
     if before is None:
         return now
-    low, high = (SMOOTHING * a + (1 - SMOOTHING) * b for a, b in zip(before, now, strict=True))
-    return low, high
+    return Scale(SMOOTHING * before.top + (1 - SMOOTHING) * now.top)
 
 
 def draw_channels(backbone: Backbone, names: Sequence[str], options: Options) -> Iterator[Path]:
@@ -195,4 +244,5 @@ def draw_channels(backbone: Backbone, names: Sequence[str], options: Options) ->
         with evaluating(backbone), torch.inference_mode():
             found = backbone.channel_attention(inputs)
         blocks: list[Any] = [block[0].cpu().numpy() for block in found]
-        yield from figures.draw_channels(blocks, options.out, item.stem)
+        told = (item.name, captions.weights(backbone))
+        yield from channels.draw_channels(blocks, options.out, item.stem, told, options.every)

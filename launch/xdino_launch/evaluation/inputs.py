@@ -23,6 +23,7 @@ from xdino_eval.attention.video import Frame
 from xdino_eval.image_files import DAMAGED, printable
 from xdino_launch.console import counter, stderr_console
 
+LIMIT = 200  # images of a folder, where nobody says how many
 LONGEST_STEM = 160  # bytes of it: file systems end names at 255
 
 
@@ -72,7 +73,7 @@ class Skipped:
         if item.name not in sentence:
             sentence = f"{item.name}: {sentence}"
         if item.stem not in self.reasons and self.total > 1:
-            _say(f"skipped {sentence}")
+            say(f"skipped {sentence}")
         self.reasons[item.stem] = sentence
         if len(self.reasons) >= self.total:
             none = "" if self.total == 1 else f"none of the {self.total:,} images can be drawn: "
@@ -96,17 +97,24 @@ class Work:
         return Skipped(len(self.items) + len(self.videos))
 
 
-def gather(names: Sequence[str], channels: int, out: Path, fps: float | None = None) -> Work:
+def gather(
+    names: Sequence[str],
+    channels: int,
+    out: Path,
+    fps: float | None = None,
+    limit: int = LIMIT,
+) -> Work:
     """Images, folders of them and videos, told apart; with `fps`, a folder is a film.
 
     Args:
         out: the folder that pictures will lie in.
+        limit: images of a folder that is no film; where it holds more, they are evenly spread.
 
     Raises:
         UsageError: nothing there, a folder without images, no video where one was named, or pictures
             would be drawn over what is read.
     """
-    gathering = _Gathering(channels, out, fps)
+    gathering = _Gathering(channels, out, fps, limit)
     for name in names:
         path = Path(name)
         with asked(name):
@@ -120,7 +128,7 @@ def gather(names: Sequence[str], channels: int, out: Path, fps: float | None = N
     if own and not (work.images or work.folders or work.videos):
         raise UsageError(f"{own[0]} was drawn by xdino, and is not read again: name a photograph")
     if own:
-        _say(f"left out {len(own)} pictures in {out} that xdino drew")
+        say(f"left out {len(own)} pictures in {out} that xdino drew")
     _refuse_overwriting([path for path in map(Path, names) if path not in own], work, out)
     return work
 
@@ -128,9 +136,9 @@ def gather(names: Sequence[str], channels: int, out: Path, fps: float | None = N
 class _Gathering:
     """`own`: pictures of ours that lie where new ones will."""
 
-    def __init__(self, channels: int, out: Path, fps: float | None) -> None:
+    def __init__(self, channels: int, out: Path, fps: float | None, limit: int) -> None:
         self.work, self.own = Work(), list[Path]()
-        self._channels, self._out = channels, out
+        self._channels, self._out, self._limit = channels, out, limit
         self._fps = None if fps is None else Fraction(fps)
         self._taken = set[str]()  # stems
 
@@ -166,7 +174,14 @@ class _Gathering:
         if not chosen:
             raise UsageError(f"{path} holds no image but pictures that xdino drew")
         if len(chosen) < len(source):
-            _say(f"left out {len(source) - len(chosen):,} pictures in {path} that xdino drew")
+            say(f"left out {len(source) - len(chosen):,} pictures in {path} that xdino drew")
+        if self._fps is None and len(chosen) > self._limit:
+            say(
+                f"drawing {self._limit:,} of the {len(chosen):,} images in {path}, evenly spread: "
+                "--limit N draws more"
+            )
+            spread = np.linspace(0, len(chosen) - 1, self._limit).round().astype(int)
+            chosen = [chosen[i] for i in spread]
         stem = self._unused(Path(os.path.realpath(path)).name)
         items = [self._item(source, i, path) for i in chosen]
         if self._fps is None:
@@ -208,8 +223,10 @@ def _photographs(source: Source, out: Path) -> list[int]:
 
 
 _OURS = re.compile(  # how a picture's name ends, behind that of its image
-    r"-(sheet|pca|xca-(sheet|block\d+)|(layer|block)\d+-((head\d+|mean)-?)?(overlay|mask)?)"
+    r"-(sheet|overlay|pca|components|xca-(sheet|block\d+)|"
+    r"(layer|block)\d+-((head\d+|mean)-?)?(overlay|mask)?)"
 )
+_OF_ALL = re.compile(r"(pca-)?sheet(-\d+)?")  # how the sheet of several images is called
 
 
 def _refuse_overwriting(read: Sequence[Path], work: Work, out: Path) -> None:
@@ -220,11 +237,15 @@ def _refuse_overwriting(read: Sequence[Path], work: Work, out: Path) -> None:
     """
     place = os.path.realpath(out)
     stems = {item.stem for item in work.items} | {film.stem for film in work.videos}
+    several = len(work.items) > 1
     for path in read:
+        beside = os.path.realpath(path.parent) == place
+        if beside and several and path.suffix == ".png" and _OF_ALL.fullmatch(path.stem):
+            raise UsageError(f"{path} would be drawn over: choose another --out")
         ending = _OURS.search(path.stem)
         if ending is None or ending.end() < len(path.stem) or path.is_dir():
             continue
-        if path.stem[: ending.start()] in stems and os.path.realpath(path.parent) == place:
+        if path.stem[: ending.start()] in stems and beside:
             raise UsageError(f"{path} would be drawn over: choose another --out")
 
 
@@ -250,5 +271,6 @@ def _frames_of(items: Sequence[Item]) -> Iterator[Frame]:
             skipped.add(item, error)
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """On standard error; names of files may hold anything."""
     stderr_console().print(printable(sentence), markup=False, soft_wrap=True)

@@ -73,11 +73,11 @@ def picture(path: Path, label: str, widest: int = WIDEST) -> Picture:
 
 
 def sheets(run: Run, folder: str) -> tuple[list[Picture], bool]:
-    """Sheets of a folder, or else its one picture of all; and whether there are more of them."""
+    """The sheet of all of a folder's images and those of one; and whether there are more of them."""
     inside = run.path / folder
-    found = sorted(inside.glob("*-sheet.png")) or [
-        path for path in (inside / "all.png",) if path.is_file()
-    ]
+    found = [path for path in (inside / "sheet.png",) if path.is_file()]
+    found += sorted(inside.glob("*-sheet.png"))
+    found = found or [path for path in (inside / "all.png",) if path.is_file()]
     shown = [picture(path, f"{folder}/{path.name}", WIDEST_SHEET) for path in found[:SHEETS]]
     return shown, len(found) > SHEETS
 

@@ -1,4 +1,4 @@
-"""Numbers of a run as they appear: metrics.jsonl always, pages on request, a picture of the views.
+"""Numbers of a run as they appear: metrics.jsonl always, pages on request.
 
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
 global_size and local_size (of the crops, in pixels), images_per_second (over all processes),
@@ -18,20 +18,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from xdino.errors import RunFailed, world
 from xdino.metrics.pages import Page, TensorBoardPage, WandbPage
-from xdino.runtime.atomic import write_text, written_beside
+from xdino.runtime.atomic import write_text
 
 METRICS_FILE = "metrics.jsonl"
-VIEW_PIXELS = 96  # a global view in the picture of the views is drawn at least so large
 
 
 def resident_megabytes() -> float | None:
@@ -261,43 +258,6 @@ class EmbeddingAlarm:
         self._said.add(new)
         seen = {"spread": spread, "agreement": agreement, "rows": self.ROWS}
         return _EMBEDDING_WORDS[new].format(weight=self._weight, **seen)
-
-
-def save_views(
-    path: Path,
-    groups: Sequence[Tensor],
-    mean: Sequence[float],
-    std: Sequence[float],
-    images: int = 8,
-) -> None:
-    """A picture of the views as the networks see them: a row an image, a column a view.
-
-    Args:
-        groups: normalised crops, each `[V_r, B, C, h, w]`.
-
-    Raises:
-        RunFailed: it cannot be written.
-    """
-    size, gap = groups[0].shape[-1], 2
-    views = [view[:images] for group in groups for view in group]
-    rows = len(views[0])
-    sheet = torch.full((3, rows * (size + gap) - gap, len(views) * (size + gap) - gap), 255.0)
-    for column, view in enumerate(views):
-        shape = (1, -1, 1, 1)
-        pixels = view.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-        pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-        for row, image in enumerate(pixels):
-            h, w = image.shape[-2:]
-            top, left = row * (size + gap), column * (size + gap)
-            sheet[:, top : top + h, left : left + w] = image * 255
-    array = sheet.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array)
-    enlarge = max(1, VIEW_PIXELS // size)  # crops of small images would be stamps
-    picture = picture.resize(
-        (picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST
-    )
-    with written_beside(path) as beside:
-        picture.save(beside)
 
 
 class Clock:
