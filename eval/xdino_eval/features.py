@@ -7,7 +7,6 @@ in the mode it was in, so a training run may call this between two iterations.
 Letters: N images, B images of a batch, D width of a feature, s side of a crop, C channels.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xdino.backbone import evaluating
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino.runtime import transfer
+from xdino.runtime.device import device_of
 from xdino_eval.transform import EvalTransform
+
+__all__ = [
+    "Batch", "Features", "Progress", "autocast", "device_of", "evaluating", "extract", "in_turn",
+    "labels_of", "pixels", "read_batches",
+]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -46,24 +52,6 @@ class Features:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     data: str = ""
     transform: str = ""
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and outside every submodule's own mode again."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Where the network's first parameter is; the CPU for a network without any."""
-    parameter = next(network.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
