@@ -254,7 +254,7 @@ class Backbone(nn.Module):
             self.require_patches()
         view = self.preprocessing.at(size)
 
-        def square(image: Given) -> np.ndarray:
+        def square(image: "Given") -> np.ndarray:
             return centre_view(pixels_of(image, self.in_chans), view.resize, view.input_size)
 
         rows: list[tuple[Tensor, ...]] = []
