@@ -41,7 +41,7 @@ def run(make_run, tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "a run")
 
 
-def paint(path: Path, number: int, mode: str = "RGB", size: tuple[int, int] = (48, 40)) -> Path:
+def painted(path: Path, number: int, mode: str = "RGB", size: tuple[int, int] = (48, 40)) -> Path:
     """An image file of `size` (width, height), another for every number."""
     generator = np.random.default_rng(number)
     channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
@@ -52,12 +52,18 @@ def paint(path: Path, number: int, mode: str = "RGB", size: tuple[int, int] = (4
 
 
 @pytest.fixture(scope="session")
+def paint() -> Callable[..., Path]:
+    """paint(path, number, mode="RGB", size=(48, 40)): an image file."""
+    return painted
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A flat folder with a space in its name: three colour images, a grey one."""
     root = tmp_path_factory.mktemp("data") / "my photos"
     for number in range(3):
-        paint(root / f"{number}.png", number)
-    paint(root / "grey one.png", 3, "L", (20, 64))
+        painted(root / f"{number}.png", number)
+    painted(root / "grey one.png", 3, "L", (20, 64))
     return root
 
 
@@ -69,5 +75,5 @@ def classes(tmp_path_factory) -> Path:
         for label in ("cat", "dog"):
             for number in range(count):
                 seed = 100 * count + 10 * (label == "dog") + number
-                paint(root / split / label / f"{number}.png", seed)
+                painted(root / split / label / f"{number}.png", seed)
     return root
