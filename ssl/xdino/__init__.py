@@ -82,24 +82,12 @@ def pretrain(
     """
     import contextlib
 
-    from xdino import config as configuration
-    from xdino.errors import UsageError, nearest
     from xdino.job import LinesListener, Listener
     from xdino.pretraining import pretrain as run_to_its_end
     from xdino.runtime import distributed
     from xdino.runtime.device import resolve_device
 
-    on_top = {**(settings or {}), "data.path": os.fspath(data)}
-    for key in on_top:
-        if "." not in key:
-            known = configuration.dotted_keys()
-            near = next((name for name in known if name.endswith(f".{key}")), None)
-            hint = f'did you mean "{near}"?' if near else nearest(key, known)
-            raise UsageError(f'settings are called section.key, got "{key}": {hint}')
-    if epochs is not None:
-        on_top["train.epochs"] = epochs
-    named = config if isinstance(config, configuration.Config) else os.fspath(config)
-    chosen = configuration.load(named, on_top)
+    chosen = _chosen(data, config, epochs, settings or {})
     listener = Listener() if quiet else LinesListener()
     with contextlib.ExitStack() as stack:
         if distributed.start(resolve_device(chosen.runtime.device)):
@@ -111,3 +99,26 @@ def pretrain(
         run_to_its_end(chosen, os.fspath(run), evaluator, listener)
         distributed.barrier()
     return load(run)
+
+
+def _chosen(
+    data: str | os.PathLike[str],
+    config: "str | os.PathLike[str] | Config",
+    epochs: int | None,
+    settings: Mapping[str, Any],
+) -> "Config":
+    """The configuration with what was asked for on top."""
+    from xdino import config as configuration
+    from xdino.errors import UsageError, nearest
+
+    on_top = {**settings, "data.path": os.fspath(data)}
+    for key in on_top:
+        if "." not in key:
+            known = configuration.dotted_keys()
+            near = next((name for name in known if name.endswith(f".{key}")), None)
+            hint = f'did you mean "{near}"?' if near else nearest(key, known)
+            raise UsageError(f'settings are called section.key, got "{key}": {hint}')
+    if epochs is not None:
+        on_top["train.epochs"] = epochs
+    named = config if isinstance(config, configuration.Config) else os.fspath(config)
+    return configuration.load(named, on_top)

@@ -16,13 +16,21 @@ SHAPE = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
-    """make_run(path, arch=..., shape=..., channels=3): a folder with a tiny backbone in it."""
+    """make_run(path, arch=..., shape=..., channels=3, size=32): a folder with a tiny backbone in it."""
 
-    def make(path: Path, arch: str = "xcit_nano_12_p8", shape=SHAPE, channels: int = 3) -> Path:
+    def make(
+        path: Path, arch: str = "xcit_nano_12_p8", shape=SHAPE, channels: int = 3, size: int = 32
+    ) -> Path:
         torch.manual_seed(0)
         mean = (0.485, 0.456, 0.406)[:channels]
         spec = BackboneSpec(
-            arch, channels, shape=shape, input_size=32, resize=36, mean=mean, std=(0.2,) * channels
+            arch,
+            channels,
+            shape,
+            input_size=size,
+            resize=size + size // 7,
+            mean=mean,
+            std=(0.2,) * channels,
         )
         model = spec.build()
         with torch.no_grad():

@@ -8,6 +8,7 @@ from xdino.checkpoint.plain import reading
 from xdino.checkpoint.states import STATE_FILE, check_state, load_state, save_state
 from xdino.checkpoint.weights import (
     BACKBONE_FILE,
+    EXPORTED_FILE,
     HEADER_KEY,
     WeightsFile,
     read_weights,
@@ -19,6 +20,7 @@ from xdino.checkpoint.weights import (
 
 __all__ = [
     "BACKBONE_FILE",
+    "EXPORTED_FILE",
     "HEADER_KEY",
     "STATE_FILE",
     "WeightsFile",
