@@ -9,7 +9,7 @@ Letters: N images, B images of a batch, D width of a feature, s side of a crop, 
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -17,11 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xdino.backbone import evaluating
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError, nearest
 from xdino.runtime import transfer
+from xdino.runtime.device import device_of
 from xdino_eval.transform import EvalTransform
+
+__all__ = [
+    "Batch", "Features", "Progress", "autocast", "device_of", "each_batch", "evaluating", "extract",
+    "in_turn", "labels_of", "none_read", "pixels", "read_batches", "refuse_broken",
+]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -46,24 +53,6 @@ class Features:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     data: str = ""
     transform: str = ""
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and outside every submodule's own mode again."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Where the network's first parameter is; the CPU for a network without any."""
-    parameter = next(network.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -156,6 +145,35 @@ def in_turn(
         yield before[0], before[1].wait()
 
 
+def each_batch(
+    network: nn.Module,
+    source: Source,
+    transform: EvalTransform,
+    order: np.ndarray,
+    batch_size: int = 128,
+    device: torch.device | None = None,
+    workers: int = 2,
+    precision: str = "fp32",
+) -> Generator[tuple[Batch, Tensor], None, None]:
+    """What `network` makes of the images `order` of a source, a batch after the other: float32 [B, D].
+
+    In evaluation mode, from one centre crop an image. device: None = where the network is.
+    """
+    device = device_of(network) if device is None else device
+    batches = read_batches(
+        source, lambda image, _: transform.array(image), order, batch_size, workers, device
+    )
+
+    def look(batch: Batch) -> Tensor:
+        # Not around all batches: what happens between two of them is the caller's.
+        with torch.inference_mode(), autocast(device, precision):
+            return network(transform.normalise(transfer.to_device(batch.images, device))).float()
+
+    with evaluating(network):
+        network.to(device)
+        yield from in_turn(batches, look)
+
+
 def extract(
     backbone: nn.Module,
     source: Source,
@@ -181,22 +199,17 @@ def extract(
     Raises:
         RunFailed: no image could be read, or a feature is not finite.
     """
-    device = device_of(backbone) if device is None else torch.device(device)
     order = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     features = torch.empty(0, 0)
     kept: list[np.ndarray] = []
     skipped: list[tuple[str, str]] = []
     filled = 0
-    batches = read_batches(
-        source, lambda image, _: transform.array(image), order, batch_size, workers, device
+    where = None if device is None else torch.device(device)
+    looked_at = each_batch(
+        backbone, source, transform, order, batch_size, where, workers, precision
     )
-
-    def look(batch: Batch) -> Tensor:
-        return backbone(transform.normalise(transfer.to_device(batch.images, device)))
-
-    with evaluating(backbone), torch.inference_mode(), autocast(device, precision):
-        backbone.to(device)
-        for batch, out in in_turn(batches, look):
+    with contextlib.closing(looked_at):
+        for batch, out in looked_at:
             skipped += [(source.describe(i), reason) for i, reason in batch.skipped]
             if len(out):
                 if not filled:
@@ -207,11 +220,10 @@ def extract(
             if progress:
                 progress(filled + len(skipped), len(order))
     if not filled and not may_be_empty:
-        reason = f"; the first: {': '.join(skipped[0])}" if skipped else " (it is empty)"
-        raise RunFailed(f"no image of {source.name} could be read{reason}")
+        raise none_read(source, skipped)
     read = np.concatenate([np.empty(0, np.int64), *kept])
     features = features[:filled]
-    _refuse_broken(features, source, read)
+    refuse_broken(features, source, read)
     told = f"{transform.describe()}, {precision}"
     labels = _labels_at(source, read)
     return Features(features, labels, torch.from_numpy(read), skipped, source.name, told)
@@ -222,7 +234,14 @@ def _labels_at(source: Source, places: np.ndarray) -> Tensor | None:
     return None if source.labels is None else torch.from_numpy(np.asarray(source.labels)[places])
 
 
-def _refuse_broken(features: Tensor, source: Source, read: np.ndarray) -> None:
+def none_read(source: Source, skipped: Sequence[tuple[str, str]]) -> RunFailed:
+    """The error of a source that no image could be read of. skipped: (description, reason)."""
+    reason = f"; the first: {': '.join(skipped[0])}" if skipped else " (it is empty)"
+    return RunFailed(f"no image of {source.name} could be read{reason}")
+
+
+def refuse_broken(features: Tensor, source: Source, read: np.ndarray) -> None:
+    """Raises RunFailed where one of `features` [n, D], of the images `read` [n], is not finite."""
     broken = (~features.isfinite().all(1)).nonzero()[:, 0]
     if len(broken):
         raise RunFailed(

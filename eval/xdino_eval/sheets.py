@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from xdino.data.image_files import DAMAGED, printable
 from xdino.errors import world
-from xdino_eval.image_files import DAMAGED, printable
 
 
 @contextlib.contextmanager

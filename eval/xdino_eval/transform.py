@@ -3,7 +3,8 @@
 DINO's evaluations (Caron et al. 2021, https://arxiv.org/abs/2104.14294, section 3.2 and the
 published `eval_knn.py`) resize the shorter side to 256 with bicubic interpolation, cut the central
 224 x 224 pixels and normalise. k-NN figures move by tenths of a per cent with the resampling, so
-the pixels here are those of torchvision's `Resize` + `CenterCrop` on PIL images, bit for bit.
+the pixels are those of torchvision's `Resize` + `CenterCrop` on PIL images, bit for bit
+(`xdino.data.centre_view`).
 
 Letters: B images, H x W pixels, C channels, s the side of the crop.
 """
@@ -11,12 +12,12 @@ Letters: B images, H x W pixels, C channels, s the side of the crop.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from xdino.backbone import Backbone
-from xdino.runtime import transfer
+from xdino.data.centre_view import centre_view, normalise, resample, resize_shorter
+
+__all__ = ["EvalTransform", "resample", "resize_shorter"]
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,11 @@ class EvalTransform:
         """
         if image.shape[2] != len(self.mean):
             raise ValueError(f"expected {len(self.mean)} channels, got {image.shape[2]}")
-        return centre_crop(resize_shorter(image, self.resize), self.size)
+        return centre_view(image, self.resize, self.size)
 
     def normalise(self, batch: Tensor) -> Tensor:
         """uint8 [B, s, s, C] -> float32 [B, C, s, s] on the same device: (x / 255 - mean) / std."""
-        shape = (1, -1, 1, 1)
-        mean, std = (
-            transfer.to_device(torch.tensor(values), batch.device).view(shape)
-            for values in (self.mean, self.std)
-        )
-        return batch.permute(0, 3, 1, 2).contiguous().float().div(255).sub(mean).div(std)
+        return normalise(batch, self.mean, self.std)
 
     def describe(self) -> str:
         """One line for a results row."""
@@ -89,52 +85,3 @@ class EvalTransform:
             f"shorter side {self.resize} (PIL bicubic), centre crop {self.size}, "
             f"mean ({mean}), std ({std})"
         )
-
-
-def resize_shorter(image: np.ndarray, resize: int) -> np.ndarray:
-    """uint8 [H, W, C] -> the same picture with its shorter side at `resize` pixels, bicubic.
-
-    The longer side is int(resize * long / short), torchvision's rounding.
-    """
-    height, width = image.shape[:2]
-    longer = int(resize * max(height, width) / min(height, width))
-    size = (resize, longer) if width <= height else (longer, resize)
-    return resample(image, size, Image.Resampling.BICUBIC)
-
-
-def resample(
-    image: np.ndarray,
-    size: tuple[int, int],
-    method: Image.Resampling,
-    box: tuple[int, int, int, int] | None = None,
-) -> np.ndarray:
-    """uint8 [H, W, C] -> uint8 [height, width, C] for `size` = (width, height), by PIL.
-
-    `box` = (left, top, right, bottom) in pixels is cut out first. (PIL's own `resize(box=)` would
-    let pixels from outside the box into its edge.) Three channels go through PIL together; any
-    other number one by one in mode L, because PIL has no picture of two channels and weighs the
-    colours of four by their alpha.
-    """
-
-    def one(picture: Image.Image) -> np.ndarray:
-        cut = picture if box is None else picture.crop(box)
-        return np.asarray(cut if cut.size == size else cut.resize(size, method))
-
-    if image.shape[2] == 3:
-        return one(Image.fromarray(image))
-    channels = [one(Image.fromarray(image[..., c])) for c in range(image.shape[2])]
-    return np.stack(channels, axis=-1)
-
-
-def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, C] -> its central [size, size, C], padded with zeros where it is smaller.
-
-    As torchvision rounds: the extra row or column of padding goes right and below, the corner of
-    the crop is rounded half to even.
-    """
-    if min(image.shape[:2]) < size:
-        missing = [max(0, size - side) for side in image.shape[:2]]
-        pads = [(gap // 2, gap - gap // 2) for gap in missing]
-        image = np.pad(image, [*pads, (0, 0)])
-    top, left = (round((side - size) / 2) for side in image.shape[:2])
-    return np.ascontiguousarray(image[top : top + size, left : left + size])

@@ -7,15 +7,23 @@ Letters: B images, C channels, H x W pixels (H heads of attention), N patches on
 P tokens before the patches (the class token first, then registers), D width.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
+from xdino.runtime.device import device_of
+
+if TYPE_CHECKING:
+    from xdino.data.given import Given
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # One channel: the luma-weighted sum of ImageNet's means, the average of its standard deviations.
@@ -45,6 +53,19 @@ class Preprocessing:
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    def at(self, size: int | None) -> "Preprocessing":
+        """The same for another `input_size`, `resize` in proportion; None for its own.
+
+        Raises:
+            UsageError: less than a pixel.
+        """
+        if size is None:
+            return self
+        if size < 1:
+            raise UsageError(f"size must be 1 pixel or more, got {size}")
+        resize = round(size * self.resize / self.input_size)
+        return dataclasses.replace(self, input_size=size, resize=resize)
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,18 @@ class Origin:
         return f"{self.path.name}, student" if self.role == "student" else self.path.name
 
 
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and outside every submodule's own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class Backbone(nn.Module):
     """Images `[B, C, H, W]` -> one vector each, `[B, embed_dim]`.
 
@@ -162,6 +195,133 @@ class Backbone(nn.Module):
     def parts_to_compile(self) -> list[nn.Module]:
         """What torch.compile takes one by one."""
         return [self]
+
+    # --- images as a person has them ------------------------------------------------------------
+
+    @overload
+    def embed(
+        self,
+        images: "Given | Iterable[Given]",
+        *,
+        patches: Literal[False] = False,
+        size: int | None = None,
+        batch_size: int = 64,
+    ) -> Tensor: ...
+
+    @overload
+    def embed(
+        self,
+        images: "Given | Iterable[Given]",
+        *,
+        patches: Literal[True],
+        size: int | None = None,
+        batch_size: int = 64,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def embed(
+        self,
+        images: "Given | Iterable[Given]",
+        *,
+        patches: bool = False,
+        size: int | None = None,
+        batch_size: int = 64,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The features of images, float32 `[N, embed_dim]` on the CPU, a row an image in their order.
+
+        They are what `xdino features` writes and what every evaluation judges: the central square,
+        resized and normalised by `preprocessing`, in evaluation mode and without gradients.
+
+        Args:
+            images: paths, Pillow's images, arrays `[H, W, C]` or tensors `[C, H, W]`, mixed as you
+                like; a batch of one kind; a single one; or a folder, for the images below it. Pixels
+                are uint8, or floats from 0 to 1.
+            patches: give the patch tokens, too: float32 `[N, h, w, embed_dim]`.
+            size: pixels of the square that is shown; None = the backbone's `input_size`.
+            batch_size: how many are in the network at a time.
+
+        Raises:
+            UsageError: no image, or one that cannot be read (a `ValueError`, which names it); patches
+                of a backbone without any, or a size that it does not take.
+            RunFailed: a feature is not finite.
+        """
+        # Decoders come with it, which a network alone has no need of.
+        from xdino.data.centre_view import centre_view
+        from xdino.data.given import in_batches, one_by_one, pixels_of
+
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be 1 or more, got {batch_size}")
+        if patches:
+            self.require_patches()
+        view = self.preprocessing.at(size)
+
+        def square(image: "Given") -> np.ndarray:
+            return centre_view(pixels_of(image, self.in_chans), view.resize, view.input_size)
+
+        rows: list[tuple[Tensor, ...]] = []
+        with evaluating(self), torch.no_grad(), ThreadPoolExecutor() as pool:
+            for batch in in_batches(one_by_one(images), batch_size):
+                shown = np.stack(list(pool.map(square, batch)))
+                inputs = self._normalised(torch.from_numpy(shown))
+                found = self.tokens(self.fitting(inputs)) if patches else (self(inputs),)
+                rows.append(tuple(part.float().cpu() for part in found))
+        if not rows:
+            raise UsageError("there are no images to embed")
+        features, *tokens = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        if not features.isfinite().all():
+            bad = int((~features.isfinite().all(1)).nonzero()[0])
+            raise RunFailed(f"the features of image {bad} are not finite: the weights are damaged")
+        return (features, tokens[0]) if patches else features
+
+    def attention(
+        self, image: "Given", *, size: int | None = None, layer: int | None = None
+    ) -> Tensor:
+        """What the class token looks at in one image: softmax weights, float32 `[heads, h, w]`.
+
+        The whole image in its own proportions is shown. The weights of a head sum to less than 1:
+        those of the class token itself and of registers are left out.
+
+        Args:
+            image: a path, an image of Pillow, an array `[H, W, C]` or a tensor `[C, H, W]`.
+            size: of the shorter side, in pixels: twice as many give a map twice as fine. None = the
+                backbone's `input_size`.
+            layer: which, from 1: of an XCiT's class-attention layers, of a vision transformer's
+                blocks. None = the last.
+
+        Raises:
+            UsageError: as `embed`; no class attention in this backbone, or not this layer.
+        """
+        from xdino.data.given import pixels_of, single
+
+        numbers = self.attention_layers(None if layer is None else [layer])
+        inputs = self.fitting(self.whole(pixels_of(single(image), self.in_chans), size))
+        with evaluating(self), torch.no_grad():
+            (weights,) = self.class_attention(inputs, numbers[-1:])
+        h, w = self.grid(*inputs.shape[2:])
+        return weights[0, :, self.num_prefix_tokens :].float().cpu().unflatten(1, (h, w))
+
+    def whole(self, image: np.ndarray, size: int | None = None) -> Tensor:
+        """uint8 [H, W, C] -> float32 [1, C, H', W'] on the backbone's device, for maps of the image.
+
+        In its own proportions, the shorter side resized to `size` pixels (bicubic; None = the input
+        size). What fills no patch is still there, see `fitting`.
+
+        Raises:
+            UsageError: an image, or a `size`, that is smaller than a patch, or a `size` that makes
+                it larger than memory holds; a backbone without patches.
+        """
+        from xdino.data.centre_view import whole_view
+
+        side = self.preprocessing.at(size).input_size
+        shown = whole_view(image, side, self.patch_size or 1)
+        inputs = self._normalised(torch.from_numpy(shown.copy())[None])
+        self.grid(*inputs.shape[2:])  # refuses backbones without one
+        return inputs
+
+    def _normalised(self, batch: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] on the CPU -> float32 [B, C, H, W] on the backbone's device."""
+        from xdino.data.centre_view import normalise
+
+        return normalise(batch.to(device_of(self)), self.mean, self.std)
 
     # --- patches --------------------------------------------------------------------------------
 

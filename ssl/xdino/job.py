@@ -7,6 +7,9 @@ for numbers that are not finite, metrics and evaluations.
 Steps carry their number, counted from 1; `iteration` counts completed steps.
 """
 
+import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,3 +150,35 @@ class Listener:
 
     def notice(self, sentence: str) -> None:
         """Something a person should know."""
+
+
+class LinesListener(Listener):
+    """Plain lines on standard error, one at most every few seconds."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._iterations, self._told = 0, -math.inf
+
+    def started(self, facts: dict[str, Any]) -> None:
+        self._iterations = facts["iterations"]
+        self.notice(
+            f"{'continuing' if facts['iteration'] else 'pretraining'} on {facts['images']:,} images "
+            f"of {facts['data']}: iteration {facts['iteration']:,} of {facts['iterations']:,}, "
+            f"{facts['steps_per_epoch']:,} an epoch, on {facts['device']}"
+        )
+
+    def step(self, row: dict[str, Any]) -> None:
+        last = row["iteration"] == self._iterations
+        if "loss" in row and not last and time.monotonic() - self._told < self.SECONDS:
+            return
+        self._told = time.monotonic()
+        names = ("loss", "lr", "images_per_second")
+        known = [name for name in row if name in names or name.startswith(("knn_", "linear_"))]
+        numbers = "".join(f" · {name} {row[name]:.4g}" for name in known)
+        self.notice(
+            f"epoch {row['epoch']} · iteration {row['iteration']:,}/{self._iterations:,}{numbers}"
+        )
+
+    def notice(self, sentence: str) -> None:
+        print(sentence, file=sys.stderr, flush=True)

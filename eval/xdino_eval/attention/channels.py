@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from xdino.data.image_files import printable
 from xdino.errors import world
 from xdino_eval import sheets
-from xdino_eval.image_files import printable
 from xdino_eval.sheets import DRAWN, LARGEST, Figure, FigureCanvasAgg, wrapped
 
 

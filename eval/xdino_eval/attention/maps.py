@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from xdino.backbone import Backbone
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed
 from xdino_eval.backbone_tokens import Lattice, attention_on_patches, lattice
-from xdino_eval.features import device_of, evaluating
-from xdino_eval.transform import EvalTransform, resize_shorter
+from xdino_eval.features import evaluating
 
 MASS = 0.6  # of the attention inside a mask, as published
-LARGEST = 2**26  # pixels that are shown to a network at once
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,7 @@ def network_input(
         UsageError: an image, or a `size`, that is smaller than a patch, or a `size` that makes it
             larger than memory holds; a backbone without patches.
     """
-    patch = backbone.patch_size or 1
-    transform = EvalTransform.of(backbone, size)
-    height, width = image.shape[:2]
-    if min(height, width) < patch:
-        raise UsageError(
-            f"an image of {width} x {height} pixels is smaller than a patch of {patch} x {patch}"
-        )
-    if transform.size < patch:
-        raise UsageError(f"size must be at least a patch of {patch} pixels, got {transform.size}")
-    if height * width * transform.size**2 > LARGEST * min(height, width) ** 2:
-        raise UsageError(
-            f"{width} x {height} pixels with the shorter side at {transform.size} come to more "
-            f"than the limit of {LARGEST / 1e6:,.0f} million pixels: lower --shorter-side"
-        )
-    pixels = torch.from_numpy(resize_shorter(image, transform.size).copy())
-    inputs = transform.normalise(pixels[None].to(device_of(backbone)))  # [1, C, H', W']
-    backbone.grid(*inputs.shape[2:])  # refuses backbones without one
+    inputs = backbone.whole(image, size)
     return backbone.fitting(inputs), lattice(backbone, *inputs.shape[2:])
 
 

@@ -28,13 +28,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from xdino.backbone import Backbone
+from xdino.data import image_files
+from xdino.data.image_files import DAMAGED, Unreadable, printable
 from xdino.errors import UsageError
 from xdino.runtime.atomic import write_text
-from xdino_eval import image_files
 from xdino_eval.attention import captions
 from xdino_eval.attention.maps import MASS, class_attention_maps, mask
 from xdino_eval.attention.sizes import Shown, shown
-from xdino_eval.image_files import DAMAGED, Unreadable, printable
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xdino.data.image_files import DAMAGED
 from xdino.errors import RunFailed, UsageError, world
 from xdino.runtime.atomic import written_beside
-from xdino_eval.image_files import DAMAGED
 
 SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".ts",

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xdino.data.image_files import printable
 from xdino.data.sources import Source
 from xdino.errors import UsageError, world
 from xdino.runtime.atomic import write_text, written_beside
 from xdino_eval.features import Features
-from xdino_eval.image_files import printable
 from xdino_eval.knn.keys import unpack, without_self
 from xdino_eval.knn.search import EXACT, SearchOptions, searcher
 from xdino_eval.knn.tables import normalise, read

@@ -27,7 +27,7 @@ from xdino_eval.accuracy import class_indices, ranks
 from xdino_eval.knn.keys import recall, unpack, without_self
 from xdino_eval.knn.search import EXACT, Searcher, SearchOptions, searcher
 from xdino_eval.knn.sharding import ShardedSearcher
-from xdino_eval.knn.tables import Table, read, take
+from xdino_eval.knn.tables import Table, as_float32, normalise, read, take
 
 KS = (10, 20, 100, 200)
 VOTES = 2048  # queries that vote at a time: bounds the votes to 16 MB for 1,000 classes
@@ -74,6 +74,46 @@ class Scores:
     grid: Grid
     recall: dict[int, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+Array = Tensor | np.ndarray | Sequence[Any]
+
+
+def knn(
+    train_features: Array,
+    train_labels: Array,
+    test_features: Array,
+    test_labels: Array,
+    k: int | Sequence[int] = 20,
+    temperature: float = 0.07,
+) -> dict[int, tuple[float, float]]:
+    """How well the nearest neighbours by cosine similarity tell the classes: top-1 and top-5 in per
+    cent, for each k.
+
+    Args:
+        train_features: float [N, D], what votes. train_labels: [N], numbers or names.
+        test_features: float [M, D], what is asked for. test_labels: [M].
+        k: how many neighbours vote, or several such numbers.
+        temperature: T, in units of similarity.
+
+    Returns:
+        {k: (top1, top5)}.
+
+    Raises:
+        ValueError: as `classify`.
+
+    >>> knn([[1.0, 0.1], [0.1, 1.0]], ["cat", "dog"], [[2.0, 0.0]], ["cat"], k=1)
+    {1: (100.0, 100.0)}
+    """
+    bank, queries = (normalise(as_float32(part)) for part in (train_features, test_features))
+    marks = [np.asarray(torch.as_tensor(m).cpu() if isinstance(m, Tensor) else m)
+             for m in (train_labels, test_labels)]  # fmt: skip
+    if any(mark.ndim != 1 for mark in marks):
+        raise ValueError(f"labels must be one an image, got shapes {[m.shape for m in marks]}")
+    _, numbers = np.unique(np.concatenate(marks), return_inverse=True)
+    ours, theirs = numbers[: len(marks[0])], numbers[len(marks[0]) :]
+    ks = [k] if isinstance(k, int) else list(k)
+    return classify(bank, ours, queries, theirs, ks, temperature)
 
 
 def classify(

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xdino.backbone import Backbone
+from xdino.data import image_files
+from xdino.data.centre_view import LARGEST
 from xdino.data.decode import SUFFIXES
+from xdino.data.image_files import printable
 from xdino.data.sources import FileSource
 from xdino.errors import UsageError
-from xdino_eval import image_files
 from xdino_eval.accuracy import average_precision
-from xdino_eval.attention.maps import LARGEST
 from xdino_eval.features import Progress
-from xdino_eval.image_files import printable
 from xdino_eval.results import Row
 from xdino_eval.suite.descriptors import GEM, Describer, class_and_gem
 from xdino_eval.transform import EvalTransform, resample

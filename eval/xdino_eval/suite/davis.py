@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from xdino.backbone import Backbone
+from xdino.data import image_files
+from xdino.data.image_files import printable
 from xdino.errors import UsageError
-from xdino_eval import image_files
 from xdino_eval.features import Progress, evaluating
-from xdino_eval.image_files import printable
 from xdino_eval.results import Row
 from xdino_eval.suite.davis_dataset import Video, highest, palette_of, read_mask, write_mask
 from xdino_eval.suite.davis_scores import VOID, ObjectScore, score_video, summary

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from xdino.data import image_files
+from xdino.data.image_files import DAMAGED
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
-from xdino_eval import image_files
-from xdino_eval.image_files import DAMAGED
 from xdino_eval.suite.davis_scores import VOID
 
 LATER = 254  # the label of what the first frame of drawn masks does not show

@@ -1,8 +1,8 @@
 """`xdino features` and `xdino quality`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,22 +15,65 @@ from xdino_launch.commands.options import (
     Whole,
     batch_option,
     on_one_process,
+    option,
     precision_option,
     takes,
     workers_option,
 )
 
+if TYPE_CHECKING:
+    from xdino.data import Source
+
+
+PARTS = (
+    "Images, labelled or not: a folder, flat or with train/ and val/, a list, tars, a named source."
+)
+
+
+@dataclass(frozen=True)
+class FeatureOptions(SubjectOptions):
+    """Whose features, of which images."""
+
+    data: str = option("--data", required=True, type=Place(), help=PARTS)
+
 
 @click.command()
-@takes(judged=SubjectOptions)
-@click.option("--out", required=True, type=Place(Path, file=True), help="FILE.safetensors")
+@takes(judged=FeatureOptions)
+@click.option(
+    "--out",
+    required=True,
+    type=Place(Path, file=True),
+    help="FILE.parquet, FILE.npz, FILE.csv or FILE.safetensors.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "both"]),
+    help="Of DATA.  [what it is divided into, all of it where it is not]",
+)
+@click.option("--patches", is_flag=True, help="Write the features of the patches, too.")
 @on_one_process
-def features(judged: SubjectOptions, out: Path) -> None:
-    """Write the frozen features of train/ and val/ to a safetensors file."""
-    judged.there(judged.data)
-    from xdino_launch.evaluation.subject import save_features
+def features(judged: FeatureOptions, out: Path, split: str | None, patches: bool) -> None:
+    """Write the frozen features of images to a file, one row an image.
 
-    click.echo(str(save_features(judged.open(), out)))
+    With each: its path below DATA, the name and number of its class where there are class folders,
+    and with --patches the features of its patches. Parquet and CSV are written as they come, and take
+    any number of images; in .npz and .safetensors the arrays of two splits are called train_features,
+    val_features and so on.
+    """
+    from xdino_eval.feature_files import FeatureFile, open_parts, save_parts
+    from xdino_eval.feature_files.rows import Part
+
+    judged.there(judged.data)
+    file = FeatureFile(out, patches)
+    assert file.format  # refused before anything is read
+    parts: list[Part] = []
+
+    def opened(data: str, channels: int) -> "tuple[Source, Source]":
+        parts.extend(open_parts(data, channels, split))
+        return parts[0].source, parts[-1].source
+
+    subject = judged.open(opened)
+    click.echo(str(save_parts(subject.backbone, parts, file, subject.options)))
 
 
 @click.command()

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from xdino.data import image_files
+from xdino.data.image_files import DAMAGED, printable
 from xdino.data.sources import FileSource, Source, open_source
 from xdino.errors import UsageError, asked
-from xdino_eval import image_files, sheets
+from xdino_eval import sheets
 from xdino_eval.attention import video
 from xdino_eval.attention.video import Frame
-from xdino_eval.image_files import DAMAGED, printable
 from xdino_launch.console import counter, stderr_console
 
 LIMIT = 200  # images of a folder, where nobody says how many

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from xdino import checkpoint, config, data
@@ -17,7 +16,6 @@ from xdino.errors import RunFailed, UsageError
 from xdino.plan import feasibility
 from xdino.run_directory import CONFIG_FILE
 from xdino.runtime import distributed
-from xdino.runtime.atomic import written_beside
 from xdino.runtime.device import resolve_device
 from xdino_eval import results
 from xdino_eval.extraction import Options
@@ -215,22 +213,3 @@ def open_any_splits(name: str, channels: int) -> tuple[data.Source, data.Source]
 
     path, train = Path(name).expanduser(), one("train")
     return train, one("val") if not path.exists() or (path / "val").is_dir() else train
-
-
-def save_features(subject: Subject, path: Path) -> Path:
-    """Features and labels of both splits in one safetensors file."""
-    tensors = {}
-    for split, found in zip(("train", "val"), subject.features(), strict=True):
-        for name in ("features", "labels", "indices"):
-            value = getattr(found, name)
-            if value is not None:
-                tensors[f"{split}_{name}"] = value.contiguous()
-    origin = subject.backbone.origin
-    facts = {
-        "checkpoint": origin.sha256,
-        "features": origin.name.encode("utf-8", "backslashreplace").decode(),
-        "transform": subject.options.transform_for(subject.backbone).describe(),
-    }
-    with written_beside(path) as beside:
-        safetensors.torch.save_file(tensors, beside, metadata=facts)
-    return path

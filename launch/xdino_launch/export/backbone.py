@@ -1,4 +1,4 @@
-"""A backbone as a file for others: published names, timm's names, or ONNX.
+"""A backbone for others: published names, timm's names, ONNX, or a folder of Hugging Face's layout.
 
 Every file says what it holds, in strings that any reader of the format shows (`card`): architecture,
 patch size, statistics of the images, training data, commit, iteration. A safetensors file also
@@ -6,30 +6,54 @@ carries the `BackboneSpec`, so that xdino reads it back without being told anyth
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-from torch import Tensor
-
-from xdino import checkpoint, weight_names, xcit
-from xdino.backbone import Backbone, Spec
+from xdino import checkpoint
+from xdino.backbone import Backbone
 from xdino.errors import RunFailed, UsageError
 from xdino.run_directory import commit
-from xdino_launch.export import to_onnx
+from xdino_launch.export import to_folder, to_onnx
+from xdino_launch.export.to_timm import timm_weights
 
 SUFFIXES = {"published": ".safetensors", "timm": ".safetensors", "onnx": ".onnx"}
+FOLDER = "hf"
 UNKNOWN = "not recorded"
-TIMM_TOLERANCE = 1e-5  # relative; timm may fuse what the published code spells out
+
+
+def format_of(path: Path, format: str | None) -> str:
+    """The format that is asked for, or what the name of the file asks for.
+
+    Raises:
+        UsageError: the two contradict each other, or neither says.
+    """
+    suffix = path.suffix.lower()
+    if format is None:
+        if suffix not in SUFFIXES.values():
+            known = "published names in .safetensors, ONNX in .onnx"
+            raise UsageError(
+                f"{path} does not say its format ({known}): name it with --format, for a folder "
+                f"--format {FOLDER}"
+            )
+        return next(name for name, known in SUFFIXES.items() if known == suffix)
+    if format == FOLDER:
+        if suffix in (*SUFFIXES.values(), ".pt", ".pth", ".bin"):
+            raise UsageError(f"--format {FOLDER} writes a folder, got --out {path}")
+    elif path.suffix != SUFFIXES[format]:
+        raise UsageError(f"--format {format} writes {SUFFIXES[format]} files, got --out {path}")
+    return format
+
+
+def _refuse_folder(path: Path, format: str) -> None:
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder, and --format {format} writes a file")
 
 
 def export_backbone(
     weights: str,
     path: Path,
-    format: str,
+    format: str | None = None,
     arch: str | None = None,
     role: str = "teacher",
     say: Callable[[str], None] = lambda sentence: None,
@@ -38,18 +62,22 @@ def export_backbone(
 
     Args:
         weights: whatever `load_backbone` reads.
-        format: "published" or "timm" (safetensors), or "onnx".
+        format: "published" or "timm" (safetensors), "onnx", or "hf" (a folder); None = what `path`
+            ends in.
         say: told what was checked, a sentence at a time.
 
     Raises:
         UsageError: as `load_backbone`; a suffix of another format; what timm cannot build; the onnx
-            packages are not there.
+            packages are not there; a folder that holds something else.
         RunFailed: the file cannot be written, or computes something else than the backbone.
     """
-    if path.suffix != SUFFIXES[format]:
-        raise UsageError(f"--format {format} writes {SUFFIXES[format]} files, got --out {path}")
+    format = format_of(path, format)
     if format == "onnx":
         to_onnx.require()
+    if format == FOLDER:
+        to_folder.require_free(path)
+    else:
+        _refuse_folder(path, format)
     backbone = checkpoint.load_backbone(weights, arch, role)
     spec, origin = backbone.spec, backbone.origin
     facts = {**origin.facts, "exported_from": origin.sha256}
@@ -57,12 +85,14 @@ def export_backbone(
     try:
         if format == "onnx":
             to_onnx.write(backbone, spec, path, about, say)
-            return path
-        tensors = backbone.state_dict()
-        if format == "timm":
-            tensors, recipe = timm_weights(backbone, spec, say)
-            about |= recipe
-        checkpoint.save_tensors(path, tensors, spec, facts, about)
+        elif format == FOLDER:
+            to_folder.write(backbone, path, facts, about, say)
+        else:
+            tensors = backbone.state_dict()
+            if format == "timm":
+                tensors, recipe = timm_weights(backbone, spec, say)
+                about |= recipe
+            checkpoint.save_tensors(path, tensors, spec, facts, about)
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error}") from None
     return path
@@ -111,56 +141,3 @@ def training_commit(source: Path, iteration: int | None) -> str | None:
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
     return None
-
-
-def timm_weights(
-    backbone: Backbone, spec: Spec, say: Callable[[str], None]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under timm's names, and how `timm.create_model` builds the network they load into.
-
-    It is built here, loaded strictly and compared on one batch.
-
-    Raises:
-        UsageError: an XCiT of a patch that timm's has not.
-        RunFailed: timm's network gives other features.
-    """
-    name, options = timm_recipe(spec)
-    theirs = timm.create_model(name, **options).eval()
-    state: dict[str, Tensor] = backbone.state_dict()
-    tensors = weight_names.to_timm_names(state) if isinstance(backbone, xcit.XCiT) else state
-    theirs.load_state_dict(tensors, strict=True)
-    size = spec.input_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, spec.in_chans, size, size, generator=generator)
-    with torch.no_grad():
-        ours = backbone(images)
-        error = ((theirs(images) - ours).abs().max() / ours.abs().max()).item()
-    if not error <= TIMM_TOLERANCE:
-        raise RunFailed(f"timm {timm.__version__}'s {name} gives other features ({error:.1e})")
-    arguments = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in options.items())])
-    say(f"timm.create_model({arguments}) gives the same features, to {error:.1e} of the largest")
-    return tensors, {"timm": f"timm.create_model({arguments})", "timm_version": timm.__version__}
-
-
-def timm_recipe(spec: Spec) -> tuple[str, dict[str, Any]]:
-    """Name and options for `timm.create_model` of the network behind a spec, without a class head."""
-    options: dict[str, Any] = {"num_classes": 0}
-    if spec.in_chans != 3:
-        options["in_chans"] = spec.in_chans
-    if not spec.arch.startswith("xcit_"):
-        name = spec.arch.removesuffix(".dino")
-        if not timm.is_model(name):
-            raise UsageError(f"timm has no {name}: export it as published or onnx")
-        if name != spec.arch or timm.models.get_pretrained_cfg(name).fixed_input_size:
-            options["img_size"] = spec.input_size
-        return name, options
-    shape = dict(spec.shape)
-    patch = shape.pop("patch_size", xcit.arguments(spec.arch)["patch_size"])
-    name = re.sub(r"_p\d+$", f"_p{patch}_224", spec.arch)
-    if not timm.is_model(name):
-        raise UsageError(
-            f"timm's XCiT has patch sizes 8 and 16, not {patch}: export it as published or onnx"
-        )
-    if "class_attention_layers" in shape:
-        shape["cls_attn_layers"] = shape.pop("class_attention_layers")
-    return name, {**options, **shape}

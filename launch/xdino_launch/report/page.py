@@ -19,9 +19,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from xdino.data.image_files import DAMAGED, printable
 from xdino.errors import UsageError
 from xdino.runtime.atomic import write_text
-from xdino_eval.image_files import DAMAGED, printable
 from xdino_eval.results import Row
 from xdino_launch.report.curves import COLOURS, draw_curves
 from xdino_launch.report.run import ABSENT, Run, names_of, plain, short

@@ -10,6 +10,7 @@ from xdino.checkpoint.states import STATE_FILE, check_state, load_state, save_st
 from xdino.checkpoint.weights import (
     BACKBONE_FILE,
     BEST_FILE,
+    EXPORTED_FILE,
     HEADER_KEY,
     WeightsFile,
     read_weights,
@@ -22,6 +23,7 @@ from xdino.checkpoint.weights import (
 __all__ = [
     "BACKBONE_FILE",
     "BEST_FILE",
+    "EXPORTED_FILE",
     "HEADER_KEY",
     "STATE_FILE",
     "FullCheckpoint",

@@ -31,6 +31,7 @@ from xdino.runtime.places import missing_weights
 
 BACKBONE_FILE = "backbone.safetensors"
 BEST_FILE = "best.safetensors"  # beside it: the teacher whose k-NN was best while training
+EXPORTED_FILE = "model.safetensors"  # of a folder that was exported for timm and transformers
 HEADER_KEY = "xdino"  # of the safetensors metadata
 CHECKSUM = "sha256"  # of tensors, spec and facts, in the header of our own files
 
@@ -92,6 +93,8 @@ def weights_path(path: str | Path, role: str = "teacher") -> Path:
         path = Path(path).expanduser()
         if path.is_dir():
             file = path / (BACKBONE_FILE if role == "teacher" else STATE_FILE)
+            if not file.is_file() and (path / EXPORTED_FILE).is_file():
+                file = path / EXPORTED_FILE
             if not file.is_file():
                 why = "" if role == "teacher" else " (which has the student)"
                 raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from xdino.config.parsing import parse, spelt
+from xdino.config.parsing import parse, spelt, to_tree
 from xdino.config.schema import Config
 from xdino.errors import UsageError, asked, nearest
 from xdino.values import Quoted, shown
@@ -30,13 +30,15 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
-def load(name: str, overrides: Mapping[str, str] | None = None) -> Config:
+def load(name: str | Config, overrides: Mapping[str, Any] | None = None) -> Config:
     """A recipe's name or a YAML path, with dotted overrides ("optim.lr" -> "1e-3") on top.
+
+    From Python a whole configuration will do, and so will values that are no texts (1e-3).
 
     Raises:
         UsageError: no such recipe or file, not YAML, or anything `parse` objects to.
     """
-    tree = _recipe(name)
+    tree: dict[str, Any] = to_tree(name) if isinstance(name, Config) else _recipe(name)
     for given, value in (overrides or {}).items():
         key, _, leaf = spelt(given).partition(".")
         section = next((known for known in tree if spelt(known) == key), key)
@@ -45,7 +47,7 @@ def load(name: str, overrides: Mapping[str, str] | None = None) -> Config:
             continue  # a text where keys belong: `parse` says so
         kept = {old: text for old, text in below.items() if spelt(old) != leaf}
         tree[section] = kept | {leaf: value} if leaf else value
-    return parse(tree, str(name))
+    return parse(tree, "the configuration" if isinstance(name, Config) else str(name))
 
 
 HEAD = ("command", "hardware", "hours", "expected")

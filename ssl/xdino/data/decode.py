@@ -31,7 +31,7 @@ from functools import lru_cache
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffTags
+from PIL import Image, ImageOps, TiffTags
 from PIL.TiffImagePlugin import TiffImageFile
 
 from xdino.config import MAX_PIXELS
@@ -271,6 +271,11 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - a damaged header says nothing about how to turn the picture
         return 1
+
+
+def from_pillow(image: Image.Image, channels: int) -> np.ndarray:
+    """An image that somebody opened with Pillow: uint8 [H, W, channels], by the rules of `decode`."""
+    return np.ascontiguousarray(_to_array(ImageOps.exif_transpose(image), channels))
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

@@ -25,6 +25,7 @@ class TarSource(StoredSource):
     processes may do it at once.
     """
 
+    within = ""  # the folder inside, "train/", that names are below
     _HELD_OPEN = 256  # with more files than this each read opens its own: descriptors are few
     _PART = 4  # of the descriptors that the process may have, this part at most is held
 
@@ -135,6 +136,7 @@ def open_tars(
         said = [i.classes[row] for i, chosen in pairs for row in chosen]
         labels, classes = _labels(data, names, said, _packed_classes(indexes, within))
     source = TarSource(data, indexes, rows, names, channels, labels, classes)
+    source.within = printable(within)
     if held:
         source.remarks.append(f"train is {data} without {first(held)}")
     return source

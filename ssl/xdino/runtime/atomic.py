@@ -46,6 +46,34 @@ def written_beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder whose files lie in the folder `path` when the block ends without an error.
+
+    Where there is no `path`, it appears whole; else its files take the place of those of their
+    names, each whole, one after the other.
+
+    Raises:
+        RunFailed: it cannot be written. What `path` held before is untouched.
+    """
+    with world(f"write {path}"):
+        path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            hidden.mkdir()
+            yield hidden
+            if path.is_dir():
+                for file in sorted(hidden.iterdir()):
+                    os.replace(file, path / file.name)
+            else:
+                os.replace(hidden, path)
+            flush(path)
+            flush(path.parent)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """The text becomes the file's content, in UTF-8; a file that holds it already is left alone.
 

@@ -8,6 +8,7 @@ import re
 import reprlib
 
 import torch
+from torch import nn
 
 from xdino.errors import UsageError
 from xdino.runtime import rendezvous
@@ -52,6 +53,12 @@ def resolve_device(name: str) -> torch.device:
     if number >= found:
         raise UsageError(f"there is no device {name} here: this machine has {here}")
     return torch.device("cuda", number)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's first parameter is; the CPU for a network without any."""
+    parameter = next(network.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def multiplies_bf16(device: torch.device) -> bool:
