@@ -22,6 +22,7 @@ from xdino.runtime import rendezvous
 from xdino_launch.commands import (
     benchmarks,
     features,
+    forecasting,
     knn,
     linear,
     neighbours,
@@ -47,6 +48,8 @@ def xdino() -> None:
 for command in (
     pretraining.pretrain,
     pretraining.submit,
+    forecasting.look,
+    forecasting.plan,
     replaying.replay,
     knn.knn,
     neighbours.neighbours,

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from xdino.job import Listener
 from xdino_eval.results import Row
+from xdino_launch.remaining import Remaining
 
 QUIET_SECONDS = 10.0  # between two plain lines
 LONGEST_SETTING = 16  # characters of a setting that a table shows
@@ -31,6 +32,7 @@ class ConsoleListener(Listener):
         self.progress: Progress | None = None
         self._last_line = 0.0
         self._iterations = 0
+        self._remaining: Remaining | None = None
 
     def __enter__(self) -> "ConsoleListener":
         return self
@@ -41,6 +43,7 @@ class ConsoleListener(Listener):
 
     def started(self, facts: dict[str, Any]) -> None:
         self._iterations = facts["iterations"]
+        self._remaining = Remaining(facts["iteration"], facts["iterations"])
         verb = "continuing" if facts["iteration"] else "pretraining"
         self.notice(
             f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
@@ -65,6 +68,8 @@ class ConsoleListener(Listener):
 
     def step(self, row: dict[str, Any]) -> None:
         numbers = " · ".join(_numbers(row))
+        if self._remaining is not None and (forecast := self._remaining.look(row)):
+            self.notice(forecast)
         if self.progress is not None:
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=row["iteration"], epoch=row["epoch"])
@@ -75,9 +80,10 @@ class ConsoleListener(Listener):
         if "loss" not in row or (self.progress is None and due):
             if "loss" in row:
                 self._last_line = time.monotonic()
+            left = self._remaining.left() if self._remaining is not None else None
             self.notice(
                 f"epoch {row['epoch']} · iteration {row['iteration']:,}/{self._iterations:,} · "
-                + numbers
+                + " · ".join(filter(None, [numbers, left]))
             )
 
     def notice(self, sentence: str) -> None:

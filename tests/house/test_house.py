@@ -27,7 +27,7 @@ LONG_FUNCTIONS: set[str] = set()
 
 MOST_NAMES = 16  # modules and packages of a package
 # The method, a room a part, as the paper has them, and the loop: `ls ssl/xdino` is the contents page.
-MOST_NAMES_OF = {"xdino": 30}
+MOST_NAMES_OF = {"xdino": 31}
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
