@@ -22,6 +22,7 @@ from xdino.runtime import rendezvous
 from xdino_launch.commands import (
     benchmarks,
     features,
+    forecasting,
     knn,
     linear,
     listing,
@@ -62,6 +63,8 @@ for command in (
     listing.runs,
     pretraining.pretrain,
     pretraining.submit,
+    forecasting.look,
+    forecasting.plan,
     replaying.replay,
     knn.knn,
     neighbours.neighbours,

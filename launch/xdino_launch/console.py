@@ -14,6 +14,7 @@ from rich.text import Text
 from xdino.job import Listener
 from xdino.values import span
 from xdino_eval.results import Row
+from xdino_launch.remaining import Remaining
 
 QUIET_SECONDS = 10.0  # between two plain lines
 LONGEST_SETTING = 16  # characters of a setting that a table shows
@@ -71,6 +72,7 @@ class ConsoleListener(Listener):
         self._last_line = 0.0
         self._iterations = 0
         self._pace = Pace(0)
+        self._remaining: Remaining | None = None
 
     def __enter__(self) -> "ConsoleListener":
         return self
@@ -82,6 +84,7 @@ class ConsoleListener(Listener):
     def started(self, facts: dict[str, Any]) -> None:
         self._iterations = facts["iterations"]
         self._pace = Pace(self._iterations)
+        self._remaining = Remaining(facts["iteration"], facts["iterations"])
         verb = "continuing" if facts["iteration"] else "pretraining"
         self.notice(
             f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
@@ -99,6 +102,8 @@ class ConsoleListener(Listener):
     def step(self, row: dict[str, Any]) -> None:
         numbers = _numbers(row)
         left = self._pace.left(row["iteration"], time.monotonic()) if "loss" in row else ""
+        if self._remaining is not None and (forecast := self._remaining.look(row)):
+            self.notice(forecast)
         if self.progress is not None:
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=row["iteration"], epoch=row["epoch"])

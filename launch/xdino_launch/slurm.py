@@ -167,7 +167,7 @@ def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
     if not config.data.path:
         raise UsageError("data.path is not set: name the images with --data.path FOLDER")
     text = configuration.to_yaml(RunDirectory(run).resolve(config))
-    logs = run.with_name(f"{run.name}-slurm")
+    logs = logs_of(run)
     # By its content: a job that waits in the queue keeps its own when the run is submitted anew.
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     recipe, script = logs / f"{name}.yaml", logs / f"{name}.sh"
@@ -179,6 +179,25 @@ def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
         write_text(recipe, text)
         write_text(script, job_script([*command, str(script)], recipe, run, resources))
         return _handed_over([*command, str(script)])
+
+
+def logs_of(run_dir: str | Path) -> Path:
+    """Where script, configuration and logs of a run lie, in full."""
+    run = Path(os.path.abspath(run_dir))
+    return run.with_name(f"{run.name}-slurm")
+
+
+def how_to_go_on(job: str, run_dir: str | Path, cluster: str | None = None) -> str:
+    """What a person types next: to look, to follow, to cancel; `cluster`: of several, which."""
+    logs = logs_of(run_dir)
+    where = f" --clusters={shlex.quote(cluster)}" if cluster else ""
+    lines = [
+        ("logs", str(logs)),
+        ("follow", f"tail -F {shlex.quote(f'{logs}/{job}.log')}"),
+        ("state", f"squeue{where} --job={job}"),
+        ("cancel", f"scancel{where} {job}"),
+    ]
+    return "\n".join(f"{name:<8}{what}" for name, what in lines)
 
 
 @contextlib.contextmanager

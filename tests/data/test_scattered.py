@@ -3,7 +3,7 @@
 import numpy as np
 
 from xdino import data
-from xdino.data.scattered import SIZE, scattered
+from xdino.data.idx.scattered import SIZE, scattered
 
 
 def test_the_sample_scattered_is_the_same_every_time_and_keeps_its_labels():

@@ -159,7 +159,8 @@ def test_the_trainers_evaluator(frozen, make_source):
     first = evaluate(frozen)
     assert set(first) == {
         "knn_top1", "knn_top5", "knn_top1_k20", "knn_top5_k20",
-        "quality_rankme", "quality_lidar", "quality_feature_std",
+        "quality_rankme", "quality_lidar", "quality_feature_std", "quality_agreement",
+        "chance_agreement", "chance_top1", "val_images",
     }  # fmt: skip
     assert first == evaluate(frozen)
     assert frozen.training

@@ -285,7 +285,8 @@ def submit(
 ) -> None:
     """Pretrain on a SLURM cluster; goes on by itself when its time is up. Prints the job's number.
 
-    Script, configuration and logs are in RUN-slurm/.
+    Script, configuration and logs are in RUN-slurm/. Where there is no SLURM it refuses; --cluster
+    local starts one process here instead.
     """
     from xdino import config as configuration
 
@@ -299,6 +300,10 @@ def submit(
     if cluster == "local":
         from xdino_launch.local import run_pretraining
 
+        click.echo("no cluster: one process on this machine, in the foreground", err=True)
         click.echo(str(run_pretraining(resolved, run_dir, command=sys.argv[1:])))
         return
-    click.echo(queue.submit(resolved, run_dir, resources))
+    job = queue.submit(resolved, run_dir, resources)
+    click.echo(job)
+    sys.stdout.flush()  # the number comes first, wherever both go
+    click.echo(queue.how_to_go_on(job, run_dir, cluster=extra.get("clusters")), err=True)

@@ -68,6 +68,9 @@ class FileSource(StoredSource):
             self._check_size(os.fstat(file.fileno()).st_size)
             return file.read()
 
+    def sizes(self) -> np.ndarray:
+        return self._facts[:, 0]
+
     def _ends(self, index: int, most: int) -> bytes:
         with self._opened(index) as file:
             beginning = os.pread(file.fileno(), most, 0)

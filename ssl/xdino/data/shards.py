@@ -71,6 +71,9 @@ class TarSource(StoredSource):
         self._check_size(size)
         return self._bytes(index, 0, size)
 
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
     def _ends(self, index: int, most: int) -> bytes:
         size = int(self._sizes[index])
         last = min(size, most)

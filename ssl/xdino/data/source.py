@@ -100,6 +100,14 @@ class StoredSource(Source):
     def _ends(self, index: int, most: int) -> bytes:
         """The first and the last bytes of image `index`, at most `most` of each."""
 
+    @abc.abstractmethod
+    def sizes(self) -> np.ndarray:
+        """Bytes of each image file: int64 [N], -1 where there is none."""
+
+    def ends(self, index: int, most: int) -> bytes:
+        """The first and the last bytes of image `index`, at most `most` of each."""
+        return self._ends(index, most)
+
     def read(self, index: int) -> np.ndarray:
         return decode(self.encoded(index), self.channels, self.max_pixels)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdino.data.scattered import scattered
+from xdino.data.idx.scattered import scattered
 from xdino.data.source import Source, png
 from xdino.errors import UsageError
 from xdino.runtime.places import DATA_SETS
@@ -23,7 +23,7 @@ FASHION_CLASSES = (
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
-_SAMPLE_FOLDER = Path(__file__).parents[1] / "assets" / "fashion_mnist_sample"
+_SAMPLE_FOLDER = Path(__file__).parents[2] / "assets" / "fashion_mnist_sample"
 
 
 class ArraySource(Source):

@@ -1,0 +1,1 @@
+"""What `xdino look` and `xdino plan` do besides counting: trials, candidates, tables."""
