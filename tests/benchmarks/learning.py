@@ -38,6 +38,19 @@ from xdino_launch.bench.timing import machine
 from xdino_launch.console import stderr_console, stdout_console
 
 COLOUR = {"crops.jitter": "0.4", "crops.grayscale": "0.1", "crops.global_solarize": "0,0"}
+# What the demo's recipe has: all learns from the first step, at a rate that few steps ask for.
+FEW_STEPS = {
+    "head.use_bn": "true",
+    "head.hidden_dim": "256",
+    "head.bottleneck_dim": "64",
+    "head.prototypes": "1024",
+    "optim.lr": "8e-3",
+    "optim.freeze_last_layer": "0",
+    "optim.weight_decay_end": "0.04",
+    "model.drop_path": "0",
+    "crops.local_count": "2",
+    "crops.local_scale": "0.15,0.5",
+}
 
 ARMS = {
     "raw pixels": Arm("pixels"),
@@ -46,7 +59,11 @@ ARMS = {
     "ours": Arm("ours"),
     "supervised": Arm("supervised"),
     # Options alone: add a line, then its name to --arms.
-    "rate x2": Arm("ours", {"optim.lr": "1e-3"}),
+    "sinkhorn": Arm("ours", {"loss.targets": "sinkhorn"}),
+    "koleo": Arm("ours", {"loss.koleo": "0.1"}),
+    "simdino": Arm("ours", {"loss.objective": "simdino"}),
+    "sigreg": Arm("ours", {"loss.objective": "sigreg"}),
+    "sqrt rate": Arm("ours", {"optim.lr_scaling": "sqrt"}),
     "rate x8": Arm("ours", {"optim.lr": "4e-3"}),
     "published rate x8": Arm("published", {"optim.lr": "4e-3"}),
     "fp32": Arm("ours", {"train.precision": "fp32"}),
@@ -56,11 +73,10 @@ ARMS = {
     "no colour": Arm("ours", COLOUR | {"crops.jitter": "0", "crops.grayscale": "0"}),
     "larger local crops": Arm("ours", {"crops.local_scale": "0.15,0.4"}),
     "head with BatchNorm": Arm("ours", {"head.use_bn": "true"}),
-    "last layer free": Arm("ours", {"optim.freeze_last_layer": "0"}),
-    "constant decay": Arm("ours", {"optim.weight_decay_end": "0.04"}),
-    "colour + BatchNorm": Arm("ours", COLOUR | {"head.use_bn": "true"}),
-    "colour + BatchNorm + rate x4": Arm(
-        "ours", COLOUR | {"head.use_bn": "true", "optim.lr": "2e-3"}
+    "few steps": Arm("ours", FEW_STEPS),
+    "few steps + colour": Arm("ours", FEW_STEPS | COLOUR),
+    "few steps + colour + sinkhorn": Arm(
+        "ours", FEW_STEPS | COLOUR | {"loss.targets": "sinkhorn"}
     ),
 }
 DEFAULT = ("raw pixels", "untrained network", "published components", "ours", "supervised")

@@ -22,13 +22,14 @@ def test_the_demo_scores_three_kinds_of_features_and_draws(tmp_path, capsys, mon
     out = capsys.readouterr().out
     assert [row.features for row in rows[::2]] == [
         "raw pixels", "untrained network", "teacher, iteration 4",
-    ]  # fmt: skip
+    ] * 2  # fmt: skip
     stored = json.loads((tmp_path / "demo" / "results.json").read_text())
     for row, kept in zip(rows, stored, strict=True):
         assert f"{row.top1:.1f}" in out, "every number in the table is in results.json"
         assert kept["top1"] == row.top1
         assert (row.train_size, row.val_size) == (10_000, 2_000)
-    assert rows[0].top1 == pytest.approx(81.55, abs=0.05), "raw pixels do not depend on training"
+    assert rows[6].top1 == pytest.approx(81.55, abs=0.05), "raw pixels do not depend on training"
+    assert [row.data for row in rows[::6]] == ["fashion_mnist_scattered", "fashion_mnist_sample"]
     assert stored[2]["checkpoint"] != stored[4]["checkpoint"]
     pictures = tmp_path / "demo" / "attention"
     sheet = Image.open(pictures / "sheet.png")
@@ -38,4 +39,4 @@ def test_the_demo_scores_three_kinds_of_features_and_draws(tmp_path, capsys, mon
     assert len(list(pictures.glob("*"))) == 11
     again = run_demo(tmp_path / "demo", seed=1, overrides=SHORT)
     assert [r.top1 for r in again] == [r.top1 for r in rows]
-    assert len(json.loads((tmp_path / "demo" / "results.json").read_text())) == 6
+    assert len(json.loads((tmp_path / "demo" / "results.json").read_text())) == 12
