@@ -90,25 +90,29 @@ class Loss:
     """The objective, its temperatures and its centre. A teacher above 0.07 is usually unstable; warm
     it up from 0.04. Keys of an objective or of targets that were not chosen are ignored."""
 
-    # "dino", or without prototypes, temperatures and centre: "simdino" (a coding rate, arXiv 2502.10385),
-    # "sigreg" (embeddings towards a Gaussian, LeJEPA, arXiv 2511.08544).
     objective: Literal["dino", "simdino", "sigreg"] = "dino"
-    # DINO's targets: a moving "centre", or "sinkhorn" over each batch (SwAV, arXiv 2006.09882; DINOv2).
+    """What is minimised: dino; or without prototypes, temperatures and centre, simdino (a coding rate,
+    arXiv 2502.10385) or sigreg (a Gaussian, as LeJEPA, arXiv 2511.08544; wants head.use_bn)."""
     targets: Literal["centre", "sinkhorn"] = "centre"
-
+    """Of dino: by a moving centre, or by sinkhorn over each batch (SwAV, arXiv 2006.09882; DINOv2)."""
     student_temp: Temperature = 0.1
     warmup_teacher_temp: Temperature = 0.04
     teacher_temp: Temperature = 0.04
     warmup_teacher_temp_epochs: Epochs = 0.0  # a table of one value an epoch
     centre_momentum: Share = 0.9
     sinkhorn_iterations: Annotated[int, Field(ge=1, le=1000)] = 3
-    koleo: NotNegative = 0.0  # weight of KoLeo (arXiv 1806.03198) beside any objective; DINOv2: 0.1
-    coding_rate_eps: Temperature = 0.05  # simdino: the square of the precision that it counts in
-    # simdino: weight of the coding rate; None: the published (d + n) / (d n), with d the bottleneck's
-    # width and n images a micro-batch of all processes.
+    """Rounds of Sinkhorn-Knopp."""
+    koleo: NotNegative = 0.0
+    """Weight of KoLeo (arXiv 1806.03198), beside any objective: images are pushed apart; DINOv2: 0.1."""
+    coding_rate_eps: Temperature = 0.05
+    """Of simdino: the square of the precision that the coding rate counts in; smaller is steadier."""
     coding_rate_weight: NotNegative | None = None
-    sigreg_weight: Share = 0.05  # sigreg: lambda; the rest is the weight of the views' agreement
-    sigreg_slices: Annotated[int, Field(ge=1, le=2**16)] = 256  # sigreg: random directions a step
+    """Of simdino: weight of the coding rate; null: the published (d + n) / (d n) of head.bottleneck_dim d
+    and n images a micro-batch of all processes."""
+    sigreg_weight: Share = 0.05
+    """Of sigreg: the share of the Gaussian's part; the rest is that of the views' agreement."""
+    sigreg_slices: Annotated[int, Field(ge=1, le=2**16)] = 256
+    """Of sigreg: random directions that a step looks along."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -185,8 +189,8 @@ class Optim:
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: NotNegative = 5e-4
-    # times (total batch / 256), or its square root, which suits Adam (arXiv 2205.10287) and DINOv2
     lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """lr times total batch / 256, or times its square root, for Adam (arXiv 2205.10287) and in DINOv2."""
     min_lr: NotNegative = 1e-6
     warmup_epochs: Epochs = 10.0
     weight_decay: NotNegative = 0.04
