@@ -75,9 +75,7 @@ ARMS = {
     "head with BatchNorm": Arm("ours", {"head.use_bn": "true"}),
     "few steps": Arm("ours", FEW_STEPS),
     "few steps + colour": Arm("ours", FEW_STEPS | COLOUR),
-    "few steps + colour + sinkhorn": Arm(
-        "ours", FEW_STEPS | COLOUR | {"loss.targets": "sinkhorn"}
-    ),
+    "few steps + colour + sinkhorn": Arm("ours", FEW_STEPS | COLOUR | {"loss.targets": "sinkhorn"}),
 }
 DEFAULT = ("raw pixels", "untrained network", "published components", "ours", "supervised")
 

@@ -12,7 +12,7 @@ import pytest
 
 from xdino import metrics
 from xdino.errors import RunFailed
-from xdino.metrics import CollapseAlarm, MetricsLog, collapse_warning
+from xdino.metrics import CollapseAlarm, EmbeddingAlarm, MetricsLog, collapse_warning
 
 
 def rows(folder):
@@ -164,6 +164,37 @@ def test_a_loss_that_hovers_at_ln_k_is_said_once():
     assert [bool(words) for words in again] == [False, False, False, False, True, False]
     passing = CollapseAlarm(K)
     assert not any(passing.look(i, near * (1 - 0.003 * i), spread) for i in range(40))
+
+
+def test_ln_k_is_compared_with_the_loss_without_koleo():
+    K = 64
+    flat = {"teacher_entropy": math.log(K), "kl": 0.0, "koleo": 3.0}
+    assert "says nothing" in CollapseAlarm(K).look(1, math.log(K) + 0.3, flat)
+    well = {"teacher_entropy": 1.5, "kl": 0.9, "koleo": 17.0}
+    told = [CollapseAlarm(K).look(i, math.log(K), well) for i in range(9)]
+    assert not any(told), "2.4 and the rest is KoLeo's"
+
+
+def test_embeddings_that_are_one_point_are_said_once_until_they_have_recovered():
+    alarm = EmbeddingAlarm("simdino", after=10)
+    point = {"spread": 0.004, "agreement": -0.2}
+    nearly, well = {"spread": 0.015, "agreement": 0.5}, {"spread": 0.5, "agreement": 0.5}
+    assert alarm.look(10, -1.0, point) is None, "every run begins there"
+    told = alarm.look(11, -1.0, point)
+    assert "nearly the same embedding (spread 0.004" in told
+    assert "loss.coding_rate_weight" in told
+    assert [alarm.look(i, -1.0, [nearly, point][i % 2]) for i in range(12, 40)] == [None] * 28
+    assert alarm.look(40, -1.0, well) is None
+    assert "same embedding" in alarm.look(41, -1.0, point)
+
+
+def test_views_that_stay_strangers_are_said_after_some_rows():
+    alarm = EmbeddingAlarm("sigreg")
+    strangers = {"spread": 0.9, "agreement": 0.01}
+    told = [alarm.look(i, 0.5, strangers) for i in range(1, 10)]
+    assert [i for i, words in enumerate(told) if words] == [4]
+    assert "no more alike than views of two images (agreement 0.01) for 5 logged rows" in told[4]
+    assert "loss.sigreg_weight" in told[4]
 
 
 def scalars(run):

@@ -111,7 +111,7 @@ class Loss:
 
     objective: Literal["dino", "simdino", "sigreg"] = "dino"
     """dino; or without prototypes, temperatures and centre: simdino (a coding rate, arXiv 2502.10385) or
-    sigreg (embeddings towards a Gaussian, LeJEPA, arXiv 2511.08544)."""
+    sigreg (embeddings towards a Gaussian, LeJEPA, arXiv 2511.08544; wants head.use_bn)."""
     targets: Literal["centre", "sinkhorn"] = "centre"
     """DINO's targets: a moving centre, or sinkhorn over each batch (SwAV, arXiv 2006.09882; DINOv2)."""
 
@@ -130,7 +130,8 @@ class Loss:
     koleo: NotNegative = 0.0
     """Factor of KoLeo (arXiv 1806.03198) beside any objective; DINOv2 has 0.1."""
     coding_rate_eps: Temperature = 0.05
-    """simdino: the square of the precision, a factor, that the coding rate counts in."""
+    """simdino: the square of the precision, a factor, that the coding rate counts in; smaller
+    is steadier."""
     coding_rate_weight: NotNegative | None = None
     """simdino: factor of the coding rate; null: the published (d + n) / (d n), with d the bottleneck's
     width and n images a micro-batch of all processes."""

@@ -57,5 +57,5 @@ class EmbeddingLoss(Objective):
     def notices(self) -> Iterator[str]:
         yield (
             f"loss.objective {self.name} has no prototypes, temperatures or centre: head.prototypes, "
-            "head.norm_last_layer, the other keys of loss and optim.freeze_last_layer have no part in it"
+            "head.norm_last_layer, optim.freeze_last_layer and what loss says of those have no part in it"
         )

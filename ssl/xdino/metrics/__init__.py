@@ -132,6 +132,7 @@ def collapse_warning(loss: float, diagnostics: dict[str, float], prototypes: int
     Two ways to collapse (DINO, section 5.3): uniform outputs, where the entropy is ln K and the
     loss sits there too, and one prototype for everything, where the entropy is zero.
     """
+    loss = _cross_entropy(loss, diagnostics)
     kind = _collapse(loss, diagnostics, math.log(prototypes), 1.0)
     return None if kind is None else _WORDS[kind].format(ln_k=math.log(prototypes))
 
@@ -151,6 +152,12 @@ _WORDS = {
         "or take larger batches"
     ),
 }
+
+
+def _cross_entropy(loss: float, diagnostics: dict[str, float]) -> float:
+    """The loss without KoLeo, of which ln K knows nothing."""
+    with_more = "koleo" in diagnostics
+    return diagnostics["teacher_entropy"] + diagnostics["kl"] if with_more else loss
 
 
 def _collapse(
@@ -190,8 +197,7 @@ class CollapseAlarm:
         """A sentence about the row of this iteration, or None."""
         if iteration <= self._after or not self._uniform:
             return None
-        if "koleo" in diagnostics:  # a part of the loss that ln K knows nothing of
-            loss = diagnostics["teacher_entropy"] + diagnostics["kl"]
+        loss = _cross_entropy(loss, diagnostics)
         away = abs(loss - self._uniform) / self._uniform
         self._near = self._near + 1 if away < 0.01 else 0
         kind = _collapse(loss, diagnostics, self._uniform, 1.0)
