@@ -156,7 +156,7 @@ class Pretraining:
             last = self.plan.schedules.lr[-added[-1] * self.steps_per_epoch :]
             yield (
                 f"{self.config.train.epochs} epochs, extended by {' and '.join(map(str, added))}: "
-                f"in the last {added[-1]} lr rises to {last.max():.3g} and falls to {last[-1]:.3g}"
+                f"in the last {added[-1]} lr is at most {last.max():.3g} and ends at {last[-1]:.3g}"
             )
         if self.learner.kernels.why is not None:
             yield self.learner.kernels.why

@@ -48,7 +48,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def dropping(images):
     """dropping(**overrides): a run whose drop path draws random numbers, so that they are kept."""
-    return partial(configuration, images, runtime__workers=1, model__drop_path=0.3)
+    return partial(configuration, images, model__drop_path=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_extending_twice_is_as_if_it_had_been_planned(dropping, planned, tmp_pat
     pretrain(dropping(), run, extend=1, listener=ear)  # the same command again goes on
     assert told(run)[:6] == before
     assert [row["iteration"] for row in told(run)] == [*range(1, 10)]
-    assert any("2 epochs, extended by 1: in the last 1 lr rises to" in n for n in ear.notices)
+    assert any("2 epochs, extended by 1: in the last 1 lr is at most" in n for n in ear.notices)
 
     with pytest.raises(KeyboardInterrupt):
         pretrain(dropping(), run, extend=2, listener=Ear(at=11, act=kill))

@@ -59,7 +59,9 @@ def continue_published(plan: Plan, learner: Learner) -> Begun:
     for role in ("student", "teacher"):
         _check_network(found, role, getattr(learner, role), config.model.arch)
     state = learner.state_dict()
-    state |= {"student": found.student, "teacher": found.teacher, "centre": found.centre}
+    state |= {"student": found.student, "teacher": found.teacher}
+    if "centre" in state:  # targets may do without
+        state["centre"] = found.centre
     state["optimiser"] = {
         **state["optimiser"],
         "state": _moments(found, learner.student, config.optim.name),
@@ -114,8 +116,9 @@ def _check_network(found: FullCheckpoint, role: str, network: MultiCropNetwork, 
         for name, value in tensors.items()
         if name.startswith("backbone.")
     }
-    fits = weight_names.fitting(own)
-    if fits == arch:
+    if not weight_names.differences(own, network.backbone):
+        advice = "its head is another than this run's (sections head and loss)"
+    elif (fits := weight_names.fitting(own)) == arch:
         advice = "it is of images of other channels: see model.in_chans"
     elif fits is not None:
         advice = f"it fits --model.arch {fits}"
