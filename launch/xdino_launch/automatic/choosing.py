@@ -15,7 +15,7 @@ from xdino.config import Config
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast import fitting, ladder
-from xdino.forecast.choices import Choice, choose, configured, settings_of, sizes_of
+from xdino.forecast.choices import Choice, batch_of, choose, configured, settings_of, sizes_of
 from xdino.forecast.facts import Images, Machine, look_at, machine_of
 from xdino.forecast.fitting import Judging, Length
 from xdino.forecast.ladder import Rung
@@ -196,6 +196,8 @@ class Choosing:
         epochs = settings_of(self.given).train.epochs
         budget = fitting.EVALUATIONS_SHARE * epochs * fitting.epoch_seconds(rates)
         judged = fitting.evaluations(epochs, budget, self.judging)
+        if not judged.every:
+            judged = fitting.last_only(epochs, None, self.judging)
         return fitting.of_epochs(epochs, rates, judged)
 
     def _too_slow(self, rung: Rung, rates: Rates, found: Length | None) -> bool:
@@ -238,8 +240,9 @@ class Choosing:
         updates = found.epochs * rates.steps_per_epoch
         local = int(next(c.value for c in timed if c.key == "crops.local_count"))
         changed = local != rung.local_count and "crops.local_count" not in self.given
-        batch = next(c for c in timed if c.key == "train.batch_size")
-        rung = dataclasses.replace(rung, batch=min(rung.batch, int(batch.value)))
+        batch = int(next(c.value for c in timed if c.key == "train.batch_size"))
+        if batch < batch_of(self.images, self.machine, rung, self.given):  # memory halved it
+            rung = dataclasses.replace(rung, batch=batch)
         choices = self._choices(rung, updates, found.epochs, local if changed else None)
         choices += [
             choice

@@ -15,6 +15,8 @@ from xdino.forecast.rates import Rates
 
 AIM = 0.99  # of the time: what is left over costs less than what is missing
 EVALUATIONS_SHARE = 0.1  # of the time, at most
+LAST_SHARE = 0.2  # the same, where the one at the end is the only one
+TRIED = 500  # lengths that are compared, at most
 MOST_POINTS, LEAST_POINTS = 10, 3  # evaluations along the way
 LIMITS = (10_000, 5_000, 2_000, 1_000, 500)  # images of a split
 LOST_AT_MOST = 0.03  # of the epochs, so that the last one is evaluated, too
@@ -94,19 +96,31 @@ def evaluations(epochs: int, budget: float, judging: Judging | None) -> Evaluati
     return Evaluations()
 
 
+def last_only(epochs: int, budget: float | None, judging: Judging | None) -> Evaluations:
+    """One at the end, on few images, where the budget has room for it; None: in any case."""
+    if judging is None:
+        return Evaluations()
+    cost = judging.seconds(LIMITS[-1])
+    if budget is not None and cost > budget:
+        return Evaluations()
+    return Evaluations(epochs, 1, LIMITS[-1], cost)
+
+
 def length(seconds: float, rates: Rates, judging: Judging | None) -> Length | None:
     """The run that makes the most of so many seconds; None where not one epoch fits.
 
-    Scores come first, up to a tenth of the time, then epochs.
+    Scores come first, up to a tenth of the time, then epochs. One at the end may take a fifth.
     """
     left = AIM * seconds - start_seconds(rates)
     one = epoch_seconds(rates)
     most = int(left / one) if left > 0 else 0
     best: tuple[tuple[int, int, int], Length] | None = None
-    least = max(1, min(most, int((1 - EVALUATIONS_SHARE) * left / one)))
-    for epochs in range(most, least - 1, -1):
-        budget = min(EVALUATIONS_SHARE * left, left - epochs * one)
-        found = evaluations(epochs, budget, judging)
+    least = max(1, min(most, int((1 - LAST_SHARE) * left / one)))
+    for epochs in range(most, least - 1, -max(1, (most - least) // TRIED)):
+        spare = left - epochs * one
+        found = evaluations(epochs, min(EVALUATIONS_SHARE * left, spare), judging)
+        if not found.every:
+            found = last_only(epochs, min(LAST_SHARE * left, spare), judging)
         whole = found.every * found.points or epochs
         rank = min(found.points, LEAST_POINTS), found.limit * bool(found.points), whole
         if best is None or rank > best[0]:
@@ -126,7 +140,9 @@ def lengths(choice: Length, rates: Rates, judging: Judging | None) -> Iterator[C
     found = choice.evaluations
     if found.every:
         yield Choice(
-            "evaluate.every", f"{found.every}", f"{found.points} times, {found.seconds:.2g} s each"
+            "evaluate.every",
+            f"{found.every}",
+            f"{found.points} {'times' if found.points > 1 else 'time'}, {found.seconds:.2g} s each",
         )
         yield Choice("evaluate.limit", f"{found.limit}", "images of each split to judge by")
     elif judging is None:
