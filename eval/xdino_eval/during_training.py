@@ -1,6 +1,8 @@
 """Evaluators for a trainer: rows become the numbers of metrics.jsonl."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -8,16 +10,59 @@ from xdino.backbone import Backbone
 from xdino.data.sources import Source
 from xdino_eval.evaluators import LABEL_FREE, Evaluator, check_labels
 from xdino_eval.extraction import Options
+from xdino_eval.features import Features
 from xdino_eval.results import Row
 
 
+@dataclass(frozen=True)
+class Remembering(Options):
+    """Options of one evaluation of one network: what several evaluators read is computed once."""
+
+    kept: dict[tuple[Any, ...], Features] = field(default_factory=dict)
+
+    @classmethod
+    def like(cls, options: Options) -> "Remembering":
+        return cls(**{f.name: getattr(options, f.name) for f in fields(options)})
+
+    def features_of(
+        self,
+        backbone: Backbone,
+        split: str,
+        source: Source,
+        indices: np.ndarray | None = None,
+        part: str = "",
+        tokens: Sequence[str] = ("class",),
+        may_be_empty: bool = False,
+    ) -> Features:
+        """As `Options.features_of`."""
+        places = None if indices is None else np.asarray(indices, np.int64).tobytes()
+        key = (id(source), tuple(tokens), places)
+        if key not in self.kept:
+            self.kept[key] = super().features_of(
+                backbone, split, source, indices, part, tokens, may_be_empty
+            )
+        return self.kept[key]
+
+    def remembered(self, source: Source) -> Features | None:
+        """The class features of the images of `source` that were read, if any were."""
+        found = [v for k, v in self.kept.items() if k[:2] == (id(source), ("class",))]
+        return max(found, key=lambda features: len(features.features), default=None)
+
+
 def callback(
-    evaluators: Mapping[str, Evaluator], train: Source, val: Source, options: Options
+    evaluators: Mapping[str, Evaluator],
+    train: Source,
+    val: Source,
+    options: Options,
+    after: Callable[[Backbone, Remembering], None] | None = None,
 ) -> Callable[[Backbone], dict[str, float]]:
     """A function from a backbone to all their numbers, see `numbers`.
 
     The network is judged where it lies and comes back in the mode it was in; no random number is
     drawn from any generator that training uses.
+
+    Args:
+        after: is called when all have judged, with what they have read; promises the same.
 
     Raises:
         UsageError: sources without labels, where one of the evaluators needs them.
@@ -27,9 +72,12 @@ def callback(
 
     def evaluate(backbone: Backbone) -> dict[str, float]:
         found: dict[str, float] = {}
+        once = Remembering.like(options)
         for name, evaluator in evaluators.items():
-            rows = evaluator(backbone, train, val, options)
+            rows = evaluator(backbone, train, val, once)
             found |= numbers(name, rows) | beside(rows, train, val)
+        if after is not None:
+            after(backbone, once)
         return found
 
     return evaluate

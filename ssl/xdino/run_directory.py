@@ -10,6 +10,8 @@ checkpoints/last.pt       the whole state; previous.pt the one before it; epoch_
 checkpoints/initial.safetensors   the teacher before the first step
 backbone.safetensors      the teacher, refreshed with every checkpoint
 results.json, attention/  what the evaluations add
+report.html, film/        the run as a page, redrawn while it goes; a small picture an evaluation
+verdict.json              whether it learned anything, when it is finished
 .lock                     which process holds the folder, while one does
 """
 

@@ -3,7 +3,8 @@
 Four numbers, each from its paper. RankMe counts the directions that features use. LiDAR counts
 those that tell images from their own augmented views, so noise that a view adds does not count.
 Agreement is how often a view's nearest neighbour is the other view of its own image. The standard
-deviation of features on the unit sphere is zero where a network says the same of every image. None of them is an accuracy: compare them between checkpoints of one kind, measured alike.
+deviation of features on the unit sphere is zero where a network says the same of every image. None
+of them is an accuracy: compare them between checkpoints of one kind, measured alike.
 
 Letters: N images, q views of each, D width of a feature.
 """

@@ -225,6 +225,7 @@ class Runtime:
     log_every: Positive = 10  # iterations
     checkpoint_every: Positive = 500  # iterations; the end of an epoch is always saved
     keep_every: Count = 20  # epochs between checkpoints that are kept; 0: none
+    report: bool = True  # report.html redrawn while training, and a frame of film/ an evaluation
     wandb: Literal["off", "online", "offline"] = "off"
     wandb_project: str = "xdino"
 
