@@ -73,6 +73,9 @@ class ConsoleListener(Listener):
         self._iterations = 0
         self._pace = Pace(0)
         self._remaining: Remaining | None = None
+        #: The row of the network before its first step, if it was scored; scores are told beside it.
+        self.untrained: dict[str, Any] = {}
+        self._score = ""
 
     def __enter__(self) -> "ConsoleListener":
         return self
@@ -101,6 +104,11 @@ class ConsoleListener(Listener):
 
     def step(self, row: dict[str, Any]) -> None:
         numbers = _numbers(row)
+        if "loss" not in row and (scores := _scores(row, self.untrained)):
+            if row["iteration"] == 0:
+                self.untrained = row
+            numbers += scores
+            self._score = scores[0]
         left = self._pace.left(row["iteration"], time.monotonic()) if "loss" in row else ""
         if self._remaining is not None and (forecast := self._remaining.look(row)):
             self.notice(forecast)
@@ -108,7 +116,7 @@ class ConsoleListener(Listener):
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=row["iteration"], epoch=row["epoch"])
             if "loss" in row:
-                self.progress.numbers = " · ".join(numbers)
+                self.progress.numbers = " · ".join(filter(None, [*numbers, self._score]))
                 self.progress.update(task, left=left)
         due = time.monotonic() - self._last_line >= QUIET_SECONDS
         due = due or row["iteration"] == self._iterations
@@ -134,10 +142,28 @@ def _numbers(row: dict[str, Any]) -> list[str]:
             ]
     if "skipped" in row:
         shown.append("left out")
-    shown += [
-        f"{key} {value:.1f}" for key, value in row.items() if key.startswith(("knn_", "linear_"))
-    ]
     return shown
+
+
+_NO_SCORES = ("iteration", "epoch", "skipped", "val_images")
+
+
+def _scores(row: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
+    """What an evaluation found: "knn_top1 41.2 (untrained 9.8, chance 1.6)"."""
+    shown = []
+    for key, value in row.items():
+        if key in _NO_SCORES or key.startswith("chance_"):
+            continue
+        guess = row.get(f"chance_{key.partition('_')[2]}")
+        beside = [] if key not in untrained else [f"untrained {_brief(untrained[key])}"]
+        beside += [] if guess is None else [f"chance {_brief(guess)}"]
+        shown.append(f"{key} {_brief(value)}" + (f" ({', '.join(beside)})" if beside else ""))
+    return shown
+
+
+def _brief(value: float) -> str:
+    """A decimal, or what there is of a number below one."""
+    return f"{value:.1f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def counter(console: Console, verb: str) -> Any:

@@ -1,11 +1,13 @@
 """Pretraining in this process, alone or as one of those that a launcher started."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from xdino import checkpoint, data
 from xdino import config as configuration
+from xdino.backbone import Backbone
 from xdino.config import Config
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
@@ -18,10 +20,11 @@ from xdino.runtime.device import resolve_device
 from xdino.runtime.stopping import StopSignal
 from xdino.values import shown
 from xdino_eval import evaluators, results
-from xdino_eval.during_training import BestTeacher, callback, numbers
+from xdino_eval.during_training import BestTeacher, Remembering, callback, numbers
 from xdino_eval.evaluators import EVALUATORS, LABEL_FREE, Quality
 from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
+from xdino_launch.report.live import Watcher
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
@@ -45,12 +48,16 @@ def run_pretraining(
         listener = stack.enter_context(ConsoleListener())
         with stop.abandoning("while it was planned"), distributed.heard():
             splits = distributed.together(lambda: evaluated_splits(config))
+        first = distributed.rank() == 0
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
-        evaluator = evaluator_of(config, splits, best)
-        path = pretrain(config, run_dir, evaluator, listener, command, stop, extend)
-        if config.evaluate.linear and splits and distributed.rank() == 0:
-            with stop.abandoning("while the linear probe was made"):
-                judge_at_end(config, Path(run_dir), splits, listener)
+        with Watcher(config, Path(run_dir), listener, splits) as watcher:
+            evaluator = evaluator_of(config, splits, best, watcher.look)
+            path = pretrain(config, run_dir, evaluator, watcher, command, stop, extend)
+            if config.evaluate.linear and splits and first:
+                with stop.abandoning("while the linear probe was made"):
+                    judge_at_end(config, Path(run_dir), splits, watcher)
+            if first:
+                watcher.conclude()
         return path
 
 
@@ -87,14 +94,21 @@ def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
 
 
 def evaluator_of(
-    config: Config, splits: tuple[Source, Source] | None, best: BestTeacher | None = None
+    config: Config,
+    splits: tuple[Source, Source] | None,
+    best: BestTeacher | None = None,
+    after: Callable[[Backbone, Remembering], None] | None = None,
 ) -> Evaluator | None:
-    """What judges for the trainer; none where `evaluate.every` is 0. `best`: is shown what is found."""
+    """What judges for the trainer, or none where `evaluate.every` is 0.
+
+    Args:
+        best: is shown what k-NN finds. after: as of `callback`.
+    """
     if not config.evaluate.every or splits is None:
         return None
     known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": Quality(config.crops)}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
-    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best)
+    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
 
 
 def judge_at_end(

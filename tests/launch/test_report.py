@@ -127,7 +127,9 @@ def test_every_number_stands_in_a_file_of_the_run(make_run, tmp_path):
     path = make_run("one")
     _, page = read([path], tmp_path / "r.html")
     files = "".join(p.read_text() for p in sorted(path.glob("*.*")) if p.suffix != ".png")
-    known = set(re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", files)) | {"1", "5"}  # top-1, top-5
+    run = Run.open(path)
+    told = f"{files} {run.verdict.sentence} {run.commands}"  # rounded there, and the run's own path
+    known = set(re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", told)) | {"1", "5"}  # top-1, top-5
     shown = re.sub(rf"{SHA[:12]}|top-\d|knn_top\d", "", page.text)
     for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", shown):
         assert number in known, f"{number} is in no file of the run"
@@ -148,8 +150,11 @@ def test_the_file_needs_nothing_else(make_run, tmp_path):
     html, page = read([make_run("one"), make_run("two")], tmp_path / "r.html")
     assert "script" not in page.names
     assert not {"link", "iframe", "object", "embed", "a"} & page.names
-    assert sum(tag == "img" for tag, _ in page.tags) == 6
-    assert sum(tag == "svg" for tag, _ in page.tags) == 1
+    assert sum(tag == "img" for tag, _ in page.tags) == 8
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert html.count("http-equiv") == 1, (
+        "nothing is under way: the page does not load itself again"
+    )
     identifiers = {attributes.get("id") for _, attributes in page.tags}
     for _tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
@@ -376,3 +381,55 @@ def test_figures_of_a_protocol_without_classes(make_run):
     assert "<div>jaccard best head <b>41.5</b></div>" in html
     assert "jaccard &lt;head 1&gt;" in html
     assert "None" not in html
+
+
+def test_the_scores_of_a_run_under_way(make_run, tmp_path):
+    """What metrics.jsonl holds so far, before there are weights or results."""
+    path = make_run("half", whole=False)
+    lines = [{"iteration": 10 * i, "epoch": i, "knn_top1": 20.125 + i, "chance_top1": 10.0,
+              "val_images": 2000} for i in range(30)]  # fmt: skip
+    lines[7]["knn_top1"] = 60.5
+    lines.append({"iteration": 295, "epoch": 30, "loss": 5.0})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html, page = read([path], tmp_path / "r.html")
+    assert "so far: learned, and lost some of it again: k-NN 49.1; untrained 20.1" in page.text
+    assert "best 60.5 at epoch 7" in page.text
+    assert "Scores while training" in page.text
+    for line in lines[:-1]:
+        assert json.dumps(line["knn_top1"]) in page.text, "all of them, behind a fold"
+    few = html.partition("all evaluations")[0]
+    assert [few.count(f">{n}<") for n in (20.125, 60.5, 49.125, 25.125)] == [1, 1, 1, 0]
+    assert "iteration 295, no backbone yet" in page.text
+
+
+def test_curves_are_drawn_with_what_they_are_to_be_compared_with(make_run):
+    run = Run.open(make_run("one"))
+    assert {key: [(one.name, one.value) for one in of] for key, of in run.levels.items() if of} == {
+        "loss": [("ln K", float(np.log(int(run.value("head.prototypes")))))],
+    }
+    lines = [{"iteration": i, "knn_top1": 5.0 + i, "chance_top1": 2.5} for i in (0, 9)]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run.open(run.path)
+    assert [(one.name, one.value) for one in run.levels["knn_top1"]] == [
+        ("untrained", 5.0), ("chance", 2.5),
+    ]  # fmt: skip
+    plain, compared = (draw_curves([run.metrics], levels) for levels in (None, [run.levels]))
+    assert compared.count("<path") > plain.count("<path")
+    other = Run.open(make_run("two", train__init="weights.safetensors"))
+    assert other.start == "at the start"
+
+
+def test_a_film_strip_of_hostile_and_damaged_frames(make_run, tmp_path):
+    path = make_run("one")
+    (path / "film").mkdir()
+    pixels = np.zeros((30, 60, 3), np.uint8)
+    for name in ("0000000000.webp", "0000000040.webp"):
+        Image.fromarray(pixels).save(path / "film" / name)
+    for name in ("0000000020.webp", "<i>.webp", "notes.txt", "-1.webp"):
+        (path / "film" / name).write_bytes(b"no picture <u>")
+    (path / "film" / "7.webp").mkdir()
+    html, page = read([path], tmp_path / "r.html")
+    pictures = [a["alt"] for tag, a in page.tags if tag == "img" and "webp" in a["src"]]
+    assert pictures == ["epoch 1: k-NN 71.625", "before the first step", "epoch 1: k-NN 71.625"]
+    assert "0000000020.webp cannot be read as a picture" in page.text
+    assert "<i>" not in html

@@ -1,6 +1,8 @@
 """Evaluators for a trainer: rows become the numbers of metrics.jsonl."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +11,43 @@ from xdino.data.sources import Source
 from xdino_eval.during_training.best_teacher import BestTeacher
 from xdino_eval.evaluators import LABEL_FREE, Evaluator, check_labels
 from xdino_eval.extraction import Options
+from xdino_eval.features import Features
 from xdino_eval.results import Row
+
+
+@dataclass(frozen=True)
+class Remembering(Options):
+    """Options of one evaluation of one network: what several evaluators read is computed once."""
+
+    kept: dict[tuple[Any, ...], Features] = field(default_factory=dict)
+
+    @classmethod
+    def like(cls, options: Options) -> "Remembering":
+        return cls(**{f.name: getattr(options, f.name) for f in fields(options)})
+
+    def features_of(
+        self,
+        backbone: Backbone,
+        split: str,
+        source: Source,
+        indices: np.ndarray | None = None,
+        part: str = "",
+        tokens: Sequence[str] = ("class",),
+        may_be_empty: bool = False,
+    ) -> Features:
+        """As `Options.features_of`."""
+        places = None if indices is None else np.asarray(indices, np.int64).tobytes()
+        key = (id(source), tuple(tokens), places)
+        if key not in self.kept:
+            self.kept[key] = super().features_of(
+                backbone, split, source, indices, part, tokens, may_be_empty
+            )
+        return self.kept[key]
+
+    def remembered(self, source: Source) -> Features | None:
+        """The class features of the images of `source` that were read, if any were."""
+        found = [v for k, v in self.kept.items() if k[:2] == (id(source), ("class",))]
+        return max(found, key=lambda features: len(features.features), default=None)
 
 
 def callback(
@@ -18,6 +56,7 @@ def callback(
     val: Source,
     options: Options,
     best: BestTeacher | None = None,
+    after: Callable[[Backbone, Remembering], None] | None = None,
 ) -> Callable[[Backbone], dict[str, float]]:
     """A function from a backbone to all their numbers, see `numbers`.
 
@@ -26,6 +65,7 @@ def callback(
 
     Args:
         best: is shown the rows of "knn", to keep the teacher that has the best.
+        after: is called when all have judged, with what they have read; promises the same.
 
     Raises:
         UsageError: sources without labels, where one of the evaluators needs them.
@@ -35,11 +75,14 @@ def callback(
 
     def evaluate(backbone: Backbone) -> dict[str, float]:
         found: dict[str, float] = {}
+        once = Remembering.like(options)
         for name, evaluator in evaluators.items():
-            rows = evaluator(backbone, train, val, options)
+            rows = evaluator(backbone, train, val, once)
             found |= numbers(name, rows) | beside(rows, train, val)
             if name == "knn" and best is not None:
                 best.look(backbone, rows, lambda b: evaluators["knn"](b, train, val, options))
+        if after is not None:
+            after(backbone, once)
         return found
 
     return evaluate

@@ -113,8 +113,7 @@ def evaluate(
         options: `limit` images at most (None: RankMe's 25,600), the same ones for one seed.
         crops: whose global crops LiDAR's views are drawn by; None = the published ones at the
             backbone's own size.
-        lidar_images: of the images, for LiDAR, with so many `views` of each; agreement compares the
-            first two, one of each published kind.
+        lidar_images: for LiDAR, with so many `views` of each, the first two for agreement.
 
     Raises:
         RunFailed: no image could be read, or a feature is not finite.

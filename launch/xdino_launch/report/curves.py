@@ -1,8 +1,8 @@
-"""The curves of metrics.jsonl as one inline SVG."""
+"""The curves of metrics.jsonl as inline SVG, a figure a panel, so that a narrow page stacks them."""
 
 import io
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeGuard
 
@@ -16,15 +16,21 @@ LINES = ("-", "--", ":", "-.")
 LARGEST = 1e100  # of a number in a curve; a figure has no axis for more
 PANELS = (
     ("loss", {"loss": "loss"}),
+    (
+        "top-1 of frozen features, per cent",
+        {"knn_top1": "k-NN", "logistic_top1": "linear probe", "grid_top1": "linear probe (grid)"},
+    ),
+    ("agreement of two views, per cent", {"quality_agreement": "agreement"}),
+    ("RankMe", {"quality_rankme": "RankMe"}),
     ("teacher entropy and KL, nats", {"teacher_entropy": "teacher's entropy", "kl": "KL"}),
     ("learning rate", {"lr": "learning rate"}),
-    ("k-NN top-1 while pretraining, per cent", {"knn_top1": "top-1"}),
 )
 KEYS = [key for _, lines in PANELS for key in lines]
+SIZE = (5.4, 2.9)  # inches of a panel: a phone is as wide
 STYLE = {
     "svg.fonttype": "path",  # looks the same everywhere, and needs no font
     "svg.hashsalt": "xdino",  # equal curves give equal bytes
-    "font.size": 9.0,
+    "font.size": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8a94a0",
@@ -57,37 +63,79 @@ def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.
     return x, y
 
 
-def draw_curves(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """Inline SVG of the panels that have something to show; empty where none has.
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line: what a curve is to be compared with."""
+
+    name: str
+    value: float
+
+
+#: By the key of the curve that they are for.
+Levels = Mapping[str, Sequence[Level]]
+
+
+def draw_curves(
+    logs: Sequence[Sequence[dict[str, Any]]], levels: Sequence[Levels] | None = None
+) -> str:
+    """Inline SVG of the panels that have something to show, each in a figure; empty where none has.
 
     A colour a run, a line style a quantity; of a single run, a colour a quantity.
+
+    Args:
+        levels: of each run, what lies in the panels besides.
     """
-    panels = [
-        (title, [(label, [series(log, key) for log in logs]) for key, label in keys.items()])
-        for title, keys in PANELS
-    ]
-    panels = [(t, lines) for t, lines in panels if any(len(x) for _, of in lines for x, _ in of)]
-    if not panels:
-        return ""
-    columns = 3 if len(panels) == 3 else min(len(panels), 2)
-    rows = math.ceil(len(panels) / columns)
+    out = []
+    for title, keys in PANELS:
+        lines = [(key, label, [series(log, key) for log in logs]) for key, label in keys.items()]
+        lines = [line for line in lines if any(len(x) for x, _ in line[2])]
+        if lines:
+            out.append(f"<figure>{_panel(title, lines, levels or [{}] * len(logs))}</figure>")
+    return "\n".join(out)
+
+
+Line = tuple[str, str, list[tuple[np.ndarray, np.ndarray]]]  # key, label, (x, y) of each run
+
+
+def _panel(title: str, lines: Sequence[Line], levels: Sequence[Levels]) -> str:
+    runs = len(levels)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.9 * rows), layout="constrained")
-        places = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
-        for axes, (title, lines) in zip(places, panels, strict=False):
-            axes.set_title(title, fontsize=9.5)
-            axes.set_xlabel("iteration", color="#5a6672")
-            axes.tick_params(labelbottom=True)
-            for place, (label, drawn) in enumerate(lines):
-                for run, (x, y) in enumerate(drawn):
-                    colour = COLOURS[run if len(logs) > 1 else place]
-                    few = "o" if len(x) <= 40 else ""
-                    line = LINES[place if len(logs) > 1 else 0]
-                    axes.plot(x, y, line + few, color=colour, markersize=3, linewidth=1.4,
-                              alpha=0.85, label=label if run == 0 else None)  # fmt: skip
-            if len(lines) > 1:
-                axes.legend(frameon=False, fontsize=8.5)
-        return _inline(figure, " and ".join(title for title, _ in panels))
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title, fontsize=10.5)
+        axes.set_xlabel("iteration", color="#5a6672")
+        for place, (_, label, drawn) in enumerate(lines):
+            for run, (x, y) in enumerate(drawn):
+                few = "o" if len(x) <= 40 else ""
+                line = LINES[place if runs > 1 else 0]
+                axes.plot(x, y, line + few, color=COLOURS[run if runs > 1 else place], markersize=3,
+                          linewidth=1.4, alpha=0.85, label=label if run == 0 else None)  # fmt: skip
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        _draw_levels(axes, lines, levels)
+        return _inline(figure, title)
+
+
+def _draw_levels(axes: Any, lines: Sequence[Line], levels: Sequence[Levels]) -> None:
+    """Dotted lines with their names at the right, where curves have left them, each once."""
+    said: set[tuple[str, float]] = set()
+    for run, told in enumerate(levels):
+        for level in (level for key, _, _ in lines for level in told.get(key, ())):
+            if not is_number(level.value) or (level.name, level.value) in said:
+                continue
+            said.add((level.name, level.value))
+            colour = COLOURS[run] if len(levels) > 1 else "#5a6672"
+            axes.axhline(level.value, color=colour, linewidth=1.1, linestyle=":")
+            axes.annotate(
+                level.name,
+                (0.99, level.value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                fontsize=9,
+            )
 
 
 def _inline(figure: Figure, name: str) -> str:

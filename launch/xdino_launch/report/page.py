@@ -5,11 +5,13 @@ every number can be found again. No script, no link, no request: pictures are da
 inline SVG, and the template escapes what the files say, for a folder's or a class's name may hold
 anything.
 What a run does not have yet is said in a sentence, and so is what is damaged: the page is made of
-the rest. Equal files give an equal report.
+the rest. Equal files give an equal report, but that the page of a run that is under way says when it
+was drawn, and loads itself again.
 """
 
 import base64
 import io
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from xdino.errors import UsageError
 from xdino.runtime.atomic import write_text
 from xdino_eval.results import Row
 from xdino_launch.report.curves import COLOURS, draw_curves
+from xdino_launch.report.film_strip import FOLDER, MOST, frames
 from xdino_launch.report.run import ABSENT, Run, names_of, plain, short
 
 WIDEST = 1280  # pixels of a picture; larger ones are made smaller
@@ -31,6 +34,8 @@ WIDEST_SHEET = 960  # of those that come in numbers
 HEAVIEST = 400_000  # bytes of a picture that is taken as it is
 SHEETS = 12  # pictures of a folder at most
 LONGEST_SETTING = 60  # characters; longer ones are behind a fold
+REFRESH = 30  # seconds after which a page under way loads itself again
+FEW_SCORES = 10  # rows of evaluations that are not folded away
 ALIKE = "Their configurations are the same."
 
 
@@ -80,6 +85,37 @@ def sheets(run: Run, folder: str) -> tuple[list[Picture], bool]:
     found = found or [path for path in (inside / "all.png",) if path.is_file()]
     shown = [picture(path, f"{folder}/{path.name}", WIDEST_SHEET) for path in found[:SHEETS]]
     return shown, len(found) > SHEETS
+
+
+def film(run: Run) -> list[Picture]:
+    """The frames of the film strip, in order, each under its epoch and its score."""
+    found = frames(run.path / FOLDER)
+    rows = {row["iteration"]: row for row in run.scores}
+    return [
+        picture(path, scored_at(run, rows.get(iteration), iteration), WIDEST_SHEET)
+        for iteration, path in list(found.items())[-MOST:]
+    ]
+
+
+def scored_at(run: Run, row: dict[str, Any] | None, iteration: int) -> str:
+    """A caption: when it was, and how it scored then."""
+    if iteration == 0:
+        when = "before the first step"
+    else:
+        when = f"epoch {row['epoch']}" if row and "epoch" in row else f"iteration {iteration}"
+    measure = run.measure
+    if row is None or measure is None or measure.key not in row:
+        return when
+    return f"{when}: {measure.name} {plain(row[measure.key])}"
+
+
+def opening(run: Run, strip: Sequence[Picture]) -> Picture:
+    """The picture that a report opens with: the newest there is of what the network sees."""
+    if strip and not strip[-1].absent:
+        return strip[-1]
+    shown, _ = sheets(run, "attention")
+    good = [one for one in shown if not one.absent]
+    return good[0] if good else picture(run.path / "views.png", "views.png")
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -141,6 +177,23 @@ def settings(given: dict[str, Any]) -> tuple[str, list[str]]:
     return ", ".join(brief), long
 
 
+def scores(run: Run) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The columns of the evaluations while training, the rows to look at first, and all of them.
+
+    First are the network before its first step, the best, and the last ones.
+    """
+    rows = run.scores
+    keys = dict.fromkeys(key for row in rows for key in row)
+    beside = ("iteration", "epoch", "val_images")
+    columns = [key for key in keys if key not in beside and not key.startswith("chance_")]
+    few = list(rows)
+    if len(rows) > FEW_SCORES:
+        best = [row for row in rows if row == run.best][:1]
+        last = rows[-(FEW_SCORES - 2) :]
+        few = [row for row in rows if row is rows[0] or row in best or row in last]
+    return columns, few, rows
+
+
 def command(start: dict[str, Any]) -> str:
     given = start.get("command") or []
     return " ".join(map(str, given if isinstance(given, list) else [given]))
@@ -156,8 +209,8 @@ def software(start: dict[str, Any]) -> str:
 # --- the page ---------------------------------------------------------------------------------
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole report."""
+def page(runs: Sequence[Run], live: bool = False) -> str:
+    """The whole report; `live`: of a run under way."""
     environment = Environment(
         loader=PackageLoader("xdino_launch.report"),
         autoescape=True,
@@ -167,25 +220,28 @@ def page(runs: Sequence[Run]) -> str:
         # Every value as its file has it; what is no text in any encoding is replaced.
         finalize=lambda value: value if isinstance(value, Markup) else printable(plain(value)),
     )
-    rooms = (aligned, beside, command, configuration, differing, picture, settings, sheets, short,
-             software, together)  # fmt: skip
+    rooms = (aligned, beside, command, configuration, differing, film, opening, picture, scores,
+             settings, sheets, short, software, together)  # fmt: skip
     environment.globals |= {room.__name__: room for room in rooms}
     return environment.get_template("report.html.j2").render(
         runs=runs,
         names=(names := names_of(runs)),
         pairs=list(zip(names, runs, strict=True)),
-        curves=Markup(draw_curves([run.metrics for run in runs])),
+        curves=Markup(draw_curves([run.metrics for run in runs], [run.levels for run in runs])),
+        refresh=REFRESH if live else None,
+        drawn=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()) if live else None,
         colours=COLOURS,
         absent=ABSENT,
     )
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path | None = None, live: bool = False) -> Path:
     """Write the report of one run, or of two side by side.
 
     Args:
         out: the file; None: report.html in the first run's folder, with the second's name where
             there are two.
+        live: the run is under way, and the page loads itself again until it is drawn once more.
 
     Raises:
         UsageError: a folder that is no run.
@@ -197,5 +253,5 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         out = runs[0].path / name
     if out.is_dir():
         raise UsageError(f"--out needs a file, and {out} is a folder")
-    write_text(out, page(runs))
+    write_text(out, page(runs, live))
     return out

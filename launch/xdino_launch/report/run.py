@@ -4,7 +4,9 @@ Values stay as they are written in their file, so that every number of a report 
 """
 
 import json
+import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,13 @@ from xdino.errors import RunFailed, UsageError, asked, reason
 from xdino.metrics import METRICS_FILE, collapse_warning, read_rows
 from xdino.run_directory import CONFIG_FILE
 from xdino_eval.results import Row
-from xdino_launch.report.curves import KEYS, is_number
+from xdino_launch.report.curves import KEYS, Level, Levels, is_number
+from xdino_launch.report.next_commands import next_commands
+from xdino_launch.report.verdict import MEASURES, Scores, Verdict, judge, scores_of
 
 ABSENT = "–"  # noqa: RUF001
+VERDICT_FILE = "verdict.json"
+SCORED = tuple(key for key, _, _ in MEASURES)  # of an evaluation while training
 T = TypeVar("T")
 
 
@@ -67,6 +73,75 @@ class Run:
         return self.config.get(key, ABSENT)
 
     @property
+    def finished(self) -> bool:
+        """Whether its weights are those of its last iteration."""
+        return (
+            "iterations" in self.facts and self.facts.get("iteration") == self.facts["iterations"]
+        )
+
+    @property
+    def prototypes(self) -> int | None:
+        """K, where the loss has prototypes and so begins at ln K."""
+        told = self.value("head.prototypes")
+        known = re.fullmatch(r"[1-9]\d{0,9}", told) and int(told) > 1
+        with_them = self.value("loss.objective") in (ABSENT, "dino")
+        return int(told) if known and with_them else None
+
+    @property
+    def start(self) -> str:
+        """What the network was before its first step."""
+        given = {self.value("train.init"), self.value("train.continue_from")}
+        return "untrained" if given <= {ABSENT, "null", "~", ""} else "at the start"
+
+    @property
+    def verdict(self) -> Verdict:
+        return judge(self.metrics, self.prototypes, self.finished, self.start)
+
+    @property
+    def levels(self) -> Levels:
+        """What its curves are compared with: ln K, the network before its first step, chance."""
+        found: dict[str, list[Level]] = {}
+        if self.prototypes is not None:
+            found["loss"] = [Level("ln K", math.log(self.prototypes))]
+        for key, _, guess in MEASURES:
+            rows = [row for row in self.metrics if is_number(row.get(key))]
+            own = found.setdefault(key, [])
+            own += [Level(self.start, row[key]) for row in rows[:1] if row["iteration"] == 0]
+            own += [Level("chance", row[guess]) for row in rows[-1:] if is_number(row.get(guess))]
+        return found
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """The rows of evaluations while it trained."""
+        return [row for row in self.metrics if any(key in row for key in SCORED)]
+
+    @property
+    def measure(self) -> Scores | None:
+        """What the verdict goes by, where it was ever scored."""
+        return scores_of(self.metrics)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best of `scores` by that measure."""
+        found = self.measure
+        return None if found is None or found.best is None else dict(found.best)
+
+    @property
+    def going_on(self) -> str | None:
+        """The command that continues it, where it is unfinished and its start is recorded."""
+        told = self.starts[-1].get("command") if self.starts and not self.finished else None
+        if not isinstance(told, list) or not all(isinstance(word, str) for word in told):
+            return None
+        return shlex.join(["xdino", *told])
+
+    @property
+    def commands(self) -> list[tuple[str, str]]:
+        """What to type next: (what for, command)."""
+        data = [self.value(key) for key in ("evaluate.data", "data.path")]
+        known = next((path for path in data if path not in (ABSENT, "null", "~", "")), "DATA")
+        return next_commands(self.path, known)
+
+    @property
     def reached(self) -> str:
         """How far it is, in words."""
         if "iterations" in self.facts:
@@ -106,13 +181,13 @@ class Run:
     def collapse(self) -> str | None:
         """The trainer's own alarm, where the last logged values call for it."""
         loss, entropy, kl = (self.last.get(key) for key in ("loss", "teacher_entropy", "kl"))
-        prototypes = self.value("head.prototypes")
+        prototypes = self.prototypes
         if not (is_number(loss) and is_number(entropy) and is_number(kl)):
             return None
-        if not re.fullmatch(r"[1-9]\d{0,9}", prototypes):
+        if prototypes is None:
             return None
         seen = {"teacher_entropy": entropy, "kl": kl}
-        alarm = collapse_warning(loss, seen, int(prototypes))
+        alarm = collapse_warning(loss, seen, prototypes)
         # ln K, worked out, stands in no file.
         return None if alarm is None else re.sub(r" = [\d.]+", "", alarm)
 

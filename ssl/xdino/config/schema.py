@@ -326,6 +326,8 @@ class Runtime:
     """Iterations between saved states; the end of an epoch is always saved."""
     keep_every: Count = 20
     """Epochs between states that are kept; 0 to keep none but the last two."""
+    report: bool = True
+    """Whether report.html is redrawn while training, with a frame of film/ an evaluation."""
     wandb: Literal["off", "online", "offline"] = "off"
     """A page at Weights & Biases. on, true and yes mean online; no and false mean off."""
     wandb_project: str = "xdino"

@@ -11,6 +11,8 @@ checkpoints/initial.safetensors   the teacher before the first step
 backbone.safetensors      the teacher, refreshed with every checkpoint
 best.safetensors          the teacher whose k-NN was best while training, where k-NN was asked for
 results.json, attention/  what the evaluations add
+report.html, film/        the run as a page, redrawn while it goes; a small picture an evaluation
+verdict.json              whether it learned anything, when it is finished
 .lock                     which process holds the folder, while one does
 """
 
