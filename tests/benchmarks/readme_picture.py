@@ -100,7 +100,9 @@ def main() -> None:
         ),
         Tile(photographs, "What it never saw: the first held-out image of each class"),
         Tile(overlays[before], "What an untrained network attends to: every patch alike"),
-        Tile(overlays[after], f"After `xdino demo` ({captions.weights(after).split(' · ')[0]})"),
+        Tile(
+            overlays[after], f"The same network, pretrained by `xdino demo` ({after.origin.name})"
+        ),
     ]
     lines = [
         f"{captions.weights(after).split(' · ')[1]}; {figures.told_map(maps[after][0])}; "
