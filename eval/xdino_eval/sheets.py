@@ -133,11 +133,7 @@ def captioned(
     def fits(text: str) -> bool:
         return font.getlength(text) <= width - 2 * GAP
 
-    told = [
-        _cut(short, fits)
-        for line in lines
-        for short in wrapped(printable(line), lambda text: not fits(text))
-    ]
+    told = broken(lines, fits)
     height = image.height + len(told) * ROW + GAP + (3 * ROW + BAR[1] if bar else 0)
     out = Image.new("RGB", (width, height), "white")
     out.paste(image.convert("RGB"), ((width - image.width) // 2, 0))
@@ -216,6 +212,15 @@ def wrapped(words: str, too_long: Callable[[str], bool]) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def broken(lines: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    """Lines that fit: each wrapped, and a word that is too long without its middle."""
+    return [
+        _cut(short, fits)
+        for line in lines
+        for short in wrapped(printable(line), lambda text: not fits(text))
+    ]
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:

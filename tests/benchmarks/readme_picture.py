@@ -100,10 +100,10 @@ def main() -> None:
         ),
         Tile(photographs, "What it never saw: the first held-out image of each class"),
         Tile(overlays[before], "What an untrained network attends to: every patch alike"),
-        Tile(overlays[after], f"After `xdino demo` ({captions.weights(after).split(' · ')[0]})"),
+        Tile(overlays[after], f"The same, pretrained by `xdino demo` ({whose.partition(', ')[2]})"),
     ]
     lines = [
-        f"{captions.weights(after).split(' · ')[1]}; {figures.told_map(maps[after][0])}; "
+        f"{network}; {figures.told_map(maps[after][0])}; "
         f"{captions.inputs(after, [shown(after, image.shape) for image in images])}."
         + accuracies(arguments.run),
         "Photograph: danielbuechele, CC BY 2.0. Others: Fashion-MNIST, MIT licence.",

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xdino.data.image_files import printable
 from xdino.errors import world
 from xdino_eval import sheets
-from xdino_eval.sheets import DRAWN, LARGEST, Figure, FigureCanvasAgg, wrapped
+from xdino_eval.sheets import DRAWN, LARGEST, Figure, FigureCanvasAgg, broken
 
 
 def draw_channels(
@@ -73,11 +72,7 @@ def _figure(
             if column == 0:
                 axes.set_ylabel(f"block {number}\nquery channel", fontsize=8)
     figure.colorbar(shown, ax=list(grid.flat), label="attention weight", shrink=min(1, 3 / rows))
-    lines = [
-        short
-        for line in (*told, NOTE)
-        for short in wrapped(printable(line), lambda words: len(words) > size[0] * 14)
-    ]
+    lines = broken((*told, NOTE), lambda words: len(words) <= size[0] * 14)
     figure.suptitle("\n".join(lines), fontsize=8)
     with world(f"write {path}"), sheets.quiet():
         path.parent.mkdir(parents=True, exist_ok=True)
