@@ -120,9 +120,8 @@ def test_a_list_a_tar_a_name_and_class_folders(xdino, run, make_run, photos, cla
         ("fashion_mnist_sample", grey, None),
     ):  # fmt: skip
         out = tmp_path / "one.npz"
-        code, _, err = xdino(
-            "features", weights, "--data", data, "--out", out, "--batch-size", 2000
-        )
+        split = ("--split", "val") if wanted is None else ()
+        code, _, err = xdino("features", weights, "--data", data, "--out", out, *split)
         assert code == 0, err
         if wanted is None:
             found = np.load(out)
