@@ -95,9 +95,7 @@ def pretrain(
         if distributed.start(resolve_device(chosen.runtime.device)):
             stack.callback(distributed.stop)
         if evaluator is None and (chosen.evaluate.every or chosen.evaluate.linear):
-            listener.notice(
-                "the configuration asks for scores, which need evaluator=: there are none"
-            )
+            listener.notice("scores along the way need evaluator=: there are none")
         run_to_its_end(chosen, os.fspath(run), evaluator, listener)
         distributed.barrier()
     return load(run)
