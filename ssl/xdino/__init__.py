@@ -51,7 +51,7 @@ def pretrain(
     data: str | os.PathLike[str],
     run: str | os.PathLike[str],
     *,
-    config: "str | os.PathLike[str] | Config" = "small_data",
+    config: "str | os.PathLike[str] | Config | None" = None,
     epochs: int | None = None,
     settings: Mapping[str, Any] | None = None,
     evaluator: "Evaluator | None" = None,
@@ -65,7 +65,8 @@ def pretrain(
     Args:
         data: a folder of images, a tar file or a folder of them, or a text list of paths.
         run: the run's folder. It may be there, if it holds the same run, unfinished or finished.
-        config: a recipe's name (`xdino.config.recipes()`), a YAML file, or a configuration.
+        config: a recipe's name (`xdino.config.recipes()`), a YAML file, or a configuration; None =
+            "small_data".
         epochs: passes over the images; None = as the recipe says.
         settings: keys of the configuration on top, `{"optim.lr": 1e-3, "train.batch_size": 32}`.
         evaluator: given the teacher every `evaluate.every` epochs; its numbers go to metrics.jsonl.
@@ -87,27 +88,23 @@ def pretrain(
     from xdino.runtime import distributed
     from xdino.runtime.device import resolve_device
 
-    chosen = _chosen(data, config, epochs, settings or {})
+    on_top = _on_top(data, epochs, settings or {})
+    chosen = _configuration(config or "small_data", on_top)
     listener = Listener() if quiet else LinesListener()
     with contextlib.ExitStack() as stack:
         if distributed.start(resolve_device(chosen.runtime.device)):
             stack.callback(distributed.stop)
         if evaluator is None and (chosen.evaluate.every or chosen.evaluate.linear):
-            listener.notice(
-                "the configuration asks for scores, which need evaluator=: there are none"
-            )
+            listener.notice("scores along the way need evaluator=: there are none")
         run_to_its_end(chosen, os.fspath(run), evaluator, listener)
         distributed.barrier()
     return load(run)
 
 
-def _chosen(
-    data: str | os.PathLike[str],
-    config: "str | os.PathLike[str] | Config",
-    epochs: int | None,
-    settings: Mapping[str, Any],
-) -> "Config":
-    """The configuration with what was asked for on top."""
+def _on_top(
+    data: str | os.PathLike[str], epochs: int | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Dotted keys and what they are to be, as `xdino.config.load` takes them."""
     from xdino import config as configuration
     from xdino.errors import UsageError, nearest
 
@@ -118,7 +115,13 @@ def _chosen(
             near = next((name for name in known if name.endswith(f".{key}")), None)
             hint = f'did you mean "{near}"?' if near else nearest(key, known)
             raise UsageError(f'settings are called section.key, got "{key}": {hint}')
-    if epochs is not None:
-        on_top["train.epochs"] = epochs
+    return on_top if epochs is None else on_top | {"train.epochs": epochs}
+
+
+def _configuration(
+    config: "str | os.PathLike[str] | Config", on_top: Mapping[str, Any]
+) -> "Config":
+    from xdino import config as configuration
+
     named = config if isinstance(config, configuration.Config) else os.fspath(config)
     return configuration.load(named, on_top)

@@ -46,7 +46,7 @@ def without_transformers(monkeypatch):
         ("xcit_nano_12_p4", SMALL | {"patch_size": 16}, 3, SMALL),
         ("vit_tiny_patch16_224", {}, 3, {"img_size": 32}),
         ("vit_tiny_patch16_224.dino", {}, 3, {"img_size": 224}),
-        ("resnet18", {}, 1, {"in_chans": 1}),
+        ("resnet10t", {}, 1, {"in_chans": 1}),
     ],
 )  # fmt: skip
 def test_timm_builds_what_it_was(make_run, tmp_path, arch, shape, channels, arguments):

@@ -28,7 +28,7 @@ DOCUMENTS = [
 @pytest.fixture
 def laptop(tmp_path, paint, classes) -> Path:
     """A folder with photos/ and classes/."""
-    for number in range(16):
+    for number in range(8):
         paint(tmp_path / "photos" / f"{number}.png", number)
     shutil.copytree(classes, tmp_path / "classes")
     return tmp_path

@@ -19,6 +19,12 @@ def cuda_devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's first parameter is; the CPU for a network without any."""
+    parameter = next(network.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that `name` says: auto, cpu, cuda or cuda:N.
 
@@ -53,12 +59,6 @@ def resolve_device(name: str) -> torch.device:
     if number >= found:
         raise UsageError(f"there is no device {name} here: this machine has {here}")
     return torch.device("cuda", number)
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Where the network's first parameter is; the CPU for a network without any."""
-    parameter = next(network.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def multiplies_bf16(device: torch.device) -> bool:
