@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xdino.job import Evaluator
 
 __all__ = ["__version__", "load", "pretrain"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(

@@ -92,6 +92,23 @@ def name(text: str) -> str:
     return str(text)
 
 
+def device(text: str) -> str:
+    """A device by name; whether this machine has it, `runtime.device` says.
+
+    >>> device("cuda:1")
+    'cuda:1'
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", text):
+        return text
+    why = f"there is no device {shown(text)} here"
+    if re.fullmatch(r"mps(:\d+)?", text):
+        why = (
+            "Apple's GPUs (mps) are not supported: nothing was tested there, and they have no "
+            "float64, in which k-NN compares"
+        )
+    raise ValueError(f"{why}: choose auto, cpu or cuda (cuda:N for one of many)")
+
+
 def read(kind: Any, value: object) -> Any:
     """`value`, a text or several, as what a key of the type `kind` holds.
 

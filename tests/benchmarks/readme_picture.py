@@ -75,7 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     after = load_backbone(arguments.run)
     before = load_backbone(arguments.run / INITIAL_FILE)
-    _, val = data.open_splits("fashion_mnist_sample")
+    whose, network = captions.weights(after).split(" · ", 1)
+    _, val = data.open_splits("fashion_mnist_scattered")
     labels = np.asarray(val.labels)
     images = [val.read(int(np.flatnonzero(labels == k)[0])) for k in range(len(val.classes or ()))]
     maps = {

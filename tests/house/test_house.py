@@ -117,13 +117,17 @@ def test_every_package_has_its_contract():
     assert wings - layered == set()
 
 
-# What the README promises
+# What the README and docs/ promise
 
 
-def test_what_the_readme_imports_is_there():
-    section = (ROOT / "README.md").read_text().split("## From Python")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert blocks
+def test_what_the_pages_import_is_there():
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    blocks = [
+        block
+        for page in pages
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    assert "## From Python" in pages[0].read_text()
     imports = [
         (node.module, alias.name)
         for block in blocks
@@ -134,6 +138,17 @@ def test_what_the_readme_imports_is_there():
     assert len(imports) >= 7
     for module, name in imports:
         assert hasattr(importlib.import_module(module), name), (module, name)
+
+
+def test_what_is_cited_is_this_version():
+    import yaml
+
+    import xdino
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == xdino.__version__
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "license"} <= set(cited)
 
 
 # Recipes

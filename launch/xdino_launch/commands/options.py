@@ -133,9 +133,13 @@ def results_option() -> Callable[..., Any]:
     )
 
 
-def _known_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def known_device(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Refused before anything is read; auto and cpu are there without asking torch."""
-    if value not in ("auto", "cpu"):
+    try:
+        value = None if value is None else values.device(value)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if value not in (None, "auto", "cpu"):
         from xdino.runtime.device import resolve_device
 
         resolve_device(value)
@@ -147,7 +151,7 @@ def device_option(default: str = "auto") -> Callable[..., Any]:
         "--device",
         default=default,
         show_default=True,
-        callback=_known_device,
+        callback=known_device,
         help="auto, cpu, cuda or cuda:N.",
     )
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import click
 
 from xdino.runtime import places
+from xdino_launch.commands.options import known_device
 
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--iteration", type=click.IntRange(1), help="Default: the last in nonfinite.json.")
-@click.option("--device", help="Where, if not where the run was.")
+@click.option("--device", callback=known_device, help="Where, if not where the run was.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def replay(run_dir: Path, iteration: int | None, device: str | None, as_json: bool) -> None:
     """Make a step of RUN again and say where its numbers stop being finite; RUN stays as it is."""

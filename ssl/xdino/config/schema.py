@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from xdino.nonfinite import valid_policy
+from xdino.values import device
 
 #: Largest image that is decoded, in pixels: Pillow's own limit against decompression bombs.
 MAX_PIXELS = 178_956_970
@@ -30,6 +31,8 @@ Pixels = Annotated[int, Field(ge=1, le=2**13)]
 NotNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
+
+Device = Annotated[str, AfterValidator(device)]
 
 
 def _duration(value: object) -> object:
@@ -308,7 +311,7 @@ class Evaluate:
 class Runtime:
     """What does not change results: all of it may change when a run is continued."""
 
-    device: str = "auto"
+    device: Device = "auto"
     """Where it runs: cpu, cuda, cuda:1; auto is CUDA where there is a GPU."""
     workers: Annotated[int, Field(ge=0, le=10_000)] = 8
     """Number of threads that make crops, at most one a core; 0: none beside the loop's own."""

@@ -4,12 +4,11 @@ The one place that decides either.
 """
 
 import os
-import re
-import reprlib
 
 import torch
 from torch import nn
 
+from xdino import values
 from xdino.errors import UsageError
 from xdino.runtime import rendezvous
 
@@ -33,16 +32,15 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: any other name, or a device that this machine does not have.
     """
+    try:
+        values.device(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     found = cuda_devices()
     if name == "auto":
         name = "cuda" if found else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    if not re.fullmatch(r"cuda(:(0|[1-9][0-9]{0,3}))?", name):
-        raise UsageError(
-            f"there is no device {reprlib.repr(name)} here: choose auto, cpu or cuda "
-            "(cuda:N for one of many)"
-        )
     if not found:
         raise UsageError(
             f"the device is to be {name}, but torch finds no CUDA device here; use cpu or auto"

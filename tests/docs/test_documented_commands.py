@@ -1,0 +1,122 @@
+"""Every command that a page shows is run, or read as far as this machine allows, as the page says."""
+
+import re
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from documented import PAGES, PROGRAMS, ROOT, blocks, commands
+from PIL import Image
+
+from xdino import config
+from xdino_launch import cli
+from xdino_launch.commands.overrides import Keyed, parse_overrides
+
+# What makes a documented `pretrain` a matter of seconds: the same keys, a tiny network.
+TINY = {
+    "model.arch": "xcit_nano_12_p8", "model.embed_dim": "16", "model.depth": "1", "model.num_heads": "2",
+    "head.prototypes": "32", "head.hidden_dim": "16", "head.bottleneck_dim": "8",
+    "crops.global_size": "32", "crops.local_size": "16", "crops.local_count": "1",
+    "train.epochs": "1", "train.batch_size": "6", "runtime.workers": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with what the pages name: photos/, classes/ with train/ and val/, photo.jpg."""
+    root = tmp_path_factory.mktemp("documented")
+    generator = np.random.default_rng(0)
+
+    def picture(path: Path, size: tuple[int, int] = (48, 40)) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    picture(root / "photo.jpg", (96, 72))
+    for i in range(9):
+        picture(root / "photos" / f"{'deep/' * (i % 2)}{i}.png")
+    for split, count in (("train", 5), ("val", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                picture(root / "classes" / split / name / f"{i}.png")
+    return root
+
+
+def pretrained(words: list[str]) -> list[str]:
+    """The words, those of `pretrain` with a tiny network; what the page sets stays."""
+    if words[:1] != ["pretrain"] or "--data.path" not in words:
+        return words
+    given = {word.removeprefix("--") for word in words}
+    return [
+        *words,
+        *(w for key, value in TINY.items() if key not in given for w in (f"--{key}", value)),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_documented_command_does_as_it_says(page, world, xdino, monkeypatch):
+    monkeypatch.chdir(world)
+    if not (world / "runs" / "mine").exists():  # pages go on where others end
+        begin = "pretrain small_data --run runs/mine --data.path photos"
+        assert xdino(*pretrained(begin.split()))[0] == 0
+    for block in blocks(page):
+        for words, target in [
+            c for line in block.lines if block.how == "run" for c in commands(line)
+        ]:
+            assert words[0] == "xdino", f"{page.name}: mark what is none of ours: {' '.join(words)}"
+            code, out, error = xdino(*pretrained(words[1:]))
+            assert code == 0, f"{page.name}: {' '.join(words)}: {error}"
+            if target is not None:
+                Path(target).write_text(out)
+
+
+def understood(words: list[str]) -> None:
+    """Raises where the command line would refuse these words, whatever there is on this machine."""
+    command: click.Command = cli.xdino
+    rest = list(words)
+    while isinstance(command, click.Group):
+        name = rest.pop(0)
+        command = command.commands[name]
+    context = command.make_context(name, rest)
+    if isinstance(command, Keyed):
+        config.load(context.params["config"], parse_overrides(context.args))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_what_needs_more_than_this_machine_is_understood(page):
+    for block in blocks(page):
+        assert block.how == "run" or len(block.why) > 10
+        for words, _ in [
+            c for line in block.lines if block.how == "parsed" for c in commands(line)
+        ]:
+            if words[0] == "torchrun":
+                words = ["xdino", *words[words.index("-m") + 2 :]]
+            assert words[0] == "xdino", words
+            understood(words[1:])
+
+
+def test_what_is_not_run_is_none_of_ours():
+    """But for the demo, which has a test of its own."""
+    for page in PAGES:
+        for line in [
+            line for block in blocks(page) if block.how == "not run" for line in block.lines
+        ]:
+            ours = re.match(r"(srun .*)?xdino\b", line.strip())
+            assert not ours or line == "xdino demo" or "srun" in line, (page.name, line)
+    assert (
+        sum(len(block.lines) for page in PAGES for block in blocks(page) if block.how == "run") > 30
+    )
+    assert set(PROGRAMS) >= {"xdino", "torchrun"}
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+    named = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", PAGES[0].read_text()))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= named, "a page that nobody finds"
+
+
+def test_the_readme_is_two_screens():
+    assert len(PAGES[0].read_text().splitlines()) <= 110
