@@ -41,12 +41,12 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 
 CHAPTERS = {  # of the help; what is in none comes last
-    "Pretrain": ("demo", "recipes", "pretrain", "submit", "runs", "report", "replay"),
+    "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
     "Look": ("attention", "neighbours"),
-    "Use elsewhere": ("features", "export", "pack"),
+    "Use elsewhere": ("features", "export", "pack", "bench"),
 }  # fmt: skip
 
 
