@@ -24,13 +24,15 @@ class Remaining:
         self.iteration, self.iterations, self.clock = iteration, iterations, clock
         self._began = clock()
         self._first: tuple[float, int] | None = None
+        self._last = 0
         self._seconds: float | None = None
         self._told = False
 
     def look(self, row: dict[str, Any]) -> str | None:
         """Take a row of metrics.jsonl; the first forecast, once, when there is one."""
         now, done = self.clock(), int(row["iteration"])
-        if self._first is None or done <= self._first[1]:  # the first, or gone back
+        back, self._last = done <= self._last, done
+        if self._first is None or back:
             self._first, self._seconds = (now, done), None
             return None
         began, first = self._first

@@ -82,6 +82,21 @@ def test_the_job_gets_its_configuration_in_full(commands, tmp_path, xdino):
     assert config.load(kept).train.epochs == 17
 
 
+def test_a_submission_says_how_to_follow_and_to_cancel(commands, tmp_path, xdino):
+    sbatch_arguments(commands, tmp_path)
+    code, out, err = xdino("submit", "debug", "--run", tmp_path / "a run")
+    assert (code, out) == (0, "42\n"), "the number alone, for scripts"
+    logs = tmp_path / "a run-slurm"
+    assert err.splitlines() == [
+        f"logs    {logs}",
+        f"follow  tail -F '{logs}/42.log'",
+        "state   squeue --job=42",
+        "cancel  scancel 42",
+    ]
+    _, _, err = xdino("submit", "debug", "--run", tmp_path / "b", "--slurm", "clusters=east")
+    assert "scancel --clusters=east 42" in err
+
+
 def test_nothing_of_an_allocation_around_it_goes_along(commands, tmp_path, monkeypatch):
     told = sbatch_arguments(commands, tmp_path)
     monkeypatch.setenv("SLURM_NTASKS", "3")
@@ -107,6 +122,7 @@ def test_the_local_cluster_is_one_process_here(no_slurm, tmp_path, xdino):
     )
     assert code == 0, err
     assert out.strip().endswith("backbone.safetensors")
+    assert "one process on this machine" in err
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [1]
 

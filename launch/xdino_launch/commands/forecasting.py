@@ -166,14 +166,15 @@ def _images(
     from xdino import data
 
     path, channels = config.data.path, config.model.in_chans
+    assumed = channels or len(config.crops.mean or (0, 0, 0))
     if path and images is None:
         source = data.open_source(path, "train", channels, max_pixels=config.data.max_pixels)
         return source, len(source), source.channels, []
     if images is not None:
-        return None, images, channels or 3, [f"{images:,} images, as --images says"]
+        return None, images, assumed, [f"{images:,} images, as --images says"]
     if name.startswith("imagenet"):
         said = f"{IMAGENET:,} images, ImageNet-1k's, for data.path is not set"
-        return None, IMAGENET, channels or 3, [said]
+        return None, IMAGENET, assumed, [said]
     raise UsageError(
         "data.path is not set: name the images with --data.path FOLDER, or their number with "
         "--images N"

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from xdino.config import dotted_keys
 from xdino.data import open_source
 from xdino.errors import RunFailed, UsageError
 from xdino.forecast import fitting, ladder
@@ -63,7 +64,7 @@ def candidates(
         UsageError: nothing can be trained on these images.
         RunFailed: no trial came to its end.
     """
-    images = look_at(open_source(data, "train", 1 if found.grey else None), labelled=False)
+    images = look_at(open_source(data, "train"), labelled=False)
     here = machine_of(resolve_device("auto"), 1)
     rungs = ladder.ladder(images, here)
     first = max(0, ladder.first_rung(rungs, here, images, 60 * minutes) - 1)
@@ -73,9 +74,9 @@ def candidates(
         given = {"data.path": data}
         choices = choose(images, here, rung, rung.updates, fitting.MOST_POINTS, given)
         config = configured(choices)
-        work = Workload.of(
-            config, found.images, found.channels, 1, machine.precision(config.train.precision)
-        )
+        channels = config.model.in_chans or images.channels
+        precision = machine.precision(config.train.precision)
+        work = Workload.of(config, found.images, channels, 1, precision)
         tell(f"a few steps of {config.model.arch} at {config.crops.global_size} pixels ...")
         try:
             trial = try_out(work, machine)
@@ -110,6 +111,8 @@ def _candidate(
     settled = dataclasses.replace(rung, batch=work.config.train.batch_size)
     choices = choose(images, here, settled, updates, length.epochs, given)
     choices += fitting.lengths(length, rates, None)
+    order = dotted_keys()
+    choices.sort(key=lambda choice: order.index(choice.key))
     full = Workload.of(
         configured(choices), work.images, work.spec.in_chans, 1, trial.rates.precision
     )

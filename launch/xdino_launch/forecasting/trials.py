@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 from xdino.config import Config
 from xdino.errors import RunFailed
@@ -20,6 +21,8 @@ from xdino.forecast.machines import Machine
 from xdino.forecast.outlook import Trial
 from xdino.forecast.rates import Rates, time_steps
 from xdino_launch import local  # noqa: F401 - what pretraining imports is part of its memory
+
+Found = TypeVar("Found")
 
 STEPS, SECONDS = 30, 12.0  # of a trial, at most
 LONGEST_STEP = 5.0  # seconds that a step may take by what is counted; else fewer images are tried
@@ -39,16 +42,16 @@ def try_out(work: Workload, machine: Machine) -> Trial:
     return Trial(rates, small, max(0.0, started - began))
 
 
-def in_a_process(
-    call: Callable[..., tuple[Rates, float]], *arguments: object
-) -> tuple[Rates, float]:
+def in_a_process(call: Callable[..., Found], *arguments: object) -> Found:
     """Run `call` in a fresh process.
 
     Raises:
         RunFailed: it was killed.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
+    # Where a person interrupts, it ends without a traceback.
+    quiet = signal.SIGINT, signal.SIG_DFL
+    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=quiet) as pool:
         try:
             return pool.submit(call, *arguments).result()
         except BrokenProcessPool:
@@ -56,10 +59,6 @@ def in_a_process(
                 "the trial of a few steps was killed, mostly for want of memory: lower "
                 "train.batch_size"
             ) from None
-
-
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback where a person interrupts
 
 
 def _timed(config: Config, with_state: bool) -> tuple[Rates, float]:
