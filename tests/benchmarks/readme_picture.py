@@ -95,6 +95,7 @@ def main() -> None:
         ]
         for backbone, found in maps.items()
     }
+    whose, network = captions.weights(after).split(" · ")
     tiles = [
         Tile(
             [views()], "What a student learns from: 2 + 8 crops of an image, their colours changed"
