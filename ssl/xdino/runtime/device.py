@@ -76,8 +76,8 @@ def resolve_precision(name: str, device: torch.device, before: str | None = None
     """The precision that `name` says: itself, or what "auto" is on this device.
 
     "auto" is bf16 on CUDA, and on a processor that multiplies in it: a rule and no timing, so that the
-    same command gives the same bits. Steps were 1.2 to 2.1 times as fast there, from the smallest
-    network to four blocks of XCiT-tiny, and learned as well (tests/benchmarks/README.md).
+    same command gives the same bits. Steps were 1.2 to 2.1 times as fast there, and the demo
+    learned alike (one seed; tests/benchmarks/README.md).
 
     Args:
         before: of a run that is continued, what it was. On a CPU it stays that if it can, so that a
