@@ -239,12 +239,19 @@ def test_the_untrained_network_is_scored_once(tiny, tmp_path, monkeypatch):
     assert [r["iteration"] for r in metrics(older) if "knn_top1" in r] == [6]
 
 
-def test_quality_alone_needs_no_labels(tiny, folder, tmp_path):
+def test_quality_alone_needs_no_labels(tiny, folder, tmp_path, capsys):
     flat = str(folder / "train" / "dark")
     local.run_pretraining(tiny(every=2, protocols=["quality"], limit=5, data=flat), tmp_path)
     told = [row for row in metrics(tmp_path) if "quality_rankme" in row]
     assert [row["iteration"] for row in told] == [0, 6]
     assert all(0 <= row["quality_agreement"] <= 100 for row in told)
     assert told[0]["chance_agreement"] == 20
+    shown = capsys.readouterr().err
+    assert "agreement of two views" in shown
+    assert "xdino quality" in shown
+    assert "xdino knn" not in shown, "there are no labels to type it for"
+    assert "failed" not in shown
+    with Image.open(tmp_path / "film" / "0000000006.webp") as frame:
+        assert frame.width > 550, "image, attention, patches, and neighbours among the same images"
     with pytest.raises(UsageError, match=r"evaluate.every asks for k-NN during training.*--evalu"):
         local.run_pretraining(tiny(every=2, data=flat), tmp_path / "other")
