@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xdino.backbone import Backbone
     from xdino.config import Config
-    from xdino.job import Evaluator
+    from xdino.job import Evaluator, Listener
 
 __all__ = ["__version__", "load", "pretrain"]
 __version__ = "0.2.0"
@@ -52,6 +52,7 @@ def pretrain(
     run: str | os.PathLike[str],
     *,
     config: "str | os.PathLike[str] | Config | None" = None,
+    minutes: float | None = None,
     epochs: int | None = None,
     settings: Mapping[str, Any] | None = None,
     evaluator: "Evaluator | None" = None,
@@ -66,7 +67,8 @@ def pretrain(
         data: a folder of images, a tar file or a folder of them, or a text list of paths.
         run: the run's folder. It may be there, if it holds the same run, unfinished or finished.
         config: a recipe's name (`xdino.config.recipes()`), a YAML file, or a configuration; None =
-            "small_data".
+            "small_data", or with `minutes` what fits the images, the machine and the time.
+        minutes: how long all of it may take, in place of `config` and `epochs`.
         epochs: passes over the images; None = as the recipe says.
         settings: keys of the configuration on top, `{"optim.lr": 1e-3, "train.batch_size": 32}`.
         evaluator: given the teacher every `evaluate.every` epochs; its numbers go to metrics.jsonl.
@@ -89,11 +91,17 @@ def pretrain(
     from xdino.runtime.device import resolve_device
 
     on_top = _on_top(data, epochs, settings or {})
-    chosen = _configuration(config or "small_data", on_top)
+    chosen = None if minutes is not None else _configuration(config or "small_data", on_top)
+    device = on_top.get("runtime.device", "auto") if chosen is None else chosen.runtime.device
+    if minutes is not None and not (config is None and epochs is None):
+        raise ValueError("minutes choose the recipe and its length: leave out config and epochs")
     listener = Listener() if quiet else LinesListener()
     with contextlib.ExitStack() as stack:
-        if distributed.start(resolve_device(chosen.runtime.device)):
+        if distributed.start(resolve_device(str(device))):
             stack.callback(distributed.stop)
+        if chosen is None:
+            assert minutes is not None
+            chosen = _timed(run, minutes, on_top, listener)
         if evaluator is None and (chosen.evaluate.every or chosen.evaluate.linear):
             listener.notice("scores along the way need evaluator=: there are none")
         run_to_its_end(chosen, os.fspath(run), evaluator, listener)
@@ -125,3 +133,23 @@ def _configuration(
 
     named = config if isinstance(config, configuration.Config) else os.fspath(config)
     return configuration.load(named, on_top)
+
+
+def _timed(
+    run: str | os.PathLike[str], minutes: float, on_top: Mapping[str, Any], listener: "Listener"
+) -> "Config":
+    """What a run was begun with; of a new one the recipe for so many minutes."""
+    from xdino.forecast.timed_recipe import timed_recipe
+    from xdino.run_directory import CONFIG_FILE
+
+    begun = os.path.join(run, CONFIG_FILE)
+    if os.path.isfile(begun):
+        return _configuration(begun, on_top)
+
+    def text(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return ",".join(map(text, value))
+        return "null" if value is None else str(value)
+
+    texts = {key: text(value) for key, value in on_top.items()}
+    return timed_recipe(minutes, texts, listener.notice)
