@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xdino.backbone import Backbone
 from xdino.data.sources import Source
-from xdino_eval.best_teacher import BestTeacher
 from xdino_eval.evaluators import LABEL_FREE, Evaluator, check_labels
 from xdino_eval.extraction import Options
+from xdino_eval.knn.best_teacher import BestTeacher
 from xdino_eval.results import Row
 
 

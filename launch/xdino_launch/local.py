@@ -18,10 +18,10 @@ from xdino.runtime.device import resolve_device
 from xdino.runtime.stopping import StopSignal
 from xdino.values import shown
 from xdino_eval import evaluators, results
-from xdino_eval.best_teacher import BestTeacher
 from xdino_eval.during_training import callback, numbers
 from xdino_eval.evaluators import EVALUATORS, LABEL_FREE, Quality
 from xdino_eval.extraction import Options
+from xdino_eval.knn.best_teacher import BestTeacher
 from xdino_launch.console import ConsoleListener
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings

@@ -10,7 +10,7 @@ from xdino.backbone import Origin
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone
 from xdino_eval import results
-from xdino_eval.best_teacher import BestTeacher, best_of
+from xdino_eval.knn.best_teacher import BestTeacher, best_of
 from xdino_eval.results import Row
 
 ROW = Row("k-NN", {"k": 20, "temperature": 0.07}, 50.0, 90.0, "toy", "as it is", 8, 4)

@@ -13,7 +13,7 @@ from xdino import checkpoint
 from xdino.errors import Stopped
 from xdino.pretraining import pretrain
 from xdino_eval import knn, results
-from xdino_eval.best_teacher import best_of
+from xdino_eval.knn.best_teacher import best_of
 from xdino_launch.local import evaluated_splits, evaluator_of
 
 from .listening import Ear, rows
