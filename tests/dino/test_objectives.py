@@ -206,7 +206,7 @@ def test_spread_and_agreement_say_what_they_are_called(name):
     scale = normal if name == "sigreg" else F.normalize(normal, dim=-1)
 
     def told(z):
-        objective.update(objective.moments(2, z))
+        objective.update(objective.moments(z))
         return objective.diagnose(0.0, {})
 
     strangers = told(scale)

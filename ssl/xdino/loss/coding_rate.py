@@ -61,7 +61,7 @@ class SimDINOLoss(EmbeddingLoss):
             gamma = (d + n) / (d * n) if self.weight is None else self.weight
             loss = -agreement - gamma * rate
         told = {"cosine": agreement.detach(), "coding_rate": rate.detach()}
-        return Measured(loss, self.moments(G, student), told)
+        return Measured(loss, self.moments(teacher), told)
 
     def pairs(self, views: Views) -> Tensor:
         """Minus the cosines, means over the images: `[G, V]`."""

@@ -1,13 +1,15 @@
 """What objectives without prototypes have in common, and two numbers that say whether they learn.
 
 Nothing here has a temperature, a centre or prototypes, so entropy and ln K say nothing of it. With z
-the student's embeddings of the global views, m their mean over views and images, and z_i the mean of an
+the teacher's embeddings of the global views, m their mean over views and images, and z_i the mean of an
 image's views,
 
     spread    = mean |z - m|^2                  0: every image has the same embedding
     agreement = 1 - G / (G - 1) mean |z - z_i|^2 / spread
                                                 1: an image's views have the same embedding
                                                 0: they are no more alike than those of strangers
+
+The teacher's, since it is what is judged; the student is the noisier the higher its learning rate.
 
 Letters: as in `objective`.
 """
@@ -37,10 +39,10 @@ class EmbeddingLoss(Objective):
         self._moments = self.blank()
 
     @torch.no_grad()
-    def moments(self, views: int, student: Tensor) -> Tensor:
-        """Of the first `views` views: `[d + 2]`."""
-        self.views = views
-        z = in_full(student[:views].detach())
+    def moments(self, teacher: Tensor) -> Tensor:
+        """Of the teacher's embeddings `[G, B, d]`: `[d + 2]`."""
+        self.views = len(teacher)
+        z = in_full(teacher)
         within = (z - z.mean(0)).square().sum(-1).mean()
         square = z.square().sum(-1).mean()
         return torch.cat([z.mean((0, 1)), square[None], within[None]])

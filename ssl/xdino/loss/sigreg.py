@@ -72,7 +72,7 @@ class SIGRegLoss(EmbeddingLoss):
             normality = epps_pulley(z @ along).mean()
             loss = (1 - self.weight) * invariance + self.weight * normality
         told = {"invariance": invariance.detach(), "sigreg": normality.detach()}
-        return Measured(loss, self.moments(G, z), told)
+        return Measured(loss, self.moments(views.teacher), told)
 
     def pairs(self, views: Views) -> Tensor:
         """Mean squares of the differences between the student's views: `[G, V]`."""
