@@ -51,6 +51,7 @@ FEW_STEPS = {
     "crops.local_count": "2",
     "crops.local_scale": "0.15,0.5",
 }
+SIMDINO = {"loss.objective": "simdino"}
 
 ARMS = {
     "raw pixels": Arm("pixels"),
@@ -61,8 +62,13 @@ ARMS = {
     # Options alone: add a line, then its name to --arms.
     "sinkhorn": Arm("ours", {"loss.targets": "sinkhorn"}),
     "koleo": Arm("ours", {"loss.koleo": "0.1"}),
-    "simdino": Arm("ours", {"loss.objective": "simdino"}),
-    "sigreg": Arm("ours", {"loss.objective": "sigreg"}),
+    "simdino": Arm("ours", SIMDINO),
+    "simdino + rate x4": Arm("ours", SIMDINO | {"optim.lr": "2e-3"}),
+    "simdino + rate x16": Arm("ours", SIMDINO | {"optim.lr": "8e-3"}),
+    "simdino + BatchNorm": Arm("ours", SIMDINO | {"head.use_bn": "true"}),
+    "simdino + colour": Arm("ours", SIMDINO | COLOUR),
+    "simdino + few steps": Arm("ours", FEW_STEPS | SIMDINO),
+    "sigreg": Arm("ours", {"loss.objective": "sigreg", "head.use_bn": "true"}),
     "sqrt rate": Arm("ours", {"optim.lr_scaling": "sqrt"}),
     "rate x8": Arm("ours", {"optim.lr": "4e-3"}),
     "published rate x8": Arm("published", {"optim.lr": "4e-3"}),

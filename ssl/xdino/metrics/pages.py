@@ -100,7 +100,7 @@ class WandbPage(Page):
             import wandb  # slow to import, and only wanted here
         except ImportError as error:
             notice(
-                f"wandb is not installed ({reason(error)}; pip install 'xdino[wandb]'): the run goes "
+                f"wandb is not installed ({reason(error)}; pip install wandb): the run goes "
                 "on without its page"
             )
             return
