@@ -44,10 +44,14 @@ def world(tmp_path_factory):
 
 
 def pretrained(words: list[str]) -> list[str]:
-    """The words, those of `pretrain` with a tiny network; what the page sets stays."""
+    """The words, those of `pretrain` with a tiny network; what the page sets stays, but for minutes."""
     if words[:1] != ["pretrain"] or "--data.path" not in words:
         return words
     given = {word.removeprefix("--") for word in words}
+    if "minutes" in given:
+        place = words.index("--minutes")
+        words = [*words[:place], "--epochs", "1", *words[place + 2 :]]
+        given.add("train.epochs")
     return [
         *words,
         *(w for key, value in TINY.items() if key not in given for w in (f"--{key}", value)),

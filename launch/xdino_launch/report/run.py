@@ -187,6 +187,8 @@ class Run:
         if prototypes is None:
             return None
         seen = {"teacher_entropy": entropy, "kl": kl}
+        if is_number(koleo := self.last.get("koleo")):
+            seen["koleo"] = koleo
         alarm = collapse_warning(loss, seen, prototypes)
         # ln K, worked out, stands in no file.
         return None if alarm is None else re.sub(r" = [\d.]+", "", alarm)

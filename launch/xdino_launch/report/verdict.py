@@ -29,8 +29,8 @@ NEAR = 0.01  # of ln K: a loss so near to it has not moved
 
 TRY = (
     "look at views.png (is what the crops show still recognisable?), train longer, halve or double "
-    "optim.lr; with few images take fewer head.prototypes and a teacher.momentum nearer to 1 (the "
-    "recipe small_data)"
+    "optim.lr; with few images take fewer head.prototypes and teacher.momentum 0.99 (the recipe "
+    "small_data), or let `xdino pretrain auto` choose"
 )
 ADVICE = {
     "worse": f"What to try: {TRY}",
@@ -196,6 +196,7 @@ def _unscored(losses: Rows, ln_k: float | None) -> Verdict:
 def _collapsed(found: Verdict, last: Mapping[str, Any], prototypes: int | None) -> Verdict:
     """The verdict, or that the last row of the loss is one of a collapse."""
     seen = {key: last.get(key) for key in ("teacher_entropy", "kl")}
+    seen |= {"koleo": last["koleo"]} if is_number(last.get("koleo")) else {}
     if not prototypes or prototypes < 2 or not all(map(is_number, seen.values())):
         return found
     alarm = collapse_warning(float(last["loss"]), seen, prototypes)  # type: ignore[arg-type]

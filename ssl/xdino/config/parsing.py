@@ -127,6 +127,11 @@ def _contradictions(config: Config) -> Iterable[str]:
             f"loss.targets {config.loss.targets} is for loss.objective dino: {config.loss.objective} "
             "has no prototypes. Leave loss.targets at centre"
         )
+    if config.train.continue_from and config.loss.objective != "dino":
+        yield (
+            f"train.continue_from goes on with DINO's heads and centre, which loss.objective "
+            f"{config.loss.objective} has not: leave it at dino, or give the file as train.init"
+        )
     if config.train.init and config.train.continue_from:
         yield (
             "train.init and train.continue_from cancel each other: the one begins with weights "

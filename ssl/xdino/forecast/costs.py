@@ -231,7 +231,8 @@ def network_bytes(work: Workload, kept: Kept) -> int:
     around = 2 * (n - 1) / n
     passes = (len(work.crops.groups) + 1) * train.accumulate
     statistics = FLOAT * kept.statistics * passes * (3 * (n - 1) / n + 2 * around)
-    prototypes = FLOAT * (work.config.head.prototypes + 1)
+    dino = work.config.loss.objective == "dino"
+    prototypes = FLOAT * (work.config.head.prototypes + 1 if dino else 1)
     return round(around * (FLOAT * kept.trained + prototypes) + statistics)
 
 
@@ -262,9 +263,10 @@ def _networks(work: Workload) -> tuple[MultiCropNetwork, MultiCropNetwork]:
     backbone = on_meta(lambda: work.spec.build(drop_path=config.model.drop_path))
     if config.runtime.activation_checkpointing:
         checkpoint_activations(backbone, work.spec.arch)
-    head = on_meta(lambda: build_head(config.head, backbone.embed_dim))
+    head = on_meta(lambda: build_head(config.head, backbone.embed_dim, config.loss))
     teacher = MultiCropNetwork(
-        on_meta(work.spec.build), on_meta(lambda: build_head(config.head, backbone.embed_dim))
+        on_meta(work.spec.build),
+        on_meta(lambda: build_head(config.head, backbone.embed_dim, config.loss)),
     )
     return MultiCropNetwork(backbone, head), teacher.requires_grad_(False)
 
