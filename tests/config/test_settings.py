@@ -15,6 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 UNITS = (
     "pixels", "epochs", "iterations", "images", "share", "probability", "factor", "number", "width",
     "micro-batches", "temperature", "learning rate", "strength", "norm", "channels", "a value a channel",
+    "weight", "rounds", "directions", "square of", "seconds", "bytes",
 )  # fmt: skip
 
 
