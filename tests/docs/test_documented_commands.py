@@ -1,6 +1,7 @@
 """Every command that a page shows is run, or read as far as this machine allows, as the page says."""
 
 import re
+import shutil
 from pathlib import Path
 
 import click
@@ -59,9 +60,14 @@ def pretrained(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_every_documented_command_does_as_it_says(page, world, xdino, monkeypatch):
+def test_every_documented_command_does_as_it_says(page, world, xdino, monkeypatch, tmp_path):
+    if page.stem == "README":  # begins with nothing
+        shutil.copytree(world, tmp_path / "new", ignore=shutil.ignore_patterns("runs"))
+        world = tmp_path / "new"
     monkeypatch.chdir(world)
-    if not (world / "runs" / "mine").exists():  # pages go on where others end
+    if (
+        page.stem != "README" and not (world / "runs" / "mine").exists()
+    ):  # pages go on where others end
         begin = "pretrain small_data --run runs/mine --data.path photos"
         assert xdino(*pretrained(begin.split()))[0] == 0
     for block in blocks(page):

@@ -111,17 +111,7 @@ def _resolved_section(
     return leaves
 
 
-def _contradictions(config: Config) -> Iterable[str]:
-    epochs = config.train.epochs
-    for key, duration in (
-        ("optim.warmup_epochs", config.optim.warmup_epochs),
-        ("loss.warmup_teacher_temp_epochs", config.loss.warmup_teacher_temp_epochs),
-    ):
-        if in_epochs(duration, epochs) > epochs:
-            yield (
-                f"{key} is {duration}, longer than the run of {epochs} epochs (train.epochs): "
-                'shorten it or give a share such as "10%"'
-            )
+def _of_the_objective(config: Config) -> Iterable[str]:
     if config.loss.objective != "dino" and config.loss.targets != "centre":
         yield (
             f"loss.targets {config.loss.targets} is for loss.objective dino: {config.loss.objective} "
@@ -137,6 +127,20 @@ def _contradictions(config: Config) -> Iterable[str]:
             "train.init and train.continue_from cancel each other: the one begins with weights "
             "alone, the other goes on with all that a full checkpoint holds. Give one"
         )
+
+
+def _contradictions(config: Config) -> Iterable[str]:
+    epochs = config.train.epochs
+    for key, duration in (
+        ("optim.warmup_epochs", config.optim.warmup_epochs),
+        ("loss.warmup_teacher_temp_epochs", config.loss.warmup_teacher_temp_epochs),
+    ):
+        if in_epochs(duration, epochs) > epochs:
+            yield (
+                f"{key} is {duration}, longer than the run of {epochs} epochs (train.epochs): "
+                'shorten it or give a share such as "10%"'
+            )
+    yield from _of_the_objective(config)
     for key in ("global_scale", "local_scale"):
         low, high = getattr(config.crops, key)
         if low > high:
