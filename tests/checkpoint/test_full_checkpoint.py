@@ -59,7 +59,7 @@ def as_published(nine, recorded):
                 for k in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end",
                           "clip_grad", "freeze_last_layer")
             },
-            "train": {"epochs": 4, "batch_size": 3, "continue_from": str(FULL)},
+            "train": {"epochs": 4, "batch_size": 3, "precision": "fp32", "continue_from": str(FULL)},
             "runtime": {"device": "cpu", "workers": 0, "log_every": 1, "keep_every": 0},
         }  # fmt: skip
         for key, value in overrides.items():

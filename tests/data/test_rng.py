@@ -18,6 +18,7 @@ def test_every_stream_gives_what_it_has_always_given():
         rng.Stream.CROPS: [13842265018121420432, 11257523566242097324],
         rng.Stream.ORDER: [2406238767389017420, 6231312613656076686],
         rng.Stream.FEW_SHOT: [14202272653433690070, 11169665451076001206],
+        rng.Stream.SCATTERING: [17718989256944951487, 12640904893691752795],
         rng.Stream.RANDAUGMENT: [16413745700467840621, 3918412631335091936],
         rng.Stream.ERASING: [3593769638329494522, 12564388200684783836],
         rng.Stream.MIXING: [17130347558422680106, 3890590815531505008],
@@ -60,7 +61,7 @@ def test_there_is_no_stream_beside_these():
 
 def test_no_two_streams_share_a_number():
     """One key each, so that no counter, however far it runs, meets another's."""
-    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 8
+    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 9
     rows = [rng.raw(stream, 7, 2, 1000) for stream in rng.Stream]
     rows += list(rng.raw_of_images(rng.Stream.CROPS, 7, 3, np.arange(5), 200))
     assert len(np.unique(np.concatenate(rows))) == sum(map(len, rows))

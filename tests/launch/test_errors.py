@@ -38,7 +38,7 @@ def test_without_a_run_it_goes_to_a_temporary_folder(xdino, tmp_path, monkeypatc
         raise IndexError("nobody expects this")
 
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(options.SubjectOptions, "open", fails)
+    monkeypatch.setattr(options.SubjectOptions, "there", fails)
     code, _, told = xdino("knn", "nothing", "--data", "nothing")
     assert code == 1
     assert "IndexError" in Path(told.rpartition("in ")[2].strip()).read_text()

@@ -13,12 +13,12 @@ from xdino import checkpoint
 from xdino.errors import Stopped
 from xdino.pretraining import pretrain
 from xdino_eval import knn, results
-from xdino_eval.during_training import best_of
+from xdino_eval.during_training import BestTeacher, best_of
 from xdino_launch.local import evaluated_splits, evaluator_of
 
 from .listening import Ear, rows
 
-SCORES = [40.0, 60.0, 60.0, 50.0]  # of the four epochs
+SCORES = [30.0, 40.0, 60.0, 60.0, 50.0]  # before the first step, and of the four epochs
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def scored(monkeypatch):
     def evaluate(*arguments, **options):
         (row,) = plain(*arguments, **options)
         asked.append(len(asked))
-        return [replace(row, top1=SCORES[min(len(asked) - 1, 3)])]
+        return [replace(row, top1=SCORES[min(len(asked) - 1, 4)])]
 
     monkeypatch.setattr(knn, "evaluate", evaluate)
     return asked
@@ -55,7 +55,8 @@ def train(labelled):
         common = {"train__epochs": 4, "evaluate__every": 1}
         settings = configuration(labelled, **(common | overrides))
         ear = listener or Ear()
-        judge = evaluator_of(settings, evaluated_splits(settings), run, ear)
+        best = BestTeacher(run, settings.evaluate.limit, ear.notice)
+        judge = evaluator_of(settings, evaluated_splits(settings), best)
         pretrain(settings, run, judge, ear)
 
     return run_there
@@ -93,7 +94,13 @@ def test_a_stop_at_the_best_changes_nothing(train, scored, tmp_path):
         checkpoint.sha256(tmp_path / run / "best.safetensors") for run in ("whole", "broken")
     )
     assert one == two
-    assert [r["iteration"] for r in rows(tmp_path / "broken") if "knn_top1" in r] == [3, 6, 9, 12]
+    assert [r["iteration"] for r in rows(tmp_path / "broken") if "knn_top1" in r] == [
+        0,
+        3,
+        6,
+        9,
+        12,
+    ]
 
 
 def test_a_kill_after_the_weights_ends_in_the_same_bytes(train, scored, tmp_path, monkeypatch):
@@ -103,7 +110,7 @@ def test_a_kill_after_the_weights_ends_in_the_same_bytes(train, scored, tmp_path
         plain = results.append
 
         def killed(path, new, **options):
-            if len(scored) == 2:
+            if len(scored) == 3:
                 raise KeyboardInterrupt
             plain(path, new, **options)
 
@@ -111,7 +118,7 @@ def test_a_kill_after_the_weights_ends_in_the_same_bytes(train, scored, tmp_path
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "broken")
     assert best_of(tmp_path / "broken").iteration == 6
-    scored.pop()  # the second evaluation is made again, and scores the same
+    scored.pop()  # the third evaluation is made again, and scores the same
     train(tmp_path / "broken")
     for name in ("best.safetensors", "backbone.safetensors"):
         one, two = (checkpoint.sha256(tmp_path / run / name) for run in ("whole", "broken"))

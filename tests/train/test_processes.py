@@ -99,10 +99,10 @@ XDINO = [sys.executable, "-m", "xdino_launch"]
 LONG = {"train__epochs": 5000, "runtime__checkpoint_every": 1, "runtime__keep_every": 0}
 
 
-def test_torchrun_as_the_readme_writes_it(images, tmp_path):
-    """The README's line, with the folder of these tests and two processes in its places."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (line,) = [x.strip() for x in readme.splitlines() if "torchrun" in x and "pretrain" in x]
+def test_torchrun_as_the_documents_write_it(images, tmp_path):
+    """The line of docs/clusters.md, with the folder of these tests and two processes in its places."""
+    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+    (line,) = [x.strip() for x in page.splitlines() if x.strip().startswith("torchrun --nproc")]
     words = line.split()
     assert words[0] == "torchrun"
     assert "--run" not in words, "torchrun takes it for its own --run-path"

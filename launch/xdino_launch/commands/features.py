@@ -60,10 +60,10 @@ def features(judged: FeatureOptions, out: Path, split: str | None, patches: bool
     any number of images; in .npz and .safetensors the arrays of two splits are called train_features,
     val_features and so on.
     """
+    judged.there(judged.data)
     from xdino_eval.feature_files import FeatureFile, open_parts, save_parts
     from xdino_eval.feature_files.rows import Part
 
-    judged.there(judged.data)
     file = FeatureFile(out, patches)
     assert file.format  # refused before anything is read
     parts: list[Part] = []

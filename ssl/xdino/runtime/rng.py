@@ -24,6 +24,7 @@ class Stream(IntEnum):
     CROPS = 1  # of an image in an epoch: boxes, flips, colours
     ORDER = 2  # of an epoch's images
     FEW_SHOT = 3  # which images of a class vote, in a repeat ("epoch")
+    SCATTERING = 4  # of a garment's place and texture
     RANDAUGMENT = 16  # of a classifier's training images, as the next four
     ERASING = 17
     MIXING = 18  # of a batch

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xdino.runtime import rng
+
 SIZE = 40  # pixels of a side
 SCALE = (0.6, 1.0)  # of the frame, for the 28 pixels of the plain image
 TURN = 30.0  # degrees at most, either way
@@ -34,11 +36,12 @@ def scattered(images: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         uint8 `[N, S, S]`.
     """
-    rng = np.random.Generator(np.random.Philox(seed))
     done = [np.zeros((0, SIZE, SIZE), np.uint8)]
     for start in range(0, len(images), _AT_ONCE):
         garments = torch.from_numpy(images[start : start + _AT_ONCE]).float() / 255
-        draws = torch.from_numpy(rng.random((len(garments), sum(_DRAWS)), np.float32))
+        places = np.arange(start, start + len(garments))
+        raw = rng.raw_of_images(rng.Stream.SCATTERING, seed, 0, places, sum(_DRAWS))
+        draws = torch.from_numpy((raw >> 40).astype(np.float32) / 2**24)  # in 0..1
         place, shade, *grains = draws.split(_DRAWS, dim=1)
         placed = _placed(garments, place)
         alpha = (placed / _OPAQUE).clamp(max=1)
