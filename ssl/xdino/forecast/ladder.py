@@ -40,6 +40,7 @@ SMALL = Family(
         "head.bottleneck_dim": ("64", "as the width of the network (the demo)"),
         "head.use_bn": ("true", "tells images apart from the first step on (the demo)"),
         "crops.global_blur": ("0.0,0.0", "a pixel here is what a patch is elsewhere"),
+        "crops.global_solarize": ("0.0,0.0", "garments were learned better without (the demo)"),
         "crops.local_blur": ("0.0", "a pixel here is what a patch is elsewhere"),
         "crops.local_scale": ("0.15,0.5", "smaller parts of so few pixels show nothing"),
         "optim.weight_decay_end": ("0.04", SHORT),
