@@ -1,9 +1,8 @@
 """Whether the fused kernels are the faster ones here, on work of the run's own shape."""
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from xdino.acceleration import equality
 from xdino.augment import MultiCrop, draw_batch, photometric
+from xdino.runtime.device import without_trace
 from xdino.xcit import XCiT
 
 ROUNDS = 7  # each runs both paths in turn, since a device warms up and throttles
@@ -79,7 +79,7 @@ def compare_networks(
     autocast: torch.dtype | None,
 ) -> Comparison:
     """The student's forward and backward pass over `images` images' crops, on both paths."""
-    with _without_trace(device):
+    with without_trace(device):
         depth, rate = len(model.blocks), equality.drop_path_rate(model)
         plain, fused = equality.twins(model, depth, rate, device)
         groups = [
@@ -98,7 +98,7 @@ def compare_networks(
 
 def compare_views(crops: MultiCrop, images: int, device: torch.device) -> Comparison:
     """From uint8 crops on the device to views, of `images` images, on both paths."""
-    with _without_trace(device):
+    with without_trace(device):
         table = draw_batch(crops, 0, 0, np.arange(images))  # [V, B]
         work, first = [], 0
         for size, views in crops.groups:
@@ -112,16 +112,3 @@ def compare_views(crops: MultiCrop, images: int, device: torch.device) -> Compar
                 photometric.photometric(pixels, rows, crops, fused=fused)
 
         return in_turns(lambda: make(False), lambda: make(True), device)
-
-
-@contextlib.contextmanager
-def _without_trace(device: torch.device) -> Iterator[None]:
-    """Random numbers go on as if nothing had been drawn; the peak of memory is the run's own."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
-        try:
-            yield
-        finally:
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)

@@ -5,13 +5,12 @@ The first ones are left out, for they compile, and the batches that were made ah
 fast the loader is.
 """
 
-import contextlib
 import dataclasses
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from xdino import checkpoint
 from xdino.config import Config
 from xdino.pretraining import Pretraining
 from xdino.runtime import distributed
-from xdino.runtime.device import resolve_device
+from xdino.runtime.device import resolve_device, without_trace
 
 LEAST_STEPS, LEAST_WARM = 4, 2
 BLOCK = 5  # steps between two looks at a GPU's clock: each look lets it run dry
@@ -92,7 +91,7 @@ def time_steps(
     warm = config.runtime.prefetch + 2 if warm is None else warm
     blocks = -(-steps // _block(config))
     job = _planned(config, 1 + warm + blocks * _block(config))
-    with _without_trace(job.device), tempfile.TemporaryDirectory() as nowhere:
+    with without_trace(job.device), tempfile.TemporaryDirectory() as nowhere:
         job.build(from_init=True)
         job.open(known_bad=[])
         # The second step is the first one: a run draws its first batch.
@@ -210,16 +209,3 @@ def _state_seconds(job: Pretraining, folder: Path | None, clock: Callable[[], fl
         checkpoint.save_state(Path(place) / "state.pt", job.state_dict(0))
         job.export(Path(place) / checkpoint.BACKBONE_FILE, 0)
         return clock() - began
-
-
-@contextlib.contextmanager
-def _without_trace(device: torch.device) -> Iterator[None]:
-    """Random numbers go on as if nothing had been drawn; the peak of memory is the run's own."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
-        try:
-            yield
-        finally:
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)

@@ -3,7 +3,9 @@
 The one place that decides either.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -89,3 +91,16 @@ def resolve_precision(name: str, device: torch.device, before: str | None = None
     if device.type == "cpu" and (before == "fp32" or (before == "bf16" and able)):
         return before
     return "bf16" if able else "fp32"
+
+
+@contextlib.contextmanager
+def without_trace(device: torch.device) -> Iterator[None]:
+    """Random numbers go on as if nothing had been drawn; the peak of memory is the run's own."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
