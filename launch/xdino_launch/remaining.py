@@ -9,7 +9,7 @@ LEAST_STEPS = 2
 
 
 class Remaining:
-    """The forecast of a run under way.
+    """The first forecast of a run under way; what is left later, `console.Pace` says.
 
     Its pace is that since the first logged step, with everything between steps: states that are
     written, and evaluations. What comes before is left out, for kernels are compiled in it.
@@ -25,7 +25,6 @@ class Remaining:
         self._began = clock()
         self._first: tuple[float, int] | None = None
         self._last = 0
-        self._seconds: float | None = None
         self._told = False
 
     def look(self, row: dict[str, Any]) -> str | None:
@@ -44,7 +43,7 @@ class Remaining:
         memory = row.get("peak_memory_mb", row.get("resident_mb"))
         held = f", {binary_bytes(memory * 2**20)}" if memory else ""
         return (
-            f"about {duration(now - self._began + self._seconds)} for "
+            f"about {duration(now - self._began + left)} for "
             f"{self.iterations - self.iteration:,} steps{held}; revised as it goes"
         )
 
