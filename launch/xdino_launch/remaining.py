@@ -32,10 +32,10 @@ class Remaining:
         now, done = self.clock(), int(row["iteration"])
         back, self._last = done <= self._last, done
         if self._first is None or back:
-            self._first, self._seconds = (now, done), None
+            self._first = now, done
             return None
         began, first = self._first
-        self._seconds = (now - began) / (done - first) * (self.iterations - done)
+        left = (now - began) / (done - first) * (self.iterations - done)
         early = now - began < LEAST_SECONDS or done - first < LEAST_STEPS
         if self._told or early or done >= self.iterations:
             return None
