@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from xdino.values import span
+
 LEAST_SECONDS = 3.0  # between the first logged step and the first forecast
 LEAST_STEPS = 2
 
@@ -43,29 +45,9 @@ class Remaining:
         memory = row.get("peak_memory_mb", row.get("resident_mb"))
         held = f", {binary_bytes(memory * 2**20)}" if memory else ""
         return (
-            f"about {duration(now - self._began + left)} for "
+            f"about {span(now - self._began + left)} for "
             f"{self.iterations - self.iteration:,} steps{held}; revised as it goes"
         )
-
-
-def duration(seconds: float) -> str:
-    """How long, in the two units that matter.
-
-    >>> duration(7800), duration(95), duration(8), duration(300000)
-    ('2 h 10 min', '1 min 35 s', '8 s', '3 d 11 h')
-    """
-    if seconds < 9.5:
-        return f"{seconds:.2g} s"
-    whole = round(seconds)
-    if whole >= 600:  # seconds matter no longer
-        whole = 60 * round(whole / 60)
-    parts: list[tuple[int, str]] = []
-    left = whole
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or parts:
-            parts.append((count, unit))
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
 
 
 def binary_bytes(size: float) -> str:

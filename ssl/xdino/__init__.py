@@ -139,17 +139,17 @@ def _timed(
     run: str | os.PathLike[str], minutes: float, on_top: Mapping[str, Any], listener: "Listener"
 ) -> "Config":
     """What a run was begun with; of a new one the recipe for so many minutes."""
-    from xdino.forecast.timed_recipe import timed_recipe
+    import time
+    from pathlib import Path
+
+    from xdino.config.keys import written
+    from xdino.forecast.choosing import Asked, Choosing
     from xdino.run_directory import CONFIG_FILE
+    from xdino.runtime.device import resolve_device
 
-    begun = os.path.join(run, CONFIG_FILE)
-    if os.path.isfile(begun):
-        return _configuration(begun, on_top)
-
-    def text(value: Any) -> str:
-        if isinstance(value, list | tuple):
-            return ",".join(map(text, value))
-        return "null" if value is None else str(value)
-
-    texts = {key: text(value) for key, value in on_top.items()}
-    return timed_recipe(minutes, texts, listener.notice)
+    began, folder = time.monotonic(), Path(run)
+    if (folder / CONFIG_FILE).is_file():
+        return _configuration(folder / CONFIG_FILE, on_top)
+    wanted = Asked(minutes, None, {key: written(value) for key, value in on_top.items()})
+    device = resolve_device(wanted.given.get("runtime.device", "auto"))
+    return Choosing(wanted, folder, device, began, listener.notice).recipe().config

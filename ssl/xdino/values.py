@@ -37,19 +37,22 @@ def shown(value: object) -> str:
 
 
 def span(seconds: float) -> str:
-    """A span of time in its two largest units.
+    """How long, in the two units that matter.
 
-    >>> span(59), span(600), span(7300), span(200_000)
-    ('59 s', '10 min', '2 h 1 min', '2 d 7 h')
+    >>> span(7800), span(95), span(8), span(300000)
+    ('2 h 10 min', '1 min 35 s', '8 s', '3 d 11 h')
     """
-    if seconds < 60:
-        return f"{max(seconds, 0):.0f} s"
-    minutes = int(seconds // 60)
-    hours, days = minutes // 60, minutes // 1440
-    large, small = (
-        (f"{days} d", f"{hours % 24} h") if days else (f"{hours} h", f"{minutes % 60} min")
-    )
-    return small if not hours else large if small[0] == "0" else f"{large} {small}"
+    if seconds < 9.5:
+        return f"{max(seconds, 0):.2g} s"
+    left = round(seconds)
+    if left >= 600:  # seconds matter no longer
+        left = 60 * round(left / 60)
+    parts: list[tuple[int, str]] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or parts:
+            parts.append((count, unit))
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
 
 
 def whole(text: str) -> int:

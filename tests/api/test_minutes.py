@@ -7,13 +7,13 @@ import yaml
 
 import xdino
 from xdino.errors import UsageError
-from xdino.forecast import fitting, timed_recipe
+from xdino.forecast import choosing, fitting
 
 
 def test_minutes_choose_a_recipe_and_the_same_call_loads_the_finished_run(
     photos, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(timed_recipe, "PILOT_SECONDS", (0.2, 1.0))
+    monkeypatch.setattr(choosing, "PILOT_SECONDS", (0.2, 1.0))
     plain = fitting.length  # fills the minutes, which a busy machine may or may not have
 
     def short(*arguments):
@@ -38,6 +38,6 @@ def test_minutes_choose_a_recipe_and_the_same_call_loads_the_finished_run(
 def test_minutes_beside_epochs_or_a_recipe_and_too_few(photos, tmp_path):
     with pytest.raises(ValueError, match="leave out config and epochs"):
         xdino.pretrain(photos, tmp_path / "a", minutes=1, epochs=2)
-    with pytest.raises(UsageError, match=r"takes about .* minutes here: give more than"):
+    with pytest.raises(UsageError, match=r"takes about .* minutes here with the smallest network"):
         xdino.pretrain(photos, tmp_path / "b", minutes=1e-4, quiet=True)
     assert not (tmp_path / "b" / "config.yaml").exists()

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from xdino import config
+from xdino.forecast import choosing
 from xdino.forecast.rates import Rates
-from xdino_launch.automatic import choosing, starting
+from xdino_launch.automatic import starting
 
 TINY = ("--train.batch_size", 6, "--model.depth", 1, "--head.prototypes", 32,
         "--head.hidden_dim", 32, "--runtime.device", "cpu")  # fmt: skip
@@ -93,10 +94,15 @@ def test_a_run_that_is_continued_goes_on_with_what_was_chosen(
 ):
     asked, run = said(seconds_per_step=0.5), tmp_path / "run"
     command = ("pretrain", "auto", "--data.path", folder, "--run", run, *TINY)
-    monkeypatch.setattr(
-        starting, "run_pretraining", lambda *a, **k: pytest.skip("never")
-    )  # stands for a kill before the first step
-    with pytest.raises(pytest.skip.Exception):
+
+    class Killed(BaseException):
+        """Before the first step, as nothing catches it."""
+
+    def killed(*arguments, **options):
+        raise Killed
+
+    monkeypatch.setattr(starting, "run_pretraining", killed)
+    with pytest.raises(Killed):
         xdino(*command, "--minutes", 2)
     monkeypatch.undo()
     said_again = said_other(monkeypatch)

@@ -25,17 +25,8 @@ from xdino_launch.report.film_strip import FilmStrip, frames, thinned
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Dark and bright images in train/ and val/."""
-    root = tmp_path_factory.mktemp("data") / "it's <b>data"
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 12)):
-        for number in range(count):
-            name = "dark" if number % 2 else "bright"
-            (root / split / name).mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 90, (24, 24, 3)) + 160 * (name == "bright")
-            Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.png")
-    return root
+def folder(tmp_path_factory, dark_and_bright):
+    return dark_and_bright(tmp_path_factory.mktemp("data") / "it's <b>data")
 
 
 @pytest.fixture

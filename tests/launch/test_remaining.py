@@ -5,9 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from xdino.values import span
 from xdino_launch import remaining
 from xdino_launch.console import ConsoleListener
-from xdino_launch.remaining import Remaining, binary_bytes, duration
+from xdino_launch.remaining import Remaining, binary_bytes
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from xdino_launch.remaining import Remaining, binary_bytes, duration
      (7800, "2 h 10 min"), (3599.9, "1 h"), (300_000, "3 d 11 h"), (86400, "1 d")],
 )  # fmt: skip
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert span(seconds) == text
 
 
 def test_sizes():

@@ -4,7 +4,7 @@ What was chosen stays in RUN/auto.json, and in RUN/config.yaml as an ordinary re
 continued goes on with it: nothing is looked at or timed again, for the machine may be in another mood.
 """
 
-from xdino_launch.automatic.record import Asked
+from xdino.forecast.choosing import Asked
 from xdino_launch.automatic.starting import pretrain_auto, recipe_text
 
 __all__ = ["Asked", "pretrain_auto", "recipe_text"]

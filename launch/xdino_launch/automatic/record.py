@@ -1,67 +1,24 @@
-"""What was asked for, what was chosen, and the file of a run that keeps both."""
+"""The file of a run that keeps what was asked for and what was chosen; what is told of it."""
 
 import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from xdino import config as configuration
 from xdino.config import Config
 from xdino.errors import UsageError, asked
-from xdino.forecast.choices import GIVEN, Choice, configured, settings_of
+from xdino.forecast.choices import GIVEN, Choice, configured
+from xdino.forecast.choosing import Asked, Recipe
 from xdino.run_directory import CONFIG_FILE, RunDirectory
 from xdino.runtime.atomic import write_text
 from xdino.runtime.lock import Lock
 from xdino_launch.console import stderr_console
 
 RECORD_FILE = "auto.json"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a person wants: minutes or epochs, and keys that are set already."""
-
-    minutes: float | None
-    epochs: int | None
-    given: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        """Raises UsageError where it contradicts itself, or a key or value is none."""
-        if self.minutes is not None and self.epochs is not None:
-            raise UsageError("--minutes and --epochs exclude each other: give one")
-        if self.minutes is not None and "train.epochs" in self.given:
-            raise UsageError("--minutes and --train.epochs exclude each other: give one")
-        if str(self.epochs) != self.given.get("train.epochs", str(self.epochs)):
-            raise UsageError(
-                f"--epochs is {self.epochs}, but --train.epochs is {self.given['train.epochs']}: "
-                "give one"
-            )
-        settings_of(self.own)
-
-    @property
-    def own(self) -> dict[str, str]:
-        """The keys, the epochs among them."""
-        epochs = {} if self.epochs is None else {"train.epochs": f"{self.epochs}"}
-        return {**self.given, **epochs}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What was chosen. seconds: that the run is going to take, as far as it was timed."""
-
-    choices: list[Choice]
-    seconds: float
-    facts: dict[str, Any]
-
-    @property
-    def config(self) -> Config:
-        return configured(self.choices)
 
 
 # What is kept of it, in the run

@@ -5,14 +5,12 @@ import time
 from pathlib import Path
 
 from xdino.errors import UsageError
+from xdino.forecast.choosing import Asked, Choosing, Recipe
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
 from xdino.runtime.stopping import StopSignal
-from xdino_launch.automatic.choosing import Choosing
 from xdino_launch.automatic.record import (
     RECORD_FILE,
-    Asked,
-    Recipe,
     recorded,
     table,
     tell_end,
@@ -20,7 +18,7 @@ from xdino_launch.automatic.record import (
     write,
 )  # fmt: skip
 from xdino_launch.console import stderr_console
-from xdino_launch.local import run_pretraining
+from xdino_launch.local import evaluator_of, run_pretraining
 
 
 def pretrain_auto(
@@ -71,15 +69,19 @@ def _agreed(
     with stop.abandoning("while its processes met"):
         if distributed.start(device):
             stack.callback(distributed.stop)
-    note = stderr_console().print if distributed.rank() == 0 else lambda *parts, **how: None
+
+    def note(sentence: str) -> None:
+        if distributed.rank() == 0:
+            stderr_console().print(sentence, soft_wrap=True)
+
     with stop.abandoning("while its recipe was chosen"), distributed.heard():
         before = distributed.from_first(lambda: recorded(run, wanted) if run else None)
         if before is not None:
-            note(f"{run}: by what was chosen at its start ({RECORD_FILE})", soft_wrap=True)
+            note(f"{run}: by what was chosen at its start ({RECORD_FILE})")
             return before, False
         if wanted.minutes is None and "train.epochs" not in wanted.own:
             raise UsageError("say how long: --minutes 30, or --epochs N")
-        recipe = Choosing(wanted, run, device, began, note).recipe()
+        recipe = Choosing(wanted, run, device, began, note, evaluator_of).recipe()
     if distributed.rank() == 0:
         stderr_console().print(table(recipe.choices))
     return recipe, True

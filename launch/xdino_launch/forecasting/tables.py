@@ -8,8 +8,9 @@ from xdino.forecast.costs import Workload
 from xdino.forecast.machines import Machine
 from xdino.forecast.outlook import Outlook
 from xdino.forecast.survey import STRETCHED, TINY, Quantiles, Survey
+from xdino.values import span
 from xdino_launch.forecasting.candidates import Candidate
-from xdino_launch.remaining import binary_bytes, duration
+from xdino_launch.remaining import binary_bytes
 
 WIDTH, NAME = 80, 12  # columns
 
@@ -151,7 +152,7 @@ def candidate_table(made: Sequence[Candidate], chosen: Candidate, minutes: float
                 f"{each.value('crops.global_size')}/{each.value('crops.local_size')}",
                 each.value("train.batch_size"),
                 f"{seen.step_seconds:.3g}",
-                duration(epoch),
+                span(epoch),
                 f"{each.epochs:,}" if each.epochs else "none",
                 binary_bytes(seen.memory),
             )
@@ -164,21 +165,19 @@ def candidate_table(made: Sequence[Candidate], chosen: Candidate, minutes: float
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([f"In {duration(60 * minutes)} this machine trains:", *lines])
+    return "\n".join([f"In {span(60 * minutes)} this machine trains:", *lines])
 
 
 def chosen_lines(chosen: Candidate, minutes: float, file: str) -> str:
     """What to type, and what it will take."""
     seen = chosen.outlook
     lines = [
-        ("forecast", f"about {duration(seen.seconds)} and {binary_bytes(seen.memory)} of memory, "
+        ("forecast", f"about {span(seen.seconds)} and {binary_bytes(seen.memory)} of memory, "
          f"{binary_bytes(seen.disk_bytes)} on disk"),
         ("", f"xdino pretrain {file} --run runs/mine"),
     ]  # fmt: skip
     if not chosen.epochs:
-        lines.append(
-            ("note", f"not one epoch fits into {duration(60 * minutes)}: this is one epoch")
-        )
+        lines.append(("note", f"not one epoch fits into {span(60 * minutes)}: this is one epoch"))
     elif not chosen.enough:
         lines.append(
             ("note", f"{chosen.epochs * seen.steps_per_epoch:,} steps are few for this network: "
@@ -223,7 +222,7 @@ def outlook_lines(seen: Outlook, network: str) -> Iterator[tuple[str, str]]:
             f"{seen.step_seconds:.3g} s; {seen.images_per_second:,.0f} images/s"
         ),
     )
-    yield "time", f"about {duration(seen.seconds)}"
+    yield "time", f"about {span(seen.seconds)}"
     room = f" of {binary_bytes(seen.room)}" if seen.room else ""
     yield "memory", f"{binary_bytes(seen.memory)}{room} a {each}"
     if seen.loader_cores:

@@ -6,6 +6,7 @@
 Letters: G global views, V views in all (the global ones first), B images, K prototypes.
 """
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,9 +70,9 @@ class PrototypeLoss(Objective):
         super().__init__(statistics)
         self.student_temp = student_temp
 
+    @abc.abstractmethod
     def centre_of(self, logits: Callable[[], Tensor], teacher_temp: float) -> Tensor:
         """What the targets are centred by, `[1, K]`; `logits` works out the teacher's, `[G, B, K]`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def targets(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:

@@ -12,6 +12,7 @@ Letters: G global views, V views in all (the global ones first), B images, d wid
 D width of the backbone, S numbers of the statistics.
 """
 
+import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ class Measured:
     told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, abc.ABC):
     """The interface, and what suits an objective that remembers nothing.
 
     `of_prototypes`: the heads end in a layer onto prototypes. `unit`: the bottleneck is normalised.
@@ -69,13 +70,13 @@ class Objective(nn.Module):
         """Statistics of no images: zeros `[S]`, on the device and in the precision of the rest."""
         return self._blank.clone()
 
+    @abc.abstractmethod
     def measure(self, views: Views) -> Measured:
         """The loss of one micro-batch. Moves nothing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pairs(self, views: Views) -> Tensor:
         """What each teacher view and each student view cost: `[G, V]`, for who looks at one step."""
-        raise NotImplementedError
 
     def update(self, statistics: Tensor, broken: Tensor | None = None) -> None:
         """End a step. `broken`: a flag on the device; where it is set nothing may move."""

@@ -3,6 +3,7 @@
 Whatever fails there costs the page, never the run. What they need is imported for them alone.
 """
 
+import abc
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ WANDB_SECONDS = 30.0  # that a run waits for wandb at its start, and at its end
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-class Page:
+class Page(abc.ABC):
     """What all pages are: `run` is None once it has failed, and the page stays silent then."""
 
     name = ""
@@ -25,13 +26,13 @@ class Page:
         self._notice = notice
         self.run: Any = None
 
+    @abc.abstractmethod
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self) -> None:
         """Nothing more comes."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def _or_without(self) -> Iterator[None]:

@@ -4,8 +4,10 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +22,11 @@ from xdino.forecast.facts import Images, Machine, look_at, machine_of
 from xdino.forecast.fitting import Judging, Length
 from xdino.forecast.ladder import Rung
 from xdino.forecast.rates import Rates, time_steps
+from xdino.job import Evaluator
 from xdino.plan.networks import spec_of
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
 from xdino.values import shown
-from xdino_launch.automatic.record import Asked, Recipe
-from xdino_launch.local import evaluator_of
 
 PILOT_SHARE, PILOT_SECONDS = 0.06, (4.0, 60.0)  # of the time, for steps that are timed; bounds
 PILOT_STEPS = 60
@@ -34,8 +35,60 @@ JUDGED = (32, 96, 352)  # images of a split: to warm up, and twice to time
 END_SECONDS = 1.0  # after the last step
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a person wants: minutes or epochs, and keys that are set already."""
+
+    minutes: float | None
+    epochs: int | None
+    given: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raises UsageError where it contradicts itself, or a key or value is none."""
+        if self.minutes is not None and self.epochs is not None:
+            raise UsageError("--minutes and --epochs exclude each other: give one")
+        if self.minutes is not None and "train.epochs" in self.given:
+            raise UsageError("--minutes and --train.epochs exclude each other: give one")
+        if str(self.epochs) != self.given.get("train.epochs", str(self.epochs)):
+            raise UsageError(
+                f"--epochs is {self.epochs}, but --train.epochs is {self.given['train.epochs']}: "
+                "give one"
+            )
+        settings_of(self.own)
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The keys, the epochs among them."""
+        epochs = {} if self.epochs is None else {"train.epochs": f"{self.epochs}"}
+        return {**self.given, **epochs}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was chosen. seconds: that the run is going to take, as far as it was timed."""
+
+    choices: list[Choice]
+    seconds: float
+    facts: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        return configured(self.choices)
+
+
+#: What judges a run by its configuration while it trains, given its labelled splits.
+Judges = Callable[[Config, tuple[Source, Source]], Evaluator | None]
+
+
 class Choosing:
-    """One choice under way. All processes do the same, and hear of the first what it saw."""
+    """One choice under way. All processes do the same, and hear of the first what it saw.
+
+    Args:
+        run: its folder, whose disk is tried; None for nowhere.
+        began: `time.monotonic()` when the minutes began.
+        note: is told what was found, a sentence at a time.
+        judges: None where nobody is going to judge along the way.
+    """
 
     def __init__(
         self,
@@ -43,9 +96,11 @@ class Choosing:
         run: Path | None,
         device: torch.device,
         began: float,
-        note: Callable[..., None],
+        note: Callable[[str], None],
+        judges: Judges | None = None,
     ) -> None:
         self.wanted, self.run, self.began, self.note = wanted, run, began, note
+        self.judges = judges
         self.given = wanted.own
         self.minutes = wanted.minutes
         path = self.given.get("data.path")
@@ -91,14 +146,14 @@ class Choosing:
         channels, largest = settings.model.in_chans, settings.data.max_pixels
         with asked(f"cannot open data.path {shown(path)}"):
             source = data.open_source(path, "train", channels, max_pixels=largest)
-        found = look_at(source, self._splits(settings) is not None)
+        judged = self.judges is not None and self._splits(settings) is not None
+        found = look_at(source, judged)
         sides = "{}" if found.smallest == found.largest else "{} to {}"
         sides = sides.format(found.smallest, found.largest)
         self.note(
             f"{found.count:,} images of {source.name}, {sides} pixels (the shorter side of "
             f"{found.sampled}), {'grey' if found.grey else 'colour'}, "
-            f"{'labelled' if found.labelled else 'without labels to judge by'}",
-            soft_wrap=True,
+            f"{'labelled' if found.labelled else 'without labels to judge by'}"
         )
         return found
 
@@ -141,8 +196,7 @@ class Choosing:
         self.note(
             f"{config.model.arch}, {rates.images_per_step} images a step: "
             f"{rates.seconds_per_step:.3g} s ({rates.steps} steps in {rates.precision} on "
-            f"{rates.device}; {100 * rates.wait_share:.0f} % of it waiting for images)",
-            soft_wrap=True,
+            f"{rates.device}; {100 * rates.wait_share:.0f} % of it waiting for images)"
         )
         return choices, rates
 
@@ -165,6 +219,7 @@ class Choosing:
     def _judged(self, config: Config) -> Judging | None:
         splits = self._splits(config)
         assert splits is not None
+        assert self.judges is not None
         every = dataclasses.replace(config.evaluate, every=1)
         channels = splits[0].channels
         with torch.random.fork_rng():
@@ -173,14 +228,14 @@ class Choosing:
         taken = []
         for limit in JUDGED:
             limited = dataclasses.replace(every, limit=limit)
-            evaluator = evaluator_of(dataclasses.replace(config, evaluate=limited), splits)
+            evaluator = self.judges(dataclasses.replace(config, evaluate=limited), splits)
             assert evaluator is not None
             began = time.monotonic()
             try:
                 with warnings.catch_warnings(action="ignore"):  # of so few images
                     evaluator(backbone)
             except (OSError, RuntimeError, ValueError) as error:
-                self.note(f"scores along the way are left out: {error}", soft_wrap=True)
+                self.note(f"scores along the way are left out: {error}")
                 return None
             taken.append(time.monotonic() - began)
         few, many = (sum(min(limit, len(split)) for split in splits) for limit in JUDGED[1:])
