@@ -28,6 +28,7 @@ def train(checkout: Path, run: Path, iterations: int) -> None:
     """One epoch of `debug` in `iterations` steps."""
     options = {"train.batch_size": 10_000 // iterations, "train.epochs": 1, "runtime.log_every": 1}
     options |= {"evaluate.every": 0, "crops.local_count": 2, "runtime.device": "cpu"}
+    options["train.precision"] = "fp32"  # "auto" has not always meant the same
     command = [sys.executable, "-m", "xdino_launch", "pretrain", "debug", "--run", str(run)]
     for key, value in options.items():
         command += [f"--{key}", str(value)]
