@@ -8,7 +8,7 @@ from pathlib import Path
 from xdino import checkpoint, data
 from xdino import config as configuration
 from xdino.backbone import Backbone
-from xdino.config import Config
+from xdino.config import QUALITY_VIEWS, Config
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.job import Evaluator, Listener
@@ -106,7 +106,8 @@ def evaluator_of(
     """
     if not config.evaluate.every or splits is None:
         return None
-    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": Quality(config.crops)}
+    quality = Quality(config.crops, views=QUALITY_VIEWS)
+    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
     return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
 

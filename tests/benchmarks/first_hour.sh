@@ -41,7 +41,7 @@ PY
 
 part attention
 mapfile -t some < <(find "$photos" -type f | sort | head -n 6)
-xdino attention run "${some[@]}" --out pictures
+xdino attention run "${some[@]}" --out run/attention
 
 part report
 xdino report run --out report.html

@@ -34,12 +34,22 @@ def test_a_run_of_many_epochs_fills_its_minutes_and_ends_with_a_score():
     assert scores <= 0.1 * 1800
 
 
-def test_without_labels_nothing_is_scored():
+def test_without_labels_quality_is_judged():
+    judging = Judging(0.5, 0.002, 3_000, 0, labelled=False)
+    found = fitting.length(600, RATES, judging)
+    keys = {c.key: c for c in fitting.lengths(found, RATES, judging)}
+    assert keys["evaluate.protocols"].value == "quality"
+    assert "labelled" in keys["evaluate.protocols"].reason
+    assert int(keys["evaluate.every"].value) > 0
+
+
+def test_where_nobody_judges_nothing_is_scored():
     found = fitting.length(600, RATES, None)
     assert (found.evaluations.every, found.evaluations.points) == (0, 0)
     keys = {c.key: c for c in fitting.lengths(found, RATES, None)}
     assert keys["evaluate.every"].value == "0"
-    assert "labelled" in keys["evaluate.every"].reason
+    assert "judges" in keys["evaluate.every"].reason
+    assert "evaluate.protocols" not in keys
 
 
 def test_scores_that_cost_too_much_are_left_out():

@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from xdino.config import dotted_keys
-from xdino.data import open_source
+from xdino.config import QUALITY_VIEWS, dotted_keys
+from xdino.data import open_source, open_splits
 from xdino.errors import RunFailed, UsageError
 from xdino.forecast import fitting, ladder
 from xdino.forecast.choices import Choice, choose, configured
-from xdino.forecast.costs import Workload
+from xdino.forecast.costs import Workload, count_step, forward_flops
 from xdino.forecast.facts import Images, look_at, machine_of
+from xdino.forecast.fitting import Judging
 from xdino.forecast.ladder import Rung
 from xdino.forecast.machines import Machine
 from xdino.forecast.outlook import Outlook, Trial, outlook
@@ -104,13 +105,14 @@ def _candidate(
         trial.rates, seconds_per_step=step.step_seconds, steps_per_epoch=work.steps_per_epoch
     )
     begin = trial.import_seconds + trial.start_seconds
-    fits = fitting.length(60 * minutes - begin, rates, None)
+    judging = _judging(work, step.step_seconds, given["data.path"])
+    fits = fitting.length(60 * minutes - begin, rates, judging)
     length = fits or fitting.of_epochs(1, rates, fitting.Evaluations())
     updates = length.epochs * work.steps_per_epoch
     here = machine_of(resolve_device("auto"), 1)
     settled = dataclasses.replace(rung, batch=work.config.train.batch_size)
     choices = choose(images, here, settled, updates, length.epochs, given)
-    choices += fitting.lengths(length, rates, None)
+    choices += fitting.lengths(length, rates, judging)
     order = dotted_keys()
     choices.sort(key=lambda choice: order.index(choice.key))
     full = Workload.of(
@@ -118,6 +120,17 @@ def _candidate(
     )
     seen = outlook(full, machine, trial=trial)
     return Candidate(choices, seen, fits.epochs if fits else 0, 2 * updates >= rung.updates)
+
+
+def _judging(work: Workload, step_seconds: float, path: str) -> Judging:
+    """What an evaluation takes, by the operations of its forward passes: it is not tried."""
+    flops = count_step(work).flops
+    an_image = forward_flops(work, work.spec.input_size) / flops * step_seconds
+    try:
+        train, val = open_splits(path)
+    except UsageError:
+        return Judging(0.0, (1 + QUALITY_VIEWS) * an_image, work.images, 0, labelled=False)
+    return Judging(0.0, an_image, len(train), len(val))
 
 
 def preferred(made: Sequence[Candidate]) -> Candidate:

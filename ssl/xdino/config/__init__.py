@@ -12,6 +12,7 @@ from xdino.config.schema import (
     FREE,
     KEYS,
     MAX_PIXELS,
+    QUALITY_VIEWS,
     Config,
     Crops,
     Curriculum,
@@ -29,8 +30,8 @@ from xdino.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "FREE", "HEAD", "KEYS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate", "Head",
-    "Loss", "Model", "Optim", "Runtime", "Setting", "Teacher", "Train", "about", "commented", "comments",
-    "differing_keys", "dotted_keys", "file_of", "head", "in_epochs", "load", "parse", "recipes",
-    "recipes_dir", "settings", "spelt", "to_tree", "to_yaml", "unfused",
+    "FREE", "HEAD", "KEYS", "MAX_PIXELS", "QUALITY_VIEWS", "Config", "Crops", "Curriculum", "Data",
+    "Evaluate", "Head", "Loss", "Model", "Optim", "Runtime", "Setting", "Teacher", "Train", "about",
+    "commented", "comments", "differing_keys", "dotted_keys", "file_of", "head", "in_epochs", "load",
+    "parse", "recipes", "recipes_dir", "settings", "spelt", "to_tree", "to_yaml", "unfused",
 ]  # fmt: skip

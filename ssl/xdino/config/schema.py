@@ -287,6 +287,10 @@ class Train:
         return self.epochs + sum(self.extended)
 
 
+QUALITY_VIEWS = 10
+"""Of an image, by which quality judges while training: LiDAR's paper takes 50, too many to repeat."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
     """What judges while training, a linear probe at the end, and the size at which all judge."""

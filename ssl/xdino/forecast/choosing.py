@@ -146,7 +146,7 @@ class Choosing:
         channels, largest = settings.model.in_chans, settings.data.max_pixels
         with asked(f"cannot open data.path {shown(path)}"):
             source = data.open_source(path, "train", channels, max_pixels=largest)
-        judged = self.judges is not None and self._splits(settings) is not None
+        judged = self.judges is not None and self._labelled(settings) is not None
         found = look_at(source, judged)
         sides = "{}" if found.smallest == found.largest else "{} to {}"
         sides = sides.format(found.smallest, found.largest)
@@ -158,7 +158,7 @@ class Choosing:
         return found
 
     @staticmethod
-    def _splits(settings: Config) -> tuple[Source, Source] | None:
+    def _labelled(settings: Config) -> tuple[Source, Source] | None:
         path = settings.evaluate.data or settings.data.path
         try:
             return data.open_splits(path, settings.model.in_chans, settings.data.max_pixels)
@@ -211,15 +211,25 @@ class Choosing:
 
     def _judge(self, choices: list[Choice]) -> None:
         """Time an evaluation of a network like that; it is not repeated for the next."""
-        if not self.images.labelled or self.judging is not None:
+        if self.judges is None or self.judging is not None:
             return
-        config = configured(choices)
+        unlabelled = [] if self._has_what_judges else [fitting.UNLABELLED]
+        config = configured([*choices, *unlabelled])
         self.judging = distributed.from_first(lambda: self._judged(config))
 
+    @property
+    def _has_what_judges(self) -> bool:
+        """Whether what judges is given, or labelled images leave it at k-NN."""
+        return self.images.labelled or "evaluate.protocols" in self.given
+
     def _judged(self, config: Config) -> Judging | None:
-        splits = self._splits(config)
-        assert splits is not None
         assert self.judges is not None
+        splits, path = self._labelled(config), config.data.path
+        if splits is None:
+            source = data.open_source(
+                path or "", "train", config.model.in_chans, max_pixels=config.data.max_pixels
+            )
+            splits = source, source
         every = dataclasses.replace(config.evaluate, every=1)
         channels = splits[0].channels
         with torch.random.fork_rng():
@@ -238,10 +248,12 @@ class Choosing:
                 self.note(f"scores along the way are left out: {error}")
                 return None
             taken.append(time.monotonic() - began)
-        few, many = (sum(min(limit, len(split)) for split in splits) for limit in JUDGED[1:])
+        judged = splits if self.images.labelled else splits[:1]
+        few, many = (sum(min(limit, len(split)) for split in judged) for limit in JUDGED[1:])
         an_image = max(0.0, taken[2] - taken[1]) / (many - few) if many > few else 0.0
         fixed = max(0.0, taken[1] - few * an_image)
-        return Judging(fixed, an_image, len(splits[0]), len(splits[1]))
+        val = len(splits[1]) if self.images.labelled else 0
+        return Judging(fixed, an_image, len(splits[0]), val, self._has_what_judges)
 
     def _length(self, rates: Rates) -> Length | None:
         if self.minutes is not None:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from xdino import augment, data
 from xdino.augment import MultiCrop
 from xdino.backbones import BackboneSpec
-from xdino.config import Config
+from xdino.config import QUALITY_VIEWS, Config
 from xdino.loss.chunked import CPU_CHUNK
 from xdino.plan.crops import crops_of
 from xdino.plan.feasibility import on_meta, state_bytes, trained_bytes
@@ -32,6 +32,7 @@ from xdino.plan.networks import build_head, checkpoint_activations, spec_of
 from xdino.student_teacher import MultiCropNetwork
 
 GLOBAL_VIEWS = 2
+QUALITY_IMAGES = 1_000  # of which quality looks at views, at most
 FLOAT = 4  # bytes
 _ADAMW_PASSES, _OTHER_PASSES, _EMA_PASSES, _CLIP_PASSES = 7, 5, 3, 3  # over the weights, a step
 _UPDATE_LAUNCHES = 200  # of torch's foreach kernels, with the look at what is not finite
@@ -175,6 +176,18 @@ def count_step(work: Workload, early: bool = False) -> StepCost:
     passes = _ADAMW_PASSES if work.config.optim.name == "adamw" else _OTHER_PASSES
     passes += _EMA_PASSES + _CLIP_PASSES
     return micro.times(train.accumulate).plus(passes * P, _UPDATE_LAUNCHES)
+
+
+def evaluated_views(work: Workload) -> int:
+    """Images that one evaluation while training passes through the backbone, about."""
+    evaluate = work.config.evaluate
+    images = min(work.images, evaluate.limit)
+    views = 0
+    if "quality" in evaluate.protocols:
+        views += QUALITY_VIEWS * min(images, QUALITY_IMAGES)
+    if evaluate.protocols == ("quality",):
+        return views + images
+    return views + images + images // 4  # a smaller val/
 
 
 def forward_flops(work: Workload, size: int) -> float:

@@ -24,17 +24,23 @@ LOCAL_CROPS = (2, 12)  # with which whole epochs are made to fill the time
 FILLED = 0.94  # of the time, at least
 
 
+UNLABELLED = Choice(
+    "evaluate.protocols", "quality", "nothing is labelled: RankMe, and whether views are told apart"
+)
+
+
 @dataclass(frozen=True)
 class Judging:
     """What one evaluation takes: `fixed` seconds, and `an_image` for each of both splits.
 
-    train, val: their images.
+    train, val: their images. labelled: else the features' quality is all that can be judged.
     """
 
     fixed: float
     an_image: float
     train: int
     val: int
+    labelled: bool = True
 
     def seconds(self, limit: int) -> float:
         return self.fixed + self.an_image * (min(limit, self.train) + min(limit, self.val))
@@ -139,6 +145,8 @@ def lengths(choice: Length, rates: Rates, judging: Judging | None) -> Iterator[C
     yield Choice("train.epochs", f"{choice.epochs}", rate)
     found = choice.evaluations
     if found.every:
+        if judging is not None and not judging.labelled:
+            yield UNLABELLED
         yield Choice(
             "evaluate.every",
             f"{found.every}",
@@ -146,7 +154,7 @@ def lengths(choice: Length, rates: Rates, judging: Judging | None) -> Iterator[C
         )
         yield Choice("evaluate.limit", f"{found.limit}", "images of each split to judge by")
     elif judging is None:
-        yield Choice("evaluate.every", "0", "nothing is labelled: there is nothing to score")
+        yield Choice("evaluate.every", "0", "nothing judges along the way")
     else:
         yield Choice("evaluate.every", "0", "scoring would take too much of the time")
     yield Choice(

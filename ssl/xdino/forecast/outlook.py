@@ -15,6 +15,7 @@ from xdino.forecast.costs import (
     Workload,
     count_step,
     disk_bytes,
+    evaluated_views,
     forward_flops,
     kept,
     memory_bytes,
@@ -265,14 +266,14 @@ class _Sums:
             self.said.append("the linear probe at the end is not counted")
         if not times:
             return 0.0
-        images = min(work.images, evaluate.limit) + min(work.images, evaluate.limit) // 4
-        flops = forward_flops(work, work.spec.input_size) * images
-        seconds = times * flops / self.step.flops * step_seconds
+        views = evaluated_views(work)
+        flops = forward_flops(work, work.spec.input_size) * views
+        seconds = flops / self.step.flops * step_seconds
         self.said.append(
-            f"{times:,} evaluations of about {images:,} images, forward passes only: "
-            f"{seconds / times:.2g} s each"
+            f"{times:,} evaluations, and one before the first step, of about {views:,} images, "
+            f"forward passes only: {seconds:.2g} s each"
         )
-        return seconds
+        return (times + 1) * seconds
 
     def loader_cores(self, step_seconds: float, loading: Loading | None) -> float:
         """Cores of one machine that keep its processes fed."""
