@@ -24,7 +24,7 @@ def images(count=10_000, side=28, **facts):
 
 def chosen(seen, machine, rung=None, updates=1000, epochs=20, **given):
     own = {key.replace("__", "."): value for key, value in given.items()}
-    rungs = ladder.ladder(seen, machine)
+    rungs = ladder.ladder(seen, machine, own.get("loss.objective"))
     rung = rung or rungs[ladder.first_rung(rungs, machine, seen, 1800)]
     return {
         choice.key: choice.value for choice in choose(seen, machine, rung, updates, epochs, own)
@@ -45,12 +45,20 @@ def test_small_grey_images_get_the_demo_s_recipe():
     assert found["evaluate.resize"] == "28"
 
 
-def test_photographs_on_a_cpu_get_small_crops_and_the_published_rate():
+def test_photographs_on_a_cpu_get_small_crops_and_what_the_board_learned_best():
     found = chosen(images(5_000, 480, largest=900), CPU)
     assert found["model.arch"] == "xcit_tiny_12_p8"
     assert (found["crops.global_size"], found["crops.local_size"]) == ("64", "32")
+    assert found["loss.objective"] == "simdino"
+    assert float(found["optim.lr"]) * 32 / 256 == pytest.approx(2.5e-4)
+    assert not {"evaluate.resize", "head.prototypes", "optim.freeze_last_layer"} & set(found)
+
+
+def test_who_asks_for_prototypes_gets_the_published_rate():
+    found = chosen(images(5_000, 480, largest=900), CPU, epochs=3, loss__objective="dino")
+    assert found["loss.objective"] == "dino"
     assert float(found["optim.lr"]) * 32 / 256 == pytest.approx(6.25e-5)
-    assert "evaluate.resize" not in found
+    assert (found["head.prototypes"], found["optim.freeze_last_layer"]) == ("1024", "0")
 
 
 def test_photographs_on_a_gpu_get_the_published_crops():
@@ -65,7 +73,7 @@ def test_the_rate_stays_where_it_was_tried():
     for count, batch in ((12, 4), (40, 16), (10_000, 32)):
         found = chosen(images(count, 300), CPU)
         assert int(found["train.batch_size"]) == batch
-        assert float(found["optim.lr"]) * batch / 256 == pytest.approx(6.25e-5, rel=1e-3)
+        assert float(found["optim.lr"]) * batch / 256 == pytest.approx(2.5e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12, 63])
@@ -115,7 +123,7 @@ def test_what_is_given_is_kept_and_listed_so():
 
 def test_the_rate_follows_a_batch_that_is_given():
     found = chosen(images(5_000, 300), CPU, train__batch_size="256")
-    assert float(found["optim.lr"]) == 5e-4
+    assert float(found["optim.lr"]) == 2e-3
     assert found["train.batch_size"] == "256"
 
 

@@ -31,6 +31,14 @@ SCORED = tuple(key for key, _, _ in MEASURES)  # of an evaluation while training
 T = TypeVar("T")
 
 
+#: `loss.objective` -> what a report says of it.
+LEARNED_BY = {
+    "dino": "self-distillation (DINO)",
+    "simdino": "self-distillation with a coding rate (SimDINO)",
+    "sigreg": "agreement of views and SIGReg (LeJEPA)",
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """`config`: dotted keys to values as they are written. `damage`: what could not be read, a
@@ -78,6 +86,11 @@ class Run:
         return (
             "iterations" in self.facts and self.facts.get("iteration") == self.facts["iterations"]
         )
+
+    @property
+    def learned_by(self) -> str:
+        """The objective, in words."""
+        return LEARNED_BY.get(self.value("loss.objective"), LEARNED_BY["dino"])
 
     @property
     def prototypes(self) -> int | None:

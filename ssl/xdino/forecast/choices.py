@@ -13,7 +13,7 @@ from xdino import config as configuration
 from xdino.config import Config
 from xdino.forecast import ladder
 from xdino.forecast.facts import Images, Machine
-from xdino.forecast.ladder import PUBLISHED, SMALL, Rung
+from xdino.forecast.ladder import PUBLISHED, SHRUNK, SMALL, Rung
 
 GIVEN = "given"
 
@@ -96,10 +96,12 @@ def _all(
     batch = batch_of(images, machine, rung, given)
     total = batch * _whole(given, "train.accumulate", 1) * machine.processes
     yield from _network(images, rung, given)
-    prototypes = _up_to(ladder.PROTOTYPES, images.count)
-    if machine.device == "cpu":
-        prototypes = min(int(prototypes), ladder.MOST_ON_CPU)
-    yield "head.prototypes", f"{prototypes}", f"for {images.count:,} images"
+    with_prototypes = _objective(rung, given) == "dino"
+    if with_prototypes:
+        prototypes = _up_to(ladder.PROTOTYPES, images.count)
+        if machine.device == "cpu":
+            prototypes = min(int(prototypes), ladder.MOST_ON_CPU)
+        yield "head.prototypes", f"{prototypes}", f"for {images.count:,} images"
     yield from _crops(images, rung, given)
     own_network = "model.arch" in given
     for key, (value, reason) in rung.family.keys.items():
@@ -109,12 +111,17 @@ def _all(
     yield "teacher.momentum", f"{momentum}", f"for some {_about(updates)} updates"
     yield "optim.lr", *_rate(rung, total)
     yield "optim.warmup_epochs", ladder.WARM_UP, "a tenth of the run, as published"
-    if epochs < ladder.FEW_EPOCHS:
+    if with_prototypes and epochs < ladder.FEW_EPOCHS:
         free = "few epochs: the last layer learns from the start"
         yield "optim.freeze_last_layer", "0", free
     yield "train.batch_size", f"{batch}", _why_batch(images, machine, rung, batch)
     yield "train.precision", *_precision(machine)
     yield "runtime.workers", *_workers(machine)
+
+
+def _objective(rung: Rung, given: Mapping[str, str]) -> str:
+    own = rung.family.keys.get("loss.objective", ("dino", ""))[0]
+    return given.get("loss.objective", own)
 
 
 def _up_to(table: Sequence[tuple[int, float]], number: int) -> float:
@@ -235,7 +242,7 @@ def _rate(rung: Rung, total: int) -> tuple[str, str]:
         return value, f"a peak of {kept:.3g} at {total} images: the rule's {peak:.2g} is too little"
     if kept < peak:
         return value, f"a peak of {kept:.3g} at {total} images: the largest that was tried"
-    told = "published rule" if family is not SMALL else "demo's rule"
+    told = {SMALL.lr: "demo's rule", SHRUNK.lr: "board's rule"}.get(family.lr, "published rule")
     return value, f"a peak of {kept:.3g} at {total} images, by the {told}"
 
 

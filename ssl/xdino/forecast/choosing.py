@@ -110,7 +110,7 @@ class Choosing:
         self.machine: Machine = distributed.from_first(
             lambda: machine_of(device, distributed.world_size())
         )
-        self.rungs = ladder.ladder(self.images, self.machine)
+        self.rungs = ladder.ladder(self.images, self.machine, self.given.get("loss.objective"))
         self.judging: Judging | None = None
 
     @property
