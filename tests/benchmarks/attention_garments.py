@@ -1,6 +1,6 @@
 """Does the demo's class attention find the garments? Composites with known masks.
 
-    python tests/benchmarks/attention_garments.py RUN [RUN ...] --out DIR [--images 300] [--sizes 40,80,160]
+    python tests/benchmarks/attention_garments.py RUN [RUN ...] --out DIR [--images N] [--sizes 40,80,160]
 
 RUN: a finished run of `xdino demo`, whose held-out images these are: garments at random places on
 random textures, and as mask every pixel that a garment hides by half or more. Attention is scored by
