@@ -55,9 +55,11 @@ def run_demo(run_dir: Path, seed: int = 0, overrides: Mapping[str, str] | None =
     for path in (resolved.data.path, PLAIN):
         train, val = data.open_splits(path, channels=len(pretrained.mean))
         rows += _scored(train, val, untrained, pretrained)
-    with world(f"write {run_dir / 'results.json'}"):  # the rows of an earlier demo in this folder
-        (run_dir / "results.json").unlink(missing_ok=True)
-    results.append(run_dir / "results.json", rows)
+    file = run_dir / "results.json"
+    on_the_way = [row for row in results.load(file) if row.settings.get("weights") == "best"]
+    with world(f"write {file}"):  # the rows of an earlier demo in this folder
+        file.unlink(missing_ok=True)
+    results.append(file, on_the_way + rows)
     _, val = data.open_splits(resolved.data.path)
     sheet = _draw(pretrained, untrained, val, run_dir / "attention")
     _print(rows, run_dir, sheet, len(val), time.monotonic() - began)
