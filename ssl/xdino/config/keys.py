@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import sys
 import textwrap
 import types
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from xdino.config import schema
-from xdino.config.parsing import to_tree
+from xdino.config.parsing import head_of, to_tree
+from xdino.config.schema import Config, RunConfig
 
 WIDTH = 80  # columns of a commented configuration
 LARGEST_TOLD = 10**4  # larger bounds only keep out what nobody means
@@ -62,35 +63,43 @@ class Setting:
         return _values(self.kind)
 
 
-def settings() -> dict[str, list[Setting]]:
+def settings(schema: type[RunConfig] = Config) -> dict[str, list[Setting]]:
     """Every key, by section, in the order of the schema."""
-    told = _texts()
     return {
         section: [
-            Setting(section, key.name, key.type, key.default, told.get((owner, key.name), ""))
+            Setting(section, key.name, key.type, key.default, _text(type(part), key.name))
             for key in dataclasses.fields(part)
         ]
-        for section, part in _sections().items()
-        for owner in [type(part).__name__]
+        for section, part in _sections(schema).items()
     }
 
 
-def about(section: str) -> str:
+def about(section: str, schema: type[RunConfig] = Config) -> str:
     """The first paragraph of what a section says of itself, in one line."""
-    return " ".join((inspect.getdoc(_sections()[section]) or "").split("\n\n")[0].split())
+    told = inspect.getdoc(type(_sections(schema)[section])) or ""
+    return " ".join(told.split("\n\n")[0].split())
 
 
-def _sections() -> dict[str, Any]:
-    config = schema.Config()
+def _sections(schema: type[RunConfig]) -> dict[str, Any]:
+    config: Any = schema()
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
+def _text(section: type, key: str) -> str:
+    """The text below a key of a section, or of one that it is made from."""
+    for owner in section.__mro__:
+        text = _texts(owner.__module__).get((owner.__name__, key))
+        if text is not None:
+            return text
+    return ""
+
+
 @functools.cache
-def _texts() -> dict[tuple[str, str], str]:
+def _texts(module: str) -> dict[tuple[str, str], str]:
     """The text below each key, by class and key; none where the source is not installed."""
     try:
-        tree = ast.parse(inspect.getsource(schema))
-    except OSError:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # TypeError: a module that Python itself brings
         return {}
     found = {}
     for owner in tree.body:
@@ -177,15 +186,16 @@ def _limits(bounds: list[Any]) -> list[str]:
 # What people read
 
 
-def commented(config: schema.Config, remarks: Mapping[str, str] | None = None) -> str:
+def commented(config: RunConfig, remarks: Mapping[str, str] | None = None) -> str:
     """The whole configuration as YAML that can be a recipe, with what each key means above it.
 
     remarks: more to say of some keys, by dotted name.
     """
     tree, remarks = to_tree(config), remarks or {}
-    lines = []
-    for section, keys in settings().items():
-        lines += [f"{section}:", *_comment(about(section)), ""]
+    schema = type(config)
+    lines = head_of(config).splitlines()
+    for section, keys in settings(schema).items():
+        lines += [f"{section}:", *_comment(about(section, schema)), ""]
         for key in keys:
             lines += _comment(key.meaning) + _comment(remarks.get(key.name, ""))
             dumped = yaml.safe_dump({key.key: tree[section][key.key]}, sort_keys=False)
@@ -199,23 +209,26 @@ def _comment(text: str) -> list[str]:
     )
 
 
-def page() -> str:
-    """docs/settings.md."""
+def page(schema: type[RunConfig] = Config) -> str:
+    """docs/settings.md, or that of another kind of run."""
+    kind, source = schema.kind, schema.__module__.replace(".", "/")
+    others = schema is not Config
+    root = "eval" if others else "ssl"
     lines = [
-        "# Settings",
+        f"# Settings of {kind}" if others else "# Settings",
         "",
-        "Every key of a recipe, from `ssl/xdino/config/schema.py`. On the command line a key is",
+        f"Every key of a recipe, from `{root}/{source}.py`. On the command line a key is",
         "`--section.key VALUE`; in a YAML file it stands below `section:`. Defaults are the published",
-        "trainer's unless the text says otherwise. `xdino pretrain --help` lists the same, and",
-        "`xdino pretrain RECIPE --print-config` shows what a recipe and the options come to.",
+        f"trainer's unless the text says otherwise. `xdino {kind} --help` lists the same, and",
+        f"`xdino {kind} RECIPE --print-config` shows what a recipe and the options come to.",
     ]
-    for section, keys in settings().items():
-        lines += ["", f"## {section}", "", about(section), ""]
+    for section, keys in settings(schema).items():
+        lines += ["", f"## {section}", "", about(section, schema), ""]
         lines += ["| key | default | values | meaning |", "|---|---|---|---|"]
         for key in keys:
             cells = (f"`{key.key}`", f"`{key.default_text}`", key.values, key.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    free = ", ".join(f"`{name}`" for name in sorted(schema.FREE))
+    free = ", ".join(f"`{name}`" for name in sorted(schema.free))
     lines += ["", "## When a run is continued", ""]
     lines += [f"`runtime.*` may have other values then, and so may {free}. No other key may."]
     return "\n".join(lines).replace("``", "") + "\n"
