@@ -16,6 +16,7 @@ LINES = ("-", "--", ":", "-.")
 LARGEST = 1e100  # of a number in a curve; a figure has no axis for more
 PANELS = (
     ("loss", {"loss": "loss"}),
+    ("top-1 of the classifier, per cent", {"val_top1": "top-1"}),
     (
         "top-1 of frozen features, per cent",
         {"knn_top1": "k-NN", "logistic_top1": "linear probe", "grid_top1": "linear probe (grid)"},
