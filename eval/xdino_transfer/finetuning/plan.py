@@ -356,7 +356,7 @@ def check_disk(plan: Plan, run_dir: Path) -> None:
 def init_facts(config: FineTuning) -> dict[str, Any]:
     """What the run started from, with its hash, for environment.json and results."""
     if config.train.init is None:
-        return {"init": None}
+        return {"init": None, "init_sha256": None}
     path = Path(config.train.init).expanduser()
     model = path / checkpoint.EXPORTED_FILE
     file = checkpoint.weights_path(model if model.is_file() else path)
