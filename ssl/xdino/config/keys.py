@@ -209,26 +209,38 @@ def _comment(text: str) -> list[str]:
     )
 
 
-def page(schema: type[RunConfig] = Config) -> str:
-    """docs/settings.md, or that of another kind of run."""
-    kind, source = schema.kind, schema.__module__.replace(".", "/")
-    others = schema is not Config
-    root = "eval" if others else "ssl"
+def page(*others: tuple[type[RunConfig], str]) -> str:
+    """docs/settings.md; `others`: further kinds of runs, each with the file that its keys stand in."""
     lines = [
-        f"# Settings of {kind}" if others else "# Settings",
+        "# Settings",
         "",
-        f"Every key of a recipe, from `{root}/{source}.py`. On the command line a key is",
+        "Every key of a recipe, from `ssl/xdino/config/schema.py`. On the command line a key is",
         "`--section.key VALUE`; in a YAML file it stands below `section:`. Defaults are the published",
-        f"trainer's unless the text says otherwise. `xdino {kind} --help` lists the same, and",
-        f"`xdino {kind} RECIPE --print-config` shows what a recipe and the options come to.",
+        "trainer's unless the text says otherwise. `xdino pretrain --help` lists the same, and",
+        "`xdino pretrain RECIPE --print-config` shows what a recipe and the options come to.",
     ]
+    if others:
+        told = " and ".join(
+            f"[xdino {schema.kind}](#keys-of-{schema.kind})" for schema, _ in others
+        )
+        lines += ["", f"First the keys of `xdino pretrain`; those of {told} stand behind them."]
+    lines += _sections_told(Config, "##")
+    for schema, file in others:
+        lines += ["", f"## Keys of {schema.kind}", "", f"Of `xdino {schema.kind}`, from `{file}`."]
+        lines += _sections_told(schema, "###")
+    return "\n".join(lines).replace("``", "") + "\n"
+
+
+def _sections_told(schema: type[RunConfig], heading: str) -> list[str]:
+    """A table a section, and what may change when a run is continued."""
+    lines = []
     for section, keys in settings(schema).items():
-        lines += ["", f"## {section}", "", about(section, schema), ""]
+        lines += ["", f"{heading} {section}", "", about(section, schema), ""]
         lines += ["| key | default | values | meaning |", "|---|---|---|---|"]
         for key in keys:
             cells = (f"`{key.key}`", f"`{key.default_text}`", key.values, key.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     free = ", ".join(f"`{name}`" for name in sorted(schema.free))
-    lines += ["", "## When a run is continued", ""]
+    lines += ["", f"{heading} When a run is continued", ""]
     lines += [f"`runtime.*` may have other values then, and so may {free}. No other key may."]
-    return "\n".join(lines).replace("``", "") + "\n"
+    return lines
