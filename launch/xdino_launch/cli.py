@@ -22,12 +22,12 @@ from xdino.runtime import rendezvous
 from xdino_launch.commands import (
     benchmarks,
     features,
+    finetuning,
     forecasting,
     knn,
     linear,
     listing,
     neighbours,
-    packing,
     pictures,
     pretraining,
     replaying,
@@ -42,6 +42,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
+    "Learn on": ("finetune",),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
@@ -63,6 +64,7 @@ for command in (
     listing.runs,
     pretraining.pretrain,
     pretraining.submit,
+    finetuning.finetune,
     forecasting.look,
     forecasting.plan,
     replaying.replay,
@@ -77,7 +79,7 @@ for command in (
     pictures.attention,
     pictures.segment_score,
     weights.export,
-    packing.pack,
+    weights.pack,
     showing.report,
     showing.demo,
     benchmarks.bench,
