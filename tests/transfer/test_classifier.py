@@ -10,13 +10,8 @@ import torch
 from xdino.backbones import BackboneSpec, of_timm
 from xdino.checkpoint import load_backbone, save_backbone
 from xdino.errors import RunFailed, UsageError
-from xdino_transfer.classification.classifier import (
-    Classifier,
-    at_size,
-    load_classifier,
-    save_classifier,
-    start_from,
-)
+from xdino_transfer.classification.classifier import Classifier, at_size
+from xdino_transfer.classification.files import read_classifier, start_from, write_classifier
 
 TINY = BackboneSpec(
     "xcit_nano_12_p8",
@@ -45,11 +40,11 @@ def same(one: Classifier, other: Classifier) -> bool:
 
 def test_what_is_written_is_read_again(classifier, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_classifier(path, classifier, iteration=7)
-    again = load_classifier(path)
+    write_classifier(path, classifier, {"iteration": 7})
+    again = read_classifier(path).classifier
     assert torch.equal(again(images()), classifier(images()))
     assert (again.spec, again.classes) == (TINY, NAMES)
-    assert same(load_classifier(tmp_path), again), "a run directory"
+    assert same(read_classifier(tmp_path).classifier, again), "a run directory"
     assert not again.training
     assert not any(p.requires_grad for p in again.parameters())
     tensors = safetensors.torch.load_file(path)
@@ -61,12 +56,12 @@ def test_a_published_classification_file_keeps_its_head(tmp_path):
     model = Classifier(spec.build(), spec, 1000).eval()
     published = model.published_state()
     torch.save({"model": published}, tmp_path / "xcit_nano_12_p16_224.pth")
-    again = load_classifier(tmp_path / "xcit_nano_12_p16_224.pth")
+    again = read_classifier(tmp_path / "xcit_nano_12_p16_224.pth").classifier
     assert (again.num_classes, again.classes) == (1000, None)
     assert torch.equal(again(images(64)), model(images(64)))
     timms = timm.create_model("xcit_nano_12_p16_224").eval()
     safetensors.torch.save_file(timms.state_dict(), tmp_path / "timm.safetensors")
-    again = load_classifier(tmp_path / "timm.safetensors")
+    again = read_classifier(tmp_path / "timm.safetensors").classifier
     with torch.no_grad():
         assert torch.allclose(again(images(64)), timms(images(64)), atol=1e-5)
 
@@ -80,29 +75,29 @@ def test_timms_files_keep_their_heads(arch, tmp_path):
     torch.nn.init.normal_(theirs.get_classifier().bias)
     path = tmp_path / "timm.safetensors"
     safetensors.torch.save_file(theirs.state_dict(), path)
-    ours = load_classifier(path, arch)
+    ours = read_classifier(path, arch).classifier
     side = of_timm(arch).input_size
     with torch.no_grad():
         assert torch.allclose(ours(images(side)), theirs(images(side)), atol=1e-5)
-    save_classifier(tmp_path / "ours.safetensors", ours)
+    write_classifier(tmp_path / "ours.safetensors", ours, {})
     back = safetensors.torch.load_file(tmp_path / "ours.safetensors")
     assert back.keys() == theirs.state_dict().keys(), "timm reads what is written here"
-    assert same(load_classifier(tmp_path / "ours.safetensors"), ours)
+    assert same(read_classifier(tmp_path / "ours.safetensors").classifier, ours)
 
 
 def test_two_heads_are_refused(tmp_path):
     arch = "levit_128s"
     safetensors.torch.save_file(timm.create_model(arch).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match="has not one linear head but"):
-        load_classifier(tmp_path / "a.safetensors", arch)
+        read_classifier(tmp_path / "a.safetensors", arch)
 
 
 def test_a_backbone_cannot_be_scored(tmp_path):
     save_backbone(tmp_path / "b.safetensors", TINY.build(), TINY)
     with pytest.raises(UsageError, match="holds a backbone without a head"):
-        load_classifier(tmp_path / "b.safetensors")
+        read_classifier(tmp_path / "b.safetensors")
     with pytest.raises(UsageError, match="there is no weights file or run directory"):
-        load_classifier(tmp_path / "nowhere")
+        read_classifier(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="at least two classes, got 1"):
         Classifier(TINY.build(), TINY, ["only"])
 
@@ -120,7 +115,7 @@ def test_the_head_starts_small(tmp_path):
 
 def test_a_head_goes_on_where_the_classes_are_the_same(classifier, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_classifier(path, classifier)
+    write_classifier(path, classifier, {})
     kept, notices = start_from(path, NAMES, drop_path=0.1)
     assert (same(kept, classifier), notices) == (True, [])
     assert kept.backbone.blocks[0].drop_path_rate == 0.1
@@ -144,15 +139,15 @@ def test_it_goes_on_at_another_size(classifier):
 def test_damaged_classes_and_heads_are_told(classifier, tmp_path):
     path = tmp_path / "a.safetensors"
     classifier.classes = ("cat", "dog")
-    save_classifier(path, classifier)
+    write_classifier(path, classifier, {})
     with pytest.raises(RunFailed, match="names 2 classes and has a head for 3"):
-        load_classifier(path)
+        read_classifier(path)
     classifier.classes = NAMES
     with torch.no_grad():
         classifier.head.weight[0, 0] = torch.nan
-    save_classifier(path, classifier)
+    write_classifier(path, classifier, {})
     with pytest.raises(RunFailed, match="not finite, in its head"):
-        load_classifier(path)
+        read_classifier(path)
     with safetensors.safe_open(path, framework="pt") as file:
         told = json.loads(file.metadata()["xdino"])
     assert told["facts"]["task"] == "classification"
