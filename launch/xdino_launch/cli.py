@@ -21,6 +21,7 @@ from xdino.errors import RunFailed, Stopped, UsageError, reason
 from xdino.runtime import rendezvous
 from xdino_launch.commands import (
     benchmarks,
+    classifying,
     features,
     forecasting,
     knn,
@@ -30,7 +31,6 @@ from xdino_launch.commands import (
     packing,
     pictures,
     pretraining,
-    replaying,
     showing,
     suite,
     weights,
@@ -45,6 +45,7 @@ CHAPTERS = {  # of the help; what is in none comes last
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
+    "Classify": ("score", "predict"),
     "Look": ("attention", "neighbours"),
     "Use elsewhere": ("features", "export", "pack", "bench"),
 }  # fmt: skip
@@ -65,7 +66,7 @@ for command in (
     pretraining.submit,
     forecasting.look,
     forecasting.plan,
-    replaying.replay,
+    showing.replay,
     knn.knn,
     neighbours.neighbours,
     linear.linear,
@@ -76,6 +77,8 @@ for command in (
     suite.davis,
     pictures.attention,
     pictures.segment_score,
+    classifying.score,
+    classifying.predict,
     weights.export,
     packing.pack,
     showing.report,
