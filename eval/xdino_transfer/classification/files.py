@@ -8,6 +8,7 @@ Nothing of a file runs (`checkpoint.reading`).
 Letters: D width, K classes.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from xdino import checkpoint, weight_names
@@ -29,6 +31,7 @@ from xdino_transfer.classification.classifier import Classifier, head_name
 MODEL_FILE = checkpoint.EXPORTED_FILE  # of a run directory: the classifier
 CONFIG_FILE = "config.json"  # of a folder of timm's layout, beside the same
 TASK = "classification"  # among the facts of our own files
+CROP_FACT = "crop_ratio"  # another: what an exported classifier of timm's was evaluated with
 # Arguments in config.json that make no other network, or are looked at here.
 SHAPELESS = {"img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate"}
 
@@ -109,6 +112,19 @@ def read_classifier(source: str | Path, arch: str | None = None) -> LoadedClassi
         Origin(file.path, checkpoint.sha256(file.path), dict(file.facts)),
         remarks,
     )
+
+
+def holds_classifier(path: str | Path) -> bool:
+    """Whether a run directory or a file of ours says that it has a head; no tensor is read."""
+    with contextlib.suppress(
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError
+    ):
+        place = Path(path).expanduser()
+        file = place / MODEL_FILE if place.is_dir() else place
+        with safe_open(file, framework="pt") as opened:
+            told = json.loads((opened.metadata() or {})[checkpoint.HEADER_KEY])
+        return told["facts"].get("task") == TASK
+    return False
 
 
 def start_from(
@@ -203,7 +219,11 @@ def _spec_of(file: WeightsFile, arch: str | None, config: dict[str, Any]) -> Bac
         raise RunFailed(f"the {CONFIG_FILE} beside {file.path} is damaged ({error})") from None
     others = arguments.keys() - SHAPELESS
     if others and spec.arch.startswith("xcit_"):
-        spec = dataclasses.replace(spec, shape=weight_names.xcit_shape(file.tensors) or {})
+        shape = weight_names.xcit_shape(file.tensors) or {}
+        shape.pop("in_chans", None)
+        if "tokens_norm" in arguments:
+            shape["tokens_norm"] = bool(arguments["tokens_norm"])
+        spec = dataclasses.replace(spec, shape=shape)
     elif others:
         raise UsageError(
             f"the {CONFIG_FILE} beside {file.path} reshapes {spec.arch} by {', '.join(sorted(others))}, "
@@ -279,7 +299,8 @@ def _as_timm_shows(
         known = timm.models.get_pretrained_cfg(spec.arch)
         ratio, resampling = known.crop_pct, known.interpolation
     else:
-        return None, ()
+        ratio = file.facts.get(CROP_FACT) if file.spec is not None else None
+        return (float(ratio) if isinstance(ratio, int | float) and 0 < ratio <= 1 else None), ()
     remarks: tuple[str, ...] = ()
     if resampling != "bicubic":
         remarks = (f"timm resamples images for {spec.arch} {resampling}, and here it is bicubic",)
