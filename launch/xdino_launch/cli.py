@@ -45,7 +45,7 @@ CHAPTERS = {  # of the help; what is in none comes last
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
-    "Classify": ("score", "predict"),
+    "Classify": ("score", "predict", "transfer"),
     "Look": ("attention", "neighbours"),
     "Use elsewhere": ("features", "export", "pack", "bench"),
 }  # fmt: skip
@@ -79,6 +79,7 @@ for command in (
     pictures.segment_score,
     classifying.score,
     classifying.predict,
+    classifying.transfer,
     weights.export,
     packing.pack,
     showing.report,

@@ -1,11 +1,11 @@
-"""`xdino score` and `xdino predict`."""
+"""`xdino score`, `xdino predict` and `xdino transfer`."""
 
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from xdino.errors import UsageError
 from xdino_launch.commands.options import (
     LIMIT,
     PIXELS,
+    BackboneOptions,
     Number,
     OutputOptions,
     Place,
@@ -159,6 +160,47 @@ def predict(
         _summarise(found)
     elif not as_json:
         _print_table(found)
+
+
+@click.command()
+@takes(judged=BackboneOptions)
+@click.option(
+    "--suite", required=True, type=Place(Path, file=True), help="YAML: data sets, and columns."
+)
+@click.option(
+    "--run", "--run-dir", "run_dir", required=True, type=Place(Path), help="Folder of the results."
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@batch_option()
+@workers_option()
+@precision_option()
+@on_one_process
+def transfer(
+    judged: BackboneOptions, suite: Path, run_dir: Path, as_json: bool, **how: Any
+) -> None:
+    """What weights are worth on many data sets: one table, results.json and report.html.
+
+    The suite names data sets below data: (NAME: FOLDER), and a section for each column, knn: and
+    linear:. A suite that was stopped goes on where it was; one that has grown does what is new.
+    """
+    judged.there()
+    if not suite.is_file():
+        raise UsageError(f"there is no suite file {suite}")
+    import json
+
+    from xdino.runtime.device import resolve_device
+    from xdino_launch.console import stdout_console
+    from xdino_launch.evaluation.subject import options_for
+    from xdino_launch.evaluation.transferring import table
+    from xdino_launch.evaluation.transferring import transfer as go
+
+    options = options_for(resolve_device(judged.device), **how)
+    rows = go(judged.backbone(), suite, run_dir, options)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    stdout_console().print(table(rows))
+    click.echo(f"top-1 in per cent; protocols and settings: {run_dir / 'report.html'}")
 
 
 def _print_table(found: "Sequence[Prediction]") -> None:

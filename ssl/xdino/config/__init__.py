@@ -7,7 +7,16 @@ on the command line, are read by the type of their key (`xdino.values`).
 
 from xdino.config.keys import Setting, about, commented, settings
 from xdino.config.parsing import differing_keys, parse, spelt, to_tree, to_yaml, unfused
-from xdino.config.recipe_files import HEAD, comments, file_of, head, load, recipes, recipes_dir
+from xdino.config.recipe_files import (
+    HEAD,
+    comments,
+    file_of,
+    head,
+    load,
+    recipes,
+    recipes_dir,
+    sections,
+)
 from xdino.config.schema import (
     FREE,
     KEYS,
@@ -32,5 +41,5 @@ __all__ = [
     "FREE", "HEAD", "KEYS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate", "Head",
     "Loss", "Model", "Optim", "Runtime", "Setting", "Teacher", "Train", "about", "commented", "comments",
     "differing_keys", "dotted_keys", "file_of", "head", "in_epochs", "load", "parse", "recipes",
-    "recipes_dir", "settings", "spelt", "to_tree", "to_yaml", "unfused",
+    "recipes_dir", "sections", "settings", "spelt", "to_tree", "to_yaml", "unfused",
 ]  # fmt: skip
