@@ -21,6 +21,7 @@ from xdino.errors import RunFailed, Stopped, UsageError, reason
 from xdino.runtime import rendezvous
 from xdino_launch.commands import (
     benchmarks,
+    classifying,
     features,
     finetuning,
     forecasting,
@@ -30,7 +31,6 @@ from xdino_launch.commands import (
     neighbours,
     pictures,
     pretraining,
-    replaying,
     showing,
     suite,
     weights,
@@ -46,6 +46,7 @@ CHAPTERS = {  # of the help; what is in none comes last
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
+    "Classify": ("score", "predict", "transfer"),
     "Look": ("attention", "neighbours"),
     "Use elsewhere": ("features", "export", "pack", "bench"),
 }  # fmt: skip
@@ -67,7 +68,7 @@ for command in (
     finetuning.finetune,
     forecasting.look,
     forecasting.plan,
-    replaying.replay,
+    showing.replay,
     knn.knn,
     neighbours.neighbours,
     linear.linear,
@@ -78,6 +79,9 @@ for command in (
     suite.davis,
     pictures.attention,
     pictures.segment_score,
+    classifying.score,
+    classifying.predict,
+    classifying.transfer,
     weights.export,
     weights.pack,
     showing.report,

@@ -5,7 +5,7 @@
 XCIT_CHECKOUT is a checkout of facebookresearch/xcit, which is read from where it lies. Arms take turns,
 with one thread each, and each is there twice (A/A), which says how far two equal arms are apart.
 
-Loader: JPEG files of 500 x 375 pixels, cut from the photographs that scikit-learn ships. Published: timm's
+Loader: JPEG files of 500 x 375 pixels, cut from the photographs of scikit-learn. Published: timm's
 create_transform (RandomResizedCrop, flip, rand-m9-mstd0.5-inc1, normalise, erase) on Pillow's images.
 Step: engine.py's without a scaler (float32): mixed batch, soft targets, AdamW, timm's moving average.
 """

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models import save_for_hf
 
 from xdino.backbones import BackboneSpec, of_timm
 from xdino.checkpoint import load_backbone, save_backbone
@@ -151,3 +152,62 @@ def test_damaged_classes_and_heads_are_told(classifier, tmp_path):
     with safetensors.safe_open(path, framework="pt") as file:
         told = json.loads(file.metadata()["xdino"])
     assert told["facts"]["task"] == "classification"
+
+
+def timms_folder(folder, arch, config, names=None):
+    """A folder as timm's `save_for_hf` writes it."""
+    folder.mkdir()
+    model = timm.create_model(arch, num_classes=3).eval()
+    save_for_hf(model, folder, model_config=config, safe_serialization=True)
+    return model
+
+
+def test_timms_folders_say_all(tmp_path):
+    names = ["one", "two", "three"]
+    given = {"label_names": names, "pretrained_cfg": {"crop_pct": 0.9, "mean": [0.5] * 3}}
+    theirs = timms_folder(tmp_path / "a", "test_resnet", given)
+    found = read_classifier(tmp_path / "a")
+    assert found.classes == tuple(names)
+    assert (found.size, found.crop_ratio, found.mean) == (160, 0.9, (0.5, 0.5, 0.5))
+    with torch.no_grad():
+        assert torch.allclose(found.classifier(images(160)), theirs(images(160)), atol=1e-5)
+    theirs = timms_folder(tmp_path / "b", "xcit_nano_12_p16_224", {})
+    found = read_classifier(tmp_path / "b")
+    assert (found.classes, found.classifier.spec.arch) == (None, "xcit_nano_12_p16")
+    with torch.no_grad():
+        assert torch.allclose(found.classifier(images(64)), theirs(images(64)), atol=1e-5)
+
+
+def test_damaged_folders_are_told(tmp_path):
+    timms_folder(tmp_path / "a", "test_resnet", {})
+    config = tmp_path / "a" / "config.json"
+    told = json.loads(config.read_text())
+    for content, sentence in (
+        ("{", "is damaged or not timm's"),
+        ("[]", "is damaged or not timm's"),
+        (json.dumps({**told, "architecture": None}), "it names no architecture"),
+        (json.dumps({**told, "label_names": ["a"]}), "names 1 classes and has a head for 3"),
+        (json.dumps({**told, "label_names": [1, 2, 3]}), "its classes are no names"),
+        (json.dumps({**told, "pretrained_cfg": {"crop_pct": 0}}), "is damaged"),
+        (json.dumps({**told, "pretrained_cfg": {"mean": "?"}}), "is damaged"),
+    ):
+        config.write_text(content)
+        with pytest.raises(RunFailed, match=sentence):
+            read_classifier(tmp_path / "a")
+    config.write_text(json.dumps({**told, "model_args": {"depths": [1]}}))
+    with pytest.raises(UsageError, match="reshapes test_resnet by depths"):
+        read_classifier(tmp_path / "a")
+    config.write_text(json.dumps({**told, "architecture": "test_resnett"}))
+    with pytest.raises(UsageError, match="did you mean"):
+        read_classifier(tmp_path / "a")
+
+
+def test_a_head_of_more_layers_is_refused(tmp_path):
+    model = timm.create_model("test_vit", num_classes=3)
+    tensors = {**model.state_dict(), "head_dist.weight": torch.zeros(3, 64)}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"more than one linear layer \(head_dist.weight\)"):
+        read_classifier(tmp_path / "a.safetensors", "test_vit")
+    save_backbone(tmp_path / "b.safetensors", TINY.build(), TINY, task="segmentation")
+    with pytest.raises(UsageError, match="is a network for segmentation, not a classifier"):
+        read_classifier(tmp_path / "b.safetensors")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from xdino.data import fingerprint
 from xdino.errors import RunFailed, UsageError
-from xdino_transfer.datasets import few, few_of_each, open_labelled
+from xdino_transfer.datasets import few, few_of_each, open_labelled, open_scored
 
 RNG = np.random.default_rng(0)
 TEN = [f"kind{i}" for i in range(10)]
@@ -377,3 +377,27 @@ def test_one_class_is_none(tmp_path):
         picture(tmp_path / part / "only" / "a.png")
     refused(tmp_path, "has 1 class, and telling classes apart needs two")
     refused(tmp_path / "nowhere", "does not exist")
+
+
+def test_what_is_scored_on_may_be_all_that_there_is(tmp_path, halves, cifar10):
+    assert [len(open_scored(str(halves), split)[0]) for split in ("train", "val")] == [
+        len(source) for source in open_labelled(str(halves))
+    ]
+    source, train_size = open_scored(str(cifar10[0]))
+    assert (len(source), train_size) == (20, 100)
+    for name in ("cat", "dog"):
+        for i in range(3):
+            picture(tmp_path / "flat" / name / f"{i}.png")
+            picture(tmp_path / "only_val" / "val" / name / f"{i}.png")
+            picture(tmp_path / "only_test" / "test" / name / f"{i}.png")
+            picture(tmp_path / "only_train" / "train" / name / f"{i}.png")
+    for folder in ("flat", "only_val", "only_test"):
+        source, train_size = open_scored(str(tmp_path / folder))
+        assert (len(source), source.classes, train_size) == (6, ("cat", "dog"), 0), folder
+    source, _ = open_scored(str(tmp_path / "only_train"), "train")
+    assert len(source) == 6
+    with pytest.raises(UsageError, match="it has no val"):
+        open_scored(str(tmp_path / "only_train"))
+    picture(tmp_path / "flat" / "test" / "0.png")  # a class of that name
+    assert open_scored(str(tmp_path / "flat"))[0].classes == ("cat", "dog", "test")
+    assert len(open_scored("fashion_mnist_sample")[0]) == 2_000

@@ -8,6 +8,7 @@ Nothing of a file runs (`checkpoint.reading`).
 Letters: D width, K classes.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from xdino import checkpoint, weight_names
@@ -29,6 +31,9 @@ from xdino_transfer.classification.classifier import Classifier, head_name
 MODEL_FILE = checkpoint.EXPORTED_FILE  # of a run directory: the classifier
 CONFIG_FILE = "config.json"  # of a folder of timm's layout, beside the same
 TASK = "classification"  # among the facts of our own files
+CROP_FACT = "crop_ratio"  # another: what an exported classifier of timm's was evaluated with
+# Arguments in config.json that make no other network, or are looked at here.
+SHAPELESS = {"img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class LoadedClassifier:
     where the file does not say them. mean, std: a number a channel, for pixels in 0..1. size: pixels
     of the square it is shown. facts: iteration, init, protocol and so on, of our own files.
     crop_ratio: that square as a share of the resized shorter side, where timm says how the network
-    is evaluated; None = not said. origin: the file, its SHA-256, its facts.
+    is evaluated; None = not said. origin: the file, its SHA-256, its facts. remarks: what else a
+    reader of its scores should know.
     """
 
     classifier: Classifier
@@ -50,6 +56,13 @@ class LoadedClassifier:
     facts: dict[str, Any]
     crop_ratio: float | None
     origin: Origin
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """ "classifier, iteration 1234"; of files without it their name."""
+        said = self.facts.get("iteration")
+        return self.origin.path.name if said is None else f"classifier, iteration {said}"
 
 
 def write_classifier(path: Path, classifier: Classifier, facts: Mapping[str, Any]) -> None:
@@ -84,8 +97,10 @@ def read_classifier(source: str | Path, arch: str | None = None) -> LoadedClassi
     backbone = checkpoint.build_for(bare, spec)
     checkpoint.load_into(backbone, bare, spec.arch)
     _refuse_leftovers(bare, backbone, spec)
+    _refuse_other_pooling(config, backbone, spec)
     classifier = Classifier(backbone, spec, _class_names(file, len(head[0]), config))
     _set_head(classifier, head, file)
+    ratio, remarks = _as_timm_shows(file, spec, config)
     return LoadedClassifier(
         classifier.eval().requires_grad_(False),
         classifier.classes,
@@ -93,9 +108,23 @@ def read_classifier(source: str | Path, arch: str | None = None) -> LoadedClassi
         spec.std,
         spec.input_size,
         dict(file.facts),
-        _crop_ratio(file, spec, config),
+        ratio,
         Origin(file.path, checkpoint.sha256(file.path), dict(file.facts)),
+        remarks,
     )
+
+
+def holds_classifier(path: str | Path) -> bool:
+    """Whether a run directory or a file of ours says that it has a head; no tensor is read."""
+    with contextlib.suppress(
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError
+    ):
+        place = Path(path).expanduser()
+        file = place / MODEL_FILE if place.is_dir() else place
+        with safe_open(file, framework="pt") as opened:
+            told = json.loads((opened.metadata() or {})[checkpoint.HEADER_KEY])
+        return told["facts"].get("task") == TASK
+    return False
 
 
 def spec_in(path: str | Path, arch: str | None = None) -> BackboneSpec:
@@ -170,7 +199,7 @@ def _configuration(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     try:
         told = json.loads(content)
-        pretrained = told.get("pretrained_cfg") or {}
+        pretrained = told.get("pretrained_cfg") or told  # older ones are of one piece
         if not isinstance(told.get("architecture"), str) or not isinstance(pretrained, dict):
             raise ValueError("it names no architecture")
     except (ValueError, AttributeError, RecursionError) as error:
@@ -186,7 +215,8 @@ def _spec_of(file: WeightsFile, arch: str | None, config: dict[str, Any]) -> Bac
     said, arguments = config["pretrained_cfg"], config.get("model_args") or {}
     try:
         channels, side, _ = said.get("input_size", (spec.in_chans, spec.input_size, 0))
-        side = int(arguments.get("img_size", side))
+        told = arguments.get("img_size", side)
+        side = int(told[0] if isinstance(told, list) else told)
         spec = dataclasses.replace(
             spec,
             in_chans=int(channels),
@@ -197,9 +227,13 @@ def _spec_of(file: WeightsFile, arch: str | None, config: dict[str, Any]) -> Bac
         )
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise RunFailed(f"the {CONFIG_FILE} beside {file.path} is damaged ({error})") from None
-    others = arguments.keys() - {"img_size", "in_chans"}
+    others = arguments.keys() - SHAPELESS
     if others and spec.arch.startswith("xcit_"):
-        spec = dataclasses.replace(spec, shape=weight_names.xcit_shape(file.tensors) or {})
+        shape = weight_names.xcit_shape(file.tensors) or {}
+        shape.pop("in_chans", None)
+        if "tokens_norm" in arguments:
+            shape["tokens_norm"] = bool(arguments["tokens_norm"])
+        spec = dataclasses.replace(spec, shape=shape)
     elif others:
         raise UsageError(
             f"the {CONFIG_FILE} beside {file.path} reshapes {spec.arch} by {', '.join(sorted(others))}, "
@@ -231,6 +265,19 @@ def _refuse_leftovers(bare: WeightsFile, backbone: nn.Module, spec: BackboneSpec
         )
 
 
+def _refuse_other_pooling(config: dict[str, Any], backbone: nn.Module, spec: BackboneSpec) -> None:
+    """Raises UsageError where config.json pools features otherwise than timm does by default."""
+    asked_for = (config.get("model_args") or {}).get("global_pool")
+    network = getattr(backbone, "network", backbone)
+    places = (network, getattr(network, "head", None))
+    pools = [getattr(place, "global_pool", None) for place in places]
+    own = next((getattr(pool, "pool_type", pool) for pool in pools if pool is not None), None)
+    if asked_for is not None and asked_for != own and not spec.arch.startswith("xcit_"):
+        raise UsageError(
+            f"{CONFIG_FILE} pools the features of {spec.arch} by {asked_for!r:.40}, and here it is {own}"
+        )
+
+
 def _class_names(file: WeightsFile, count: int, config: Mapping[str, Any]) -> tuple[str, ...] | int:
     """The names of a file's classes, their number where neither it nor config.json says them."""
     if file.spec is not None:
@@ -238,6 +285,8 @@ def _class_names(file: WeightsFile, count: int, config: Mapping[str, Any]) -> tu
     else:
         pretrained = config.get("pretrained_cfg", {})
         names = config.get("label_names") or pretrained.get("label_names")
+        if isinstance(names, dict):  # number -> name
+            names = [names.get(str(number)) for number in range(count)]
     if names is None:
         return count
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -249,15 +298,23 @@ def _class_names(file: WeightsFile, count: int, config: Mapping[str, Any]) -> tu
     return tuple(names)
 
 
-def _crop_ratio(file: WeightsFile, spec: BackboneSpec, config: Mapping[str, Any]) -> float | None:
-    """timm's `crop_pct` of a network, by config.json or by the tag of its name."""
+def _as_timm_shows(
+    file: WeightsFile, spec: BackboneSpec, config: Mapping[str, Any]
+) -> tuple[float | None, tuple[str, ...]]:
+    """timm's `crop_pct` of a network, by config.json or by the tag of its name; how it differs."""
     if config:
-        said = config["pretrained_cfg"].get("crop_pct")
+        said = config["pretrained_cfg"]
+        ratio, resampling = said.get("crop_pct"), said.get("interpolation", "bicubic")
     elif file.spec is None and "." in spec.arch and timm.is_model(spec.arch):
-        said = timm.models.get_pretrained_cfg(spec.arch).crop_pct
+        known = timm.models.get_pretrained_cfg(spec.arch)
+        ratio, resampling = known.crop_pct, known.interpolation
     else:
-        return None
-    return None if said is None else float(said)
+        ratio = file.facts.get(CROP_FACT) if file.spec is not None else None
+        return (float(ratio) if isinstance(ratio, int | float) and 0 < ratio <= 1 else None), ()
+    remarks: tuple[str, ...] = ()
+    if resampling != "bicubic":
+        remarks = (f"timm resamples images for {spec.arch} {resampling}, and here it is bicubic",)
+    return None if ratio is None else float(ratio), remarks
 
 
 def _set_head(

@@ -4,117 +4,159 @@ The published numbers are of the "full crop": the shorter side resized to the ne
 centre cut. Without it the shorter side is resized to 256/224 of the size, and the centre cut. Equal
 logits go to the lower class.
 
-Letters: N images, K classes.
+Letters: N images, B images of a batch, K classes.
 """
 
+import contextlib
 import time
+from collections.abc import Generator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xdino.backbones import BackboneSpec
+from xdino.config import Data
 from xdino.data import Source
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
 from xdino_eval.accuracy import ranks, top1_top5
-from xdino_eval.features import Features, Progress, extract
+from xdino_eval.extraction import Options
+from xdino_eval.features import each_batch, none_read, refuse_broken
 from xdino_eval.results import Row
 from xdino_eval.transform import EvalTransform
 from xdino_transfer.classification.classifier import Classifier
+from xdino_transfer.classification.labels import match
 
-PROTOCOL = "fine-tuned classification"
+PROTOCOL = "classification"
+FULL_CROP = 1.0  # side of the crop as a share of the resized shorter side
+ALLOWED = Data().max_bad_share  # of the images may be unreadable, as in pretraining
 
 
 def published_transform(spec: BackboneSpec, full_crop: bool = True) -> EvalTransform:
-    """What main.py evaluates with: the full crop, or 256/224 rounded down."""
-    resize = spec.input_size if full_crop else int(256 / 224 * spec.input_size)
-    return EvalTransform(spec.input_size, resize, tuple(spec.mean), tuple(spec.std))
+    """What main.py evaluates with: the full crop, or 256/224 rounded down; of 32 pixels always all."""
+    full_crop = full_crop or spec.input_size <= 32
+    return cropped(spec, FULL_CROP if full_crop else 224 / 256)
+
+
+def cropped(spec: BackboneSpec, ratio: float, size: int | None = None) -> EvalTransform:
+    """The shorter side resized to `size / ratio` pixels, rounded down as published and by timm.
+
+    size: of the square; None = the network's own.
+
+    Raises:
+        UsageError: a ratio outside of (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise UsageError(f"the crop's ratio must be above 0 and at most 1, got {ratio:g}")
+    side = spec.input_size if size is None else size
+    return EvalTransform(side, int(side / ratio + 1e-9), tuple(spec.mean), tuple(spec.std))
 
 
 def score(
     classifier: Classifier,
     source: Source,
-    transform: EvalTransform,
+    options: Options,
     train_size: int = 0,
-    batch_size: int = 128,
-    device: torch.device | str | None = None,
-    workers: int = 2,
-    precision: str = "fp32",
-    progress: Progress | None = None,
+    max_bad_share: float = ALLOWED,
 ) -> list[Row]:
     """One row, not signed yet: top-1 and top-5 of `classifier` on the images of `source`.
 
     Args:
-        train_size: how many images it learned from, where that is known.
-        device: the network is moved there; None = where it is.
+        options: how images are shown (None = the full crop), in what batches and where; who is told
+            of unreadable ones.
+        train_size: how many images there are to learn from, where that is known.
+        max_bad_share: of the images may be unreadable, but always one.
 
     Raises:
         UsageError: no labels, or classes that the head does not have.
-        RunFailed: no image could be read, or a logit is not finite.
+        RunFailed: too many images could not be read, or a logit is not finite.
     """
-    numbers = numbers_in_head(classifier, source)
     start = time.perf_counter()
-    logits = extract(
-        classifier,
-        source,
-        transform,
-        batch_size,
-        device,
-        workers,
-        precision,
-        progress=progress,
-    )
-    top1, top5 = accuracies(logits, numbers)
-    notes = []
-    if logits.skipped:
-        notes.append(f"{len(logits.skipped)} images of {source.name} could not be read")
-    if len(numbers) < classifier.num_classes:
-        notes.append(
-            f"the data has {len(numbers):,} of the head's {classifier.num_classes:,} classes"
-        )
+    matching = match(classifier.classes, classifier.num_classes, source)
+    labels = torch.from_numpy(np.asarray(source.labels))
+    rank = torch.empty(len(source), dtype=torch.int64)
+    filled, skipped, transform = 0, 0, shown(classifier, options)
+    for indices, logits, unread in logits_of(classifier, source, options, max_bad_share):
+        skipped += unread
+        if len(indices):
+            own = matching.numbers[labels[torch.from_numpy(indices)]]
+            rank[filled : filled + len(own)] = ranks(logits, own)
+            filled += len(own)
+    top1, top5 = top1_top5(rank[:filled])
+    notes = [f"{skipped:,} images of {source.name} could not be read"] if skipped else []
+    settings = {
+        "classes": classifier.num_classes,
+        "arch": classifier.spec.arch,
+        "labels": matching.how,
+    }
     return [
         Row(
             protocol=PROTOCOL,
-            settings={"classes": classifier.num_classes, "arch": classifier.spec.arch},
+            settings=settings,
             top1=top1,
             top5=top5,
             data=source.name,
-            transform=logits.transform,
+            transform=f"{transform.describe()}, {options.precision}",
             train_size=train_size,
-            val_size=len(logits.features),
+            val_size=filled,
             seconds=round(time.perf_counter() - start, 3),
-            notes=notes,
+            notes=[*notes, *matching.notes],
         )
     ]
 
 
-def accuracies(logits: Features, numbers: Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 in per cent, of logits [N, K] whose labels `numbers` turns into columns."""
-    assert logits.labels is not None
-    return top1_top5(ranks(logits.features, numbers[logits.labels]))
+def shown(classifier: Classifier, options: Options) -> EvalTransform:
+    """How images are shown to a classifier: as asked for, else by the full crop."""
+    return options.transform or published_transform(classifier.spec)
 
 
-def numbers_in_head(classifier: Classifier, source: Source) -> Tensor:
-    """For each class of `source` the logit that is its own, int64: by name where the head has names.
+def logits_of(
+    classifier: Classifier, source: Source, options: Options, max_bad_share: float = 1.0
+) -> Generator[tuple[np.ndarray, Tensor, int], None, None]:
+    """Of each batch: which images (int64 [B]), logits float32 [B, K], and how many were not read.
+
+    Only one batch of logits is in memory: those of ImageNet's 50,000 images were 200 MB.
 
     Raises:
-        UsageError: no labels; a class that the head does not have; another number of classes, where
-            the head does not name its own.
+        RunFailed: none, or more than the share and more than one, could not be read; a logit is not
+            finite.
     """
-    if source.labels is None or source.classes is None:
-        raise UsageError(f"{source.name} has no classes to score against")
-    if classifier.classes is None:
-        if len(source.classes) != classifier.num_classes:
-            raise UsageError(
-                f"the head knows {classifier.num_classes:,} classes without names and "
-                f"{source.name} has {len(source.classes):,}: it is a classifier of other data"
-            )
-        return torch.arange(classifier.num_classes)
-    number = {name: column for column, name in enumerate(classifier.classes)}
-    unknown = [name for name in source.classes if name not in number]
-    if unknown:
-        names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise UsageError(
-            f"the head does not know {len(unknown):,} of the {len(source.classes):,} classes of "
-            f"{source.name}: {names}"
-        )
-    return torch.tensor([number[name] for name in source.classes])
+    order, allowed = np.arange(len(source)), max(1.0, max_bad_share * len(source))
+    tell = options.counter("images")
+    skipped: list[tuple[str, str]] = []
+    read = 0
+    batches = each_batch(
+        classifier,
+        source,
+        shown(classifier, options),
+        order,
+        options.batch_size,
+        options.device,
+        options.workers,
+        options.precision,
+    )
+    with contextlib.closing(batches):
+        for batch, logits in batches:
+            unread = [(source.describe(index), why) for index, why in batch.skipped]
+            skipped += unread
+            for name, why in unread:
+                options.notice(f"skipped {name}: {why}")
+            if len(skipped) > allowed:
+                raise _too_many(source, skipped, max_bad_share)
+            if len(batch.indices):
+                refuse_broken(logits, source, batch.indices)
+            read += len(batch.indices)
+            if tell:
+                tell(read + len(skipped), len(order))
+            yield batch.indices, logits, len(unread)
+    if not read:
+        raise none_read(source, skipped)
+
+
+def _too_many(source: Source, skipped: list[tuple[str, str]], share: float) -> RunFailed:
+    if len(skipped) == len(source):
+        return none_read(source, skipped)
+    return RunFailed(
+        f"{len(skipped):,} and maybe more of the {len(source):,} images of {source.name} cannot be "
+        f"read, and --max-bad-share allows {share:.2%}; the first: {': '.join(skipped[0])}"
+    )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from xdino.config import MAX_PIXELS
 from xdino.data import Source, open_source, open_splits
-from xdino.data.sources import limit_pixels
+from xdino.data.listing import folders_in, holds_images
+from xdino.data.sources import limit_pixels, splits_of
 from xdino.errors import UsageError, asked
 from xdino_transfer.datasets import cifar, inaturalist, matlab
 from xdino_transfer.datasets.checks import checked
@@ -43,6 +44,64 @@ def open_labelled(
         assert source.labels is not None
         checked(source.labels, source.classes or (), f"the {split} split of {data}", split == "val")
     return train, val
+
+
+def open_scored(
+    data: str,
+    split: str = "val",
+    channels: int | None = None,
+    category: str = "name",
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Source, int]:
+    """The labelled images that a classifier is scored on, and how many there are to learn from.
+
+    Besides what `open_labelled` opens: val/ or test/ alone, and a folder of class folders that is
+    divided into nothing, of which all images are taken. How many to learn from is 0 then.
+
+    Args:
+        split: "train" or "val". channels, category, max_pixels: as of `open_labelled`.
+
+    Raises:
+        UsageError: as `open_labelled`; the split is not there.
+    """
+    with asked(f"{data} cannot be read"):
+        folder = Path(data).expanduser()
+        alone = _alone(data, folder, split)
+    if alone is None:
+        train, val = open_labelled(data, channels, category, max_pixels)
+        return (train if split == "train" else val), len(train)
+    place, part = alone
+    source = open_source(place, part, channels, labelled=True, max_pixels=max_pixels)
+    limit_pixels(source, max_pixels)
+    assert source.labels is not None
+    checked(source.labels, source.classes or (), place)
+    return source, 0
+
+
+def _alone(data: str, folder: Path, split: str) -> tuple[str, str | None] | None:
+    """What is opened of a folder or tar that has one split, or none; None where it has both."""
+    if is_archive(folder):
+        return None
+    parts = {name for name in ("train", "val", "test") if (folder / name).is_dir()}
+    if "train" in parts and len(parts) > 1:
+        return None
+    found = splits_of(data)
+    if found == (None,):
+        only_test = parts == {"test"} and not any(
+            holds_images(folder / name) for name in folders_in(folder) if name != "test"
+        )
+        return (str(folder / "test") if only_test else data), None
+    return (data, split) if found == (split,) else None
+
+
+def is_archive(folder: Path) -> bool:
+    """Whether a folder is one of the layouts that are recognised by their files."""
+    return folder.is_dir() and (
+        cifar.recognised(folder) is not None
+        or matlab.has_flowers(folder)
+        or matlab.has_cars(folder)
+        or inaturalist.year(folder) is not None
+    )
 
 
 def _open(

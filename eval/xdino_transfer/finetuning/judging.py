@@ -14,6 +14,7 @@ from xdino.checkpoint import BEST_FILE
 from xdino.errors import RunFailed, UsageError
 from xdino_eval import results
 from xdino_eval.during_training.callback import chance
+from xdino_eval.extraction import Options
 from xdino_eval.results import Row, signed
 from xdino_transfer.classification.classifier import Classifier
 from xdino_transfer.classification.files import MODEL_FILE, read_classifier, write_classifier
@@ -55,10 +56,12 @@ class Judge:
         found = score(
             classifier,
             plan.val,
-            published_transform(plan.spec, config.evaluate.full_crop),
+            Options(
+                published_transform(plan.spec, config.evaluate.full_crop),
+                batch_size=config.evaluate.batch_size,
+                workers=max(1, config.runtime.workers),
+            ),
             train_size=len(plan.train),
-            batch_size=config.evaluate.batch_size,
-            workers=max(1, config.runtime.workers),
         )
         init = self.job.weights_facts(0)["init"]
         told = {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from xdino.errors import UsageError
 from xdino.runtime import places
 from xdino_launch.commands.options import (
     PIXELS,
@@ -27,17 +28,29 @@ from xdino_launch.commands.options import (
     type=click.Choice(["published", "timm", "onnx", "hf"]),
     help="[what --out ends in: published in .safetensors, onnx in .onnx]",
 )
+@click.option(
+    "--head/--no-head",
+    "head",
+    default=None,
+    help="A classifier with its head, or its backbone alone.  [with it, where a file of ours has one]",
+)
 @on_one_process
-def export(judged: WeightsOptions, out: Path, format: str | None) -> None:
-    """Write a backbone for others to use.
+def export(judged: WeightsOptions, out: Path, format: str | None, head: bool | None) -> None:
+    """Write a backbone, or a classifier, for others to use.
 
     As safetensors under the published parameter names or timm's; as an ONNX graph (needs
     xdino[onnx]) that takes any batch, and for an XCiT any image size; or with --format hf as a
-    folder that timm (local-dir:FOLDER), transformers (TimmWrapperModel) and xdino load.
+    folder that timm (local-dir:FOLDER), transformers (TimmWrapperModel) and xdino load. Of a
+    fine-tuned run, and with --head of published XCiT and timm classifiers, class names and head go
+    with it.
     """
     judged.there()
+    if head and judged.role != "teacher":
+        raise UsageError("--role is of a backbone's two networks, and a classifier has one")
     from xdino_launch.console import stderr_console
     from xdino_launch.export.backbone import export_backbone
+    from xdino_launch.export.classifier import export_classifier
+    from xdino_transfer.classification.files import holds_classifier
 
     console = stderr_console()
 
@@ -45,6 +58,9 @@ def export(judged: WeightsOptions, out: Path, format: str | None) -> None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     weights, arch, role = judged.weights, judged.arch, judged.role
+    if head or (head is None and role == "teacher" and holds_classifier(weights)):
+        click.echo(str(export_classifier(weights, out, format, arch, say)))
+        return
     click.echo(str(export_backbone(weights, out, format, arch, role, say)))
 
 

@@ -20,6 +20,7 @@ from xdino_launch.export.to_timm import timm_weights
 SUFFIXES = {"published": ".safetensors", "timm": ".safetensors", "onnx": ".onnx"}
 FOLDER = "hf"
 UNKNOWN = "not recorded"
+OF_HEADS = ("task", "classes", "crop_ratio")  # facts that a backbone alone has no more
 
 
 def format_of(path: Path, format: str | None) -> str:
@@ -45,7 +46,8 @@ def format_of(path: Path, format: str | None) -> str:
     return format
 
 
-def _refuse_folder(path: Path, format: str) -> None:
+def refuse_folder(path: Path, format: str) -> None:
+    """Raises UsageError where a file of `format` would be written over a folder."""
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder, and --format {format} writes a file")
 
@@ -77,10 +79,11 @@ def export_backbone(
     if format == FOLDER:
         to_folder.require_free(path)
     else:
-        _refuse_folder(path, format)
+        refuse_folder(path, format)
     backbone = checkpoint.load_backbone(weights, arch, role)
     spec, origin = backbone.spec, backbone.origin
-    facts = {**origin.facts, "exported_from": origin.sha256}
+    facts = {key: value for key, value in origin.facts.items() if key not in OF_HEADS}
+    facts["exported_from"] = origin.sha256
     about = card(backbone, facts, origin.path)
     try:
         if format == "onnx":

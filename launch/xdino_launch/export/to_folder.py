@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from xdino import checkpoint
-from xdino.backbone import Backbone, Preprocessing
+from xdino.backbone import Backbone, Origin, Preprocessing
 from xdino.checkpoint import EXPORTED_FILE
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import folder_beside, write_text
@@ -124,9 +124,9 @@ def crop_share(view: Preprocessing) -> float:
 
 def _compared(backbone: Backbone, folder: Path, config: Mapping[str, Any]) -> list[str]:
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    error = difference(backbone, theirs, f"timm {timm.__version__} from the folder")
+    error = difference(backbone, backbone.spec, theirs, f"timm {timm.__version__} from the folder")
     told = [f"timm's local-dir: gives the same features, to {error:.1e} of the largest"]
-    _compare_pixels(backbone, config["pretrained_cfg"])
+    compare_pixels(backbone, config["pretrained_cfg"])
     if importlib.util.find_spec("transformers") is None:
         return [*told, "transformers is not installed here: not tried with it"]
     import transformers
@@ -137,11 +137,11 @@ def _compared(backbone: Backbone, folder: Path, config: Mapping[str, Any]) -> li
     def pooled(images: Tensor) -> Tensor:
         return network(images).pooler_output
 
-    error = difference(backbone, pooled, f"transformers {transformers.__version__}")
+    error = difference(backbone, backbone.spec, pooled, f"transformers {transformers.__version__}")
     return [*told, f"transformers' TimmWrapperModel does, to {error:.1e}"]
 
 
-def _compare_pixels(backbone: Backbone, pretrained: Mapping[str, Any]) -> None:
+def compare_pixels(backbone: Backbone, pretrained: Mapping[str, Any]) -> None:
     """Raises RunFailed where timm would show the network another view of an image."""
     chosen = timm.data.resolve_data_config({}, pretrained_cfg=dict(pretrained))
     transform: Any = timm.data.create_transform(**chosen, is_training=False)
@@ -160,7 +160,7 @@ def _compare_pixels(backbone: Backbone, pretrained: Mapping[str, Any]) -> None:
 
 def model_card(backbone: Backbone, about: Mapping[str, str], name: str) -> str:
     """README.md: what it is, how it is loaded, what was measured of it."""
-    facts = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in about.items())
+    facts = "\n".join(f"| {cell(key)} | {cell(value)} |" for key, value in about.items())
     return f"""---
 library_name: timm
 pipeline_tag: image-feature-extraction
@@ -172,7 +172,7 @@ tags:
 - xdino
 ---
 
-# {_cell(name)}
+# {cell(name)}
 
 A {backbone.spec.arch} pretrained without labels by DINO (arXiv 2104.14294), written by xdino. Images of
 {backbone.input_size} x {backbone.input_size} pixels become features of {backbone.embed_dim} numbers.
@@ -208,28 +208,28 @@ features = xdino.load("FOLDER").embed("photo.jpg")
 
 ## What was measured
 
-{_measured(backbone)}
+{measured(backbone.origin)}
 """
 
 
-def _measured(backbone: Backbone) -> str:
+def measured(origin: Origin) -> str:
     """The rows of the run's results.json that speak of these weights."""
     try:
-        rows = results.load(backbone.origin.path.parent / "results.json")
+        rows = results.load(origin.path.parent / "results.json")
     except RunFailed:
         rows = []
-    own = [row for row in rows if row.checkpoint == backbone.origin.sha256 and row.top1 is not None]
+    own = [row for row in rows if row.checkpoint == origin.sha256 and row.top1 is not None]
     if not own:
         return "Nothing that is recorded beside the weights."
     lines = ["| protocol | settings | data | top-1, per cent |", "|---|---|---|---|"]
     for row in own:
         settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())
         cells = (row.protocol, settings, row.data, f"{row.top1:.2f}")
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """One line of plain text, with nothing in it that a table or HTML would take for its own."""
     plain = " ".join(text.split()).replace("|", "\\|")
     plain = plain.replace("<", "&lt;").encode("utf-8", "backslashreplace").decode()

@@ -45,17 +45,19 @@ def write(
     path: Path,
     about: Mapping[str, str],
     say: Callable[[str], None] = lambda sentence: None,
+    output: str = "features",
 ) -> None:
     """Write `images` [batch, channels, height, width] -> `features` [batch, embed_dim], float32.
 
     Args:
+        backbone: or a classifier, with `output` "logits" [batch, classes].
         about: what the file says of itself (metadata_props).
         say: told the largest difference at each size that was checked.
 
     Raises:
         RunFailed: torch cannot translate the network, or the graph computes something else.
     """
-    any_size = isinstance(backbone, xcit.XCiT)
+    any_size = _xcit_in(backbone) is not None
     size = spec.input_size
     # Unequal sides and a batch of two, so that no dimension is taken for another or for a constant.
     example = (size, size // 2 * 3) if any_size else (size, size)
@@ -68,7 +70,7 @@ def write(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["images"],
-                output_names=["features"],
+                output_names=[output],
                 dynamic_shapes=(dims,),
                 verbose=False,
             )
@@ -84,6 +86,12 @@ def write(
             say(f"onnxruntime against torch, {where}: largest difference {difference:.1e}")
 
 
+def _xcit_in(network: nn.Module) -> xcit.XCiT | None:
+    """The XCiT that a network is, or that a classifier has below its head."""
+    inner = getattr(network, "backbone", network)
+    return inner if isinstance(inner, xcit.XCiT) else None
+
+
 def check(backbone: nn.Module, spec: Spec, path: Path) -> Iterator[tuple[str, float]]:
     """The largest absolute difference of features, onnxruntime's from torch's, size by size.
 
@@ -97,8 +105,9 @@ def check(backbone: nn.Module, spec: Spec, path: Path) -> Iterator[tuple[str, fl
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     side = spec.input_size
     sizes = [(side, side)]
-    if isinstance(backbone, xcit.XCiT):
-        patch = backbone.patch_size
+    network = _xcit_in(backbone)
+    if network is not None:
+        patch = network.patch_size
         # Another shape of image, and one whose sides are no multiples of the patch.
         sizes += [(side - patch, side + 2 * patch), (max(side // 2, patch) + 5, side + 3)]
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +116,7 @@ def check(backbone: nn.Module, spec: Spec, path: Path) -> Iterator[tuple[str, fl
             images = torch.randn(batch, spec.in_chans, height, width, generator=generator)
             with torch.no_grad():
                 ours = backbone(images)
-            theirs = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+            theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
             difference = (theirs - ours).abs().max().item()
             where = f"batch {batch} of {height} x {width}"
             if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):

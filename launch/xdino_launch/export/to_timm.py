@@ -33,10 +33,16 @@ def timm_weights(
     theirs = timm.create_model(name, **options).eval()
     tensors = timm_tensors(backbone)
     theirs.load_state_dict(tensors, strict=True)
-    error = difference(backbone, theirs, f"timm {timm.__version__}'s {name}")
+    error = difference(backbone, spec, theirs, f"timm {timm.__version__}'s {name}")
+    call = called(name, options)
+    say(f"{call} gives the same features, to {error:.1e} of the largest")
+    return tensors, {"timm": call, "timm_version": timm.__version__}
+
+
+def called(name: str, options: dict[str, Any]) -> str:
+    """The call that builds a network of timm's."""
     arguments = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in options.items())])
-    say(f"timm.create_model({arguments}) gives the same features, to {error:.1e} of the largest")
-    return tensors, {"timm": f"timm.create_model({arguments})", "timm_version": timm.__version__}
+    return f"timm.create_model({arguments})"
 
 
 def timm_tensors(backbone: Backbone) -> dict[str, Tensor]:
@@ -45,23 +51,30 @@ def timm_tensors(backbone: Backbone) -> dict[str, Tensor]:
     return weight_names.to_timm_names(state) if isinstance(backbone, xcit.XCiT) else state
 
 
-def difference(backbone: Backbone, theirs: Callable[[Tensor], Tensor], who: str) -> float:
+def difference(
+    ours: Callable[[Tensor], Tensor],
+    spec: Spec,
+    theirs: Callable[[Tensor], Tensor],
+    who: str,
+    what: str = "features",
+) -> float:
     """The largest difference of the features of two images, a share of the largest feature.
 
     Args:
-        theirs: another's network, [B, C, H, W] -> [B, D]. who: what a sentence calls it.
+        ours, theirs: two networks, [B, C, H, W] -> [B, D]. spec: of the images that ours is for.
+        who, what: what a sentence calls theirs, and what they give.
 
     Raises:
         RunFailed: above `TIMM_TOLERANCE`.
     """
-    size = backbone.input_size
+    size = spec.input_size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, backbone.in_chans, size, size, generator=generator)
+    images = torch.randn(2, spec.in_chans, size, size, generator=generator)
     with torch.no_grad():
-        ours = backbone(images)
-        error = ((theirs(images) - ours).abs().max() / ours.abs().max()).item()
+        own = ours(images)
+        error = ((theirs(images) - own).abs().max() / own.abs().max()).item()
     if not error <= TIMM_TOLERANCE:
-        raise RunFailed(f"{who} gives other features ({error:.1e})")
+        raise RunFailed(f"{who} gives other {what} ({error:.1e})")
     return error
 
 

@@ -83,7 +83,7 @@ def _renamed(spec: BackboneSpec, name: str) -> BackboneSpec:
 
 
 def load_into(model: nn.Module, file: WeightsFile, arch: str) -> None:
-    """Load strictly; only class heads of foreign files are left out.
+    """Load strictly; only class heads of foreign files, and of our classifiers, are left out.
 
     Raises:
         UsageError: the file is of another network; the message gives the first differences and
@@ -103,7 +103,9 @@ def load_into(model: nn.Module, file: WeightsFile, arch: str) -> None:
 def _fitted(model: nn.Module, file: WeightsFile, arch: str) -> dict[str, Tensor]:
     """The tensors of a file that are a network's. Raises UsageError where they do not fit it."""
     tensors = file.tensors
-    if file.spec is None:
+    if (
+        file.spec is None or "task" in file.facts
+    ):  # a foreign file, or ours of a network with a head
         tensors = weight_names.without_heads(tensors, model)
     problems = weight_names.differences(tensors, model)
     if not problems:

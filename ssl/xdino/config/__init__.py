@@ -17,6 +17,7 @@ from xdino.config.recipe_files import (
     load,
     recipes,
     recipes_dir,
+    sections,
 )
 from xdino.config.schema import (
     FREE,
@@ -44,6 +45,6 @@ __all__ = [
     "FREE", "HEAD", "KEYS", "KINDS", "MAX_PIXELS", "QUALITY_VIEWS", "Config", "Crops", "Curriculum",
     "Data", "Evaluate", "Head", "Loss", "Model", "Optim", "RunConfig", "Runtime", "Setting",
     "Teacher", "Train", "about", "commented", "comments", "differing_keys", "dotted_keys", "file_of",
-    "head", "in_epochs", "kind_of", "load", "parse", "recipes", "recipes_dir", "settings", "spelt",
-    "to_tree", "to_yaml", "unfused",
+    "head", "in_epochs", "kind_of", "load", "parse", "recipes", "recipes_dir", "sections", "settings",
+    "spelt", "to_tree", "to_yaml", "unfused",
 ]  # fmt: skip

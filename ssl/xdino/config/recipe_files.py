@@ -157,6 +157,15 @@ def file_of(name: str, kind: str | None = None) -> Path:
 # YAML
 
 
+def sections(path: Path) -> dict[str, Any]:
+    """A YAML file that is no recipe but has the shape of one: sections with keys below them, as texts.
+
+    Raises:
+        UsageError: it cannot be read, or has another shape.
+    """
+    return _read(path)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A YAML file of sections with keys below them; every scalar is text, an absent one None.
 
