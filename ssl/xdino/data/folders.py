@@ -11,8 +11,8 @@ from xdino.data import listing, splits
 from xdino.data.classes import folder_labels
 from xdino.data.files import FileSource
 from xdino.data.listing import ByteStrings, first, folders_in, holds_images, loose_images, tars_in
-from xdino.data.shards import open_tars
 from xdino.data.source import Source
+from xdino.data.tars import open_tars
 from xdino.errors import UsageError
 
 

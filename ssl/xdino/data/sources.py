@@ -16,8 +16,8 @@ from xdino.data.files import FileSource, open_list
 from xdino.data.folders import check_both_splits, open_folder, splits_of_folder
 from xdino.data.idx import NAMES, ArraySource, open_named
 from xdino.data.listing import shortened
-from xdino.data.shards import TarSource, open_tars, splits_of_tar
 from xdino.data.source import Source, fingerprint, limit_pixels
+from xdino.data.tars import TarSource, open_tars, splits_of_tar
 from xdino.errors import UsageError, asked
 from xdino.runtime.places import missing_data
 
