@@ -13,7 +13,8 @@ from xdino.data.splits import is_a_part, is_held_out, is_split, splits_among
 from xdino.data.tars import label_files
 from xdino.data.tars.index import open_index
 from xdino.data.tars.scanning import TarIndex
-from xdino.data.tars.source import TarSource
+from xdino.data.tars.source import TarSource, TarTable
+from xdino.data.tars.table_index import indexed
 from xdino.errors import UsageError
 
 
@@ -21,6 +22,15 @@ def open_tars(
     data: str, paths: Sequence[Path], split: str | None, channels: int | None, labelled: bool
 ) -> TarSource:
     """The images of tars, in their order; those below a folder `split` where that is a part."""
+    key = f"{split or 'all'}.labelled" if labelled else split or "all"
+    return indexed(
+        data, paths, key, channels, lambda: _put_together(data, paths, split, channels, labelled)
+    )
+
+
+def _put_together(
+    data: str, paths: Sequence[Path], split: str | None, channels: int | None, labelled: bool
+) -> TarSource:
     indexes = [open_index(path) for path in paths]
     within = _split_folder(indexes, split) if split is not None else b""
     if split == "val" and not within and any(map(len, indexes)):
@@ -38,7 +48,7 @@ def open_tars(
     if not len(names):
         raise UsageError(no_image(data, {suffix for i in indexes for suffix in i.others}))
     packed = {index.pack.get("channels") for index in indexes}
-    channels = channels or (packed.pop() if packed in ({1}, {3}) else 3)
+    packed_channels = packed.pop() if packed in ({1}, {3}) else 3
     labels, classes, remarks = None, None, list[str]()
     if labelled:
         said = [i.classes[row] for i, chosen in pairs for row in chosen]
@@ -48,8 +58,10 @@ def open_tars(
         else:
             labels, classes = numbered(beside.classes)
             remarks = [f"labels of {data} are those of {beside.file}"]
-    source = TarSource(data, indexes, rows, names, channels, labels, classes)
+    table = TarTable.of(paths, indexes, rows, names)
+    source = TarSource(data, table, channels or packed_channels, labels, classes)
     source.within, source.remarks = printable(within), remarks
+    source.packed_channels, source.keeps = packed_channels, not remarks
     if held:
         source.remarks.append(f"train is {data} without {first(held)}")
     return source

@@ -4,52 +4,91 @@ import os
 import resource
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from xdino.data.listing import ByteStrings, printable, size_and_time, status_of
-from xdino.data.source import StoredSource
+from xdino.data.source import StoredSource, names_and_sizes
 from xdino.data.tars.scanning import TarIndex
+
+
+@dataclass(frozen=True)
+class TarTable:
+    """Where N images lie in `tars`.
+
+    names: below the split. tar: int32 [N], in which of the tars; offsets, sizes: int64 [N], in bytes.
+    sides: for each tar the shorter side in pixels that its images were shrunk to, or None.
+    others: how many members are no images, by suffix.
+    """
+
+    tars: list[Path]
+    names: ByteStrings
+    tar: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    sides: list[int | None]
+    others: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, paths: Sequence[Path], indexes: Sequence[TarIndex], rows: Sequence[np.ndarray],
+        names: ByteStrings,
+    ) -> "TarTable":  # fmt: skip
+        """The images `rows` of each of the tars at `paths`."""
+        pairs = list(zip(indexes, rows, strict=True))
+        others: dict[str, int] = {}
+        for index in indexes:
+            for suffix, count in index.others.items():
+                others[suffix] = others.get(suffix, 0) + count
+        return cls(
+            list(paths),
+            names,
+            np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows]),
+            np.concatenate([index.offsets[chosen] for index, chosen in pairs]),
+            np.concatenate([index.sizes[chosen] for index, chosen in pairs]),
+            [index.pack.get("shorter_side") for index in indexes],
+            others,
+        )
+
+    @staticmethod
+    def facts_of(paths: Sequence[Path]) -> np.ndarray:
+        """Sizes and times of change of the tars themselves, as they are now: int64 [tars, 2]."""
+        return np.array([size_and_time(status_of(path)) for path in paths], np.int64)
 
 
 class TarSource(StoredSource):
     """Images inside plain tar files, read at their offsets.
 
-    names: of the images below the split, in the order of `indexes` and `rows` (for each tar, which
-    of its images). Reading is a `pread` without shared position, so that threads and forked
+    Reading is a `pread` without shared position, so that threads and forked
     processes may do it at once.
     """
 
     within = ""  # the folder inside, "train/", that names are below
+    packed_channels = 3  # as the tars say, whatever was asked for
+    keeps = True  # whether all of it follows from the tars alone
     _HELD_OPEN = 256  # with more files than this each read opens its own: descriptors are few
     _PART = 4  # of the descriptors that the process may have, this part at most is held
 
     def __init__(
         self,
         name: str,
-        indexes: Sequence[TarIndex],
-        rows: Sequence[np.ndarray],
-        names: ByteStrings,
+        table: TarTable,
         channels: int = 3,
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        sides = [index.pack.get("shorter_side") for index in indexes]
-        shrunk = sorted({side for side in sides if side is not None})
+        shrunk = sorted({side for side in table.sides if side is not None})
         if shrunk:
-            partly = "" if all(sides) else "partly "
+            partly = "" if all(table.sides) else "partly "
             name = f"{name} ({partly}shrunk to {', '.join(map(str, shrunk))})"
             self.shrunk_to = shrunk[0]
         super().__init__(name, channels, labels, classes)
-        self._names = names
-        self._tars = [index.path for index in indexes]
-        self._tar = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-        pairs = list(zip(indexes, rows, strict=True))
-        self._offsets = np.concatenate([index.offsets[chosen] for index, chosen in pairs])
-        self._sizes = np.concatenate([index.sizes[chosen] for index, chosen in pairs])
-        for index in indexes:
-            for suffix, count in index.others.items():
-                self.left_out[suffix] = self.left_out.get(suffix, 0) + count
+        self.table = table
+        self._names, self._offsets, self._sizes = table.names, table.offsets, table.sizes
+        self._tars, self._tar = table.tars, table.tar
+        self.left_out = dict(table.others)
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         allowed = self._HELD_OPEN if allowed == resource.RLIM_INFINITY else allowed // self._PART
         self._open: list[int] = []
@@ -94,12 +133,17 @@ class TarSource(StoredSource):
 
     def _content(self) -> Iterator[bytes]:
         yield str(self.shrunk_to).encode()
-        yield from self._described(self._names, self._sizes)
+        yield from self._described(self.names_and_sizes())
+
+    def names_and_sizes(self) -> bytes:
+        """As in `source`; worked out once."""
+        self.described = self.described or names_and_sizes(self._names, self._sizes)
+        return self.described
 
     def stamps(self) -> bytes:
-        facts = np.array([size_and_time(status_of(path)) for path in self._tars], np.int64)
-        names = self._names.blob + self._names.ends.tobytes()
-        return names + self._sizes.tobytes() + self._offsets.tobytes() + facts.tobytes()
+        names = bytes(self._names.blob) + self._names.ends.tobytes()
+        where = self._sizes.tobytes() + self._offsets.tobytes()
+        return names + where + self.table.facts_of(self._tars).tobytes()
 
 
 def _close(descriptors: list[int]) -> None:
