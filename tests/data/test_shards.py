@@ -22,6 +22,7 @@ from xdino.data.decode import UnreadableImage
 from xdino.data.loader import CropLoader
 from xdino.data.pack import pack
 from xdino.data.sources import fingerprint, open_source, open_splits
+from xdino.data.tars import index as index_room
 from xdino.errors import RunFailed, UsageError
 
 CROPS = multi_crop(16, local_count=1, local_size=8)
@@ -415,7 +416,7 @@ def test_the_index_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     first = tars.open_index(path)
     kept = tmp_path / ".x.tar.index.npz"
     assert kept.exists()
-    monkeypatch.setattr(tars, "_scan", None)
+    monkeypatch.setattr(index_room, "scan", None)
     second = tars.open_index(path)
     assert list(second.names) == list(first.names) == [b"a.jpg"]
     assert list(second.classes) == [b"7"]

@@ -48,6 +48,14 @@ def folder_labels(where: str, paths: ByteStrings, folders: Iterable[bytes] = ())
     return labels, classes
 
 
+def are_labels(labels: np.ndarray | None, classes: tuple[str, ...] | None, n: int) -> bool:
+    """Whether labels that were read from a file are those of `n` images, or none at all."""
+    if labels is None or classes is None:
+        return labels is None
+    inside = ((labels >= 0) & (labels < len(classes))).all()
+    return labels.dtype == np.int64 and labels.shape == (n,) and bool(inside)
+
+
 def number_alike(data: str, train: Source, val: Source) -> None:
     """Give val's classes the numbers that they have in train; UsageError where classes differ."""
     ours, theirs = train.classes or (), val.classes or ()

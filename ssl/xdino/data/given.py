@@ -16,8 +16,7 @@ from torch import Tensor
 
 from xdino.data import image_files
 from xdino.data.decode import from_pillow
-from xdino.data.files import FileSource
-from xdino.data.folders import open_folder
+from xdino.data.files import FileSource, open_folder
 from xdino.errors import UsageError, asked
 
 Given = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor

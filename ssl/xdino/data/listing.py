@@ -8,7 +8,10 @@ leave behind (@eaDir, Thumbs.db) are not mentioned.
 import os
 import re
 import stat
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ _SYSTEM = {
     b"@eadir", b"#recycle", b"#snapshot", b"$recycle.bin", b"system volume information",
     b"lost+found", b"__macosx", b"thumbs.db", b"desktop.ini", b"ehthumbs.db", b"icon\r",
 }  # fmt: skip
+_AT_ONCE = 1 << 16  # strings that are read from a mapped file together
 _RAW_SUFFIXES = {suffix.encode() for suffix in SUFFIXES}
 
 
@@ -53,27 +57,41 @@ def first(names: Sequence[str], count: int = 5) -> str:
 
 
 class ByteStrings(Sequence[bytes]):
-    """Many short strings as one run of bytes: 1.28 million paths are 50 MB, not 150."""
+    """Many short strings as one run of bytes: 1.28 million paths are 50 MB, not 150.
 
-    def __init__(self, blob: bytes, ends: np.ndarray) -> None:
+    blob: may be a part of a mapped file.
+    """
+
+    def __init__(self, blob: bytes | memoryview, ends: np.ndarray) -> None:
         self.blob, self.ends = blob, ends  # int64 [N + 1], from 0
 
     @classmethod
     def of(cls, parts: Iterable[bytes]) -> "ByteStrings":
-        blob, ends = bytearray(), [0]
+        blob, ends = bytearray(), array("q", [0])
         for part in parts:
             blob += part
             ends.append(len(blob))
-        return cls(bytes(blob), np.array(ends, np.int64))
+        return cls(bytes(blob), np.frombuffer(ends, np.int64))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self.blob[start:end] for start, end in pairwise(self.ends.tolist()))
+        for first in range(0, len(self), _AT_ONCE):
+            ends = self.ends[first : first + _AT_ONCE + 1].tolist()
+            blob = bytes(self.blob[ends[0] : ends[-1]])
+            for start, end in pairwise(ends):
+                yield blob[start - ends[0] : end - ends[0]]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.blob[self.ends[index] : self.ends[index + 1]]
+        return bytes(self.blob[self.ends[index] : self.ends[index + 1]])
+
+    def are_whole(self) -> bool:
+        """Whether the ends fit the bytes, of strings that were read from a file."""
+        ends = self.ends
+        if ends.dtype != np.int64 or ends.ndim != 1 or not len(ends):
+            return False
+        return bool(ends[0] == 0 and ends[-1] == len(self.blob) and (np.diff(ends) >= 0).all())
 
 
 # What is left out, and how it is said
@@ -107,12 +125,36 @@ def no_image(where: Path | str, left_out: Iterable[str]) -> str:
 
 # Folders
 
+_listed: ContextVar[dict[bytes, int] | None] = ContextVar("listed", default=None)
+
+
+@contextmanager
+def what_is_listed() -> Iterator[dict[bytes, int]]:
+    """The folders that are listed inside, and their times of change before that, in nanoseconds.
+
+    What was found there stands as long as these times do: names that come and go change them.
+    """
+    folders: dict[bytes, int] = {}
+    token = _listed.set(folders)
+    try:
+        yield folders
+    finally:
+        _listed.reset(token)
+
+
+def looked_into(folder: bytes) -> None:
+    """Note the folder for `what_is_listed`, before what is in it is looked at."""
+    listed = _listed.get()
+    if listed is not None and folder not in listed:
+        listed[folder] = size_and_time(status_of(folder))[1]
+
 
 def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
     """What is in a folder, but for hidden names, sorted by name.
 
     Raises UsageError where it cannot be listed.
     """
+    looked_into(folder)
     with asked(f"{printable(folder)} cannot be listed"), os.scandir(folder) as found:
         return sorted((e for e in found if not is_hidden(e.name)), key=lambda e: e.name)
 

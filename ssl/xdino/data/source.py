@@ -91,7 +91,12 @@ class Source(abc.ABC):
 
 
 class StoredSource(Source):
-    """Images that lie somewhere as image files' bytes."""
+    """Images that lie somewhere as image files' bytes.
+
+    described: `names_and_sizes` of them, once it is known.
+    """
+
+    described: bytes | None = None
 
     @abc.abstractmethod
     def encoded(self, index: int) -> bytes: ...
@@ -115,14 +120,11 @@ class StoredSource(Source):
         if size > (1 << 28) + 16 * self.max_pixels:  # more than any format needs for them
             raise OSError(f"{size:,} bytes are more than {self.max_pixels:,} pixels need")
 
-    def _described(self, names: ByteStrings, sizes: np.ndarray) -> Iterator[bytes]:
-        """Names below the folder they share, sizes and a sample of the contents."""
-        shared = _shared_folder(names)
-        told = hashlib.blake2b(b"\0".join(name[shared:] for name in names), digest_size=32)
-        told.update(np.ascontiguousarray(sizes, np.dtype("<i8")).tobytes())
-        yield told.digest()
+    def _described(self, told: bytes) -> Iterator[bytes]:
+        """What `names_and_sizes` says, and a sample of the contents."""
+        yield told
         # What is sampled follows from names and sizes, so that it is the same on any machine.
-        for index in rng.sample(told.digest(), _SAMPLED, len(names)).tolist():
+        for index in rng.sample(told, _SAMPLED, len(self)).tolist():
             try:
                 yield self._ends(index, _PIECE)
             except OSError:
@@ -158,6 +160,17 @@ def fingerprint(source: Source) -> str:
         digest.update(source.labels.tobytes())
         digest.update("\0".join(source.classes or ()).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def names_and_sizes(names: ByteStrings, sizes: np.ndarray) -> bytes:
+    """A digest of names below the folder that they share, and of the sizes."""
+    shared, between = _shared_folder(names), b""
+    told = hashlib.blake2b(digest_size=32)
+    for name in names:
+        told.update(between + name[shared:])
+        between = b"\0"
+    told.update(np.ascontiguousarray(sizes, np.dtype("<i8")).tobytes())
+    return told.digest()
 
 
 def _shared_folder(names: ByteStrings) -> int:

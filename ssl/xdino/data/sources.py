@@ -1,7 +1,7 @@
 """Where images come from: what a person calls a data set -> the source that reads it.
 
 Folders, text lists of paths, tar files and folders of them, and Fashion-MNIST by its name. A kind of
-source has a room of its own: `files`, `shards`, `idx`; which files count as images is `listing`'s,
+source has a room of its own: `files`, `tars`, `idx`; which files count as images is `listing`'s,
 which of them are train is `splits`'.
 """
 
@@ -12,12 +12,17 @@ from pathlib import Path
 
 from xdino.config import MAX_PIXELS
 from xdino.data.classes import class_order, number_alike
-from xdino.data.files import FileSource, open_list
-from xdino.data.folders import check_both_splits, open_folder, splits_of_folder
+from xdino.data.files import (
+    FileSource,
+    check_both_splits,
+    open_folder,
+    open_list,
+    splits_of_folder,
+)
 from xdino.data.idx import NAMES, ArraySource, open_named
 from xdino.data.listing import shortened
-from xdino.data.shards import TarSource, open_tars, splits_of_tar
 from xdino.data.source import Source, fingerprint, limit_pixels
+from xdino.data.tars import TarSource, open_tars, splits_of_tar
 from xdino.errors import UsageError, asked
 from xdino.runtime.places import missing_data
 

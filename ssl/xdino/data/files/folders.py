@@ -9,10 +9,11 @@ import numpy as np
 
 from xdino.data import listing, splits
 from xdino.data.classes import folder_labels
-from xdino.data.files import FileSource
+from xdino.data.files.index import indexed
+from xdino.data.files.source import FileSource
 from xdino.data.listing import ByteStrings, first, folders_in, holds_images, loose_images, tars_in
-from xdino.data.shards import open_tars
 from xdino.data.source import Source
+from xdino.data.tars import open_tars
 from xdino.errors import UsageError
 
 
@@ -20,6 +21,15 @@ def open_folder(
     data: str, path: Path, split: str | None, channels: int | None, labelled: bool
 ) -> Source:
     """The images of the folder `path`, or of its `split`. `data`: what a person called it."""
+    key = f"{split or 'all'}.labelled" if labelled else split or "all"
+    return indexed(
+        path, key, data, channels or 3, lambda: _looked_for(data, path, split, channels, labelled)
+    )
+
+
+def _looked_for(
+    data: str, path: Path, split: str | None, channels: int | None, labelled: bool
+) -> Source:
     if split is None:
         return _open_whole(data, path, [], channels, labelled)
     tars = tars_in(path)
