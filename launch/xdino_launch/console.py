@@ -75,6 +75,7 @@ class ConsoleListener(Listener):
         self._remaining: Remaining | None = None
         #: The row of the network before its first step, if it was scored; scores are told beside it.
         self.untrained: dict[str, Any] = {}
+        self._began = "untrained"
         self._score = ""
 
     def __enter__(self) -> "ConsoleListener":
@@ -88,6 +89,8 @@ class ConsoleListener(Listener):
         self._iterations = facts["iterations"]
         self._pace = Pace(self._iterations)
         self._remaining = Remaining(facts["iteration"], facts["iterations"])
+        if facts.get("doing") == "fine-tuning":
+            self._began = "at first"
         verb = "continuing" if facts["iteration"] else facts.get("doing", "pretraining")
         self.notice(
             f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
@@ -104,7 +107,7 @@ class ConsoleListener(Listener):
 
     def step(self, row: dict[str, Any]) -> None:
         numbers = _numbers(row)
-        if "loss" not in row and (scores := _scores(row, self.untrained)):
+        if "loss" not in row and (scores := _scores(row, self.untrained, self._began)):
             if row["iteration"] == 0:
                 self.untrained = row
             numbers += scores
@@ -148,14 +151,14 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 _NO_SCORES = ("iteration", "epoch", "skipped", "val_images")
 
 
-def _scores(row: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
+def _scores(row: dict[str, Any], untrained: dict[str, Any], began: str = "untrained") -> list[str]:
     """What an evaluation found: "knn_top1 41.2 (untrained 9.8, chance 1.6)"."""
     shown = []
     for key, value in row.items():
         if key in _NO_SCORES or key.startswith("chance_"):
             continue
         guess = row.get(f"chance_{key.partition('_')[2]}")
-        beside = [] if key not in untrained else [f"untrained {_brief(untrained[key])}"]
+        beside = [] if key not in untrained else [f"{began} {_brief(untrained[key])}"]
         beside += [] if guess is None else [f"chance {_brief(guess)}"]
         shown.append(f"{key} {_brief(value)}" + (f" ({', '.join(beside)})" if beside else ""))
     return shown

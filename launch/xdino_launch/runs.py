@@ -26,7 +26,8 @@ class RunState:
     """A run as `xdino runs` tells it.
 
     `state`: "running", "finished", "stopped" (resumable) or "begun" (no weights yet). `knn`, `linear`:
-    the best top-1 in per cent, of results.json or while training. `changed`: seconds since 1970.
+    the best top-1 in per cent, of results.json or while training; `classifier`: that of a fine-tuned
+    run. `changed`: seconds since 1970.
     """
 
     path: str
@@ -38,6 +39,7 @@ class RunState:
     knn: float | None
     linear: float | None
     changed: float
+    classifier: float | None = None
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
@@ -98,6 +100,9 @@ def describe(run: Path) -> RunState:
         knn=knn,
         linear=linear,
         changed=max(path.stat().st_mtime for path in files if path.exists()),
+        classifier=max(
+            (s for row in rows if (s := _number(row.get("val_top1"))) is not None), default=None
+        ),
     )
 
 
@@ -153,10 +158,14 @@ def _best(file: Path, logged: list[dict[str, Any]]) -> tuple[float | None, float
 
 
 def table(runs: Iterable[RunState], now: float | None = None) -> str:
-    """A line a run, and the path on it whole; what is not known is a dash."""
-    now = time.time() if now is None else now
+    """A line a run, and the path on it whole; what is not known is a dash.
+
+    Scores of classifiers have a column where there is one.
+    """
+    now, runs = time.time() if now is None else now, list(runs)
+    tuned = ("top-1",) if any(run.classifier is not None for run in runs) else ()
     rows: list[tuple[str, ...]] = [
-        ("state", "iteration", "loss", "k-NN", "linear", "changed", "run")
+        ("state", "iteration", "loss", "k-NN", "linear", *tuned, "changed", "run")
     ]
     for run in runs:
         of = f"/{run.iterations:,}" if run.iterations else ""
@@ -165,7 +174,8 @@ def table(runs: Iterable[RunState], now: float | None = None) -> str:
                 run.state,
                 f"{run.iteration:,}{of}",
                 *(f"{n:.{d}f}" if n is not None else "-" for n, d in
-                  ((run.loss, 3), (run.knn, 1), (run.linear, 1))),
+                  ((run.loss, 3), (run.knn, 1), (run.linear, 1),
+                   *((run.classifier, 1) for _ in tuned))),
                 f"{span(now - run.changed)} ago",
                 run.path,
             )
@@ -173,7 +183,7 @@ def table(runs: Iterable[RunState], now: float | None = None) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if 1 <= i <= 4 else cell.ljust(width)
+            cell.rjust(width) if 1 <= i <= 4 + len(tuned) else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

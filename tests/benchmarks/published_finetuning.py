@@ -5,8 +5,8 @@
 XCIT_CHECKOUT is a checkout of facebookresearch/xcit, which is read from where it lies. Arms take turns,
 with one thread each, and each is there twice (A/A), which says how far two equal arms are apart.
 
-Loader: JPEG files of 500 x 375 pixels, cut from the photographs of scikit-learn. Published: timm's
-create_transform (RandomResizedCrop, flip, rand-m9-mstd0.5-inc1, normalise, erase) on Pillow's images.
+Loader: JPEG files of 500 x 375 pixels, cut from the photographs that scikit-learn ships. Published:
+timm's create_transform (RandomResizedCrop, flip, rand-m9-mstd0.5-inc1, normalise, erase) with Pillow.
 Step: engine.py's without a scaler (float32): mixed batch, soft targets, AdamW, timm's moving average.
 """
 
@@ -94,7 +94,7 @@ def step_arms(checkout: Path, side: int, batch: int) -> dict[str, Callable[[], i
     images, labels = torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
 
     def theirs() -> Callable[[], int]:
-        network = xcit.xcit_nano_12_p16(drop_path_rate=0.05).train()
+        network = xcit.xcit_tiny_12_p16(drop_path_rate=0.05).train()
         decayed = [p for n, p in network.named_parameters() if p.ndim > 1 and "cls_token" not in n]
         plain = [p for n, p in network.named_parameters() if p.ndim == 1 or "cls_token" in n]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
@@ -115,7 +115,7 @@ def step_arms(checkout: Path, side: int, batch: int) -> dict[str, Callable[[], i
         return step
 
     def ours() -> Callable[[], int]:
-        spec = BackboneSpec("xcit_nano_12_p16")
+        spec = BackboneSpec("xcit_tiny_12_p16")
         classifier = Classifier(spec.build(0.05), spec, 1000).train()
         groups = optim.parameter_groups(classifier, 0.05)
         learner = ClassificationLearner(classifier, optim.build("adamw", groups), 0.99996)

@@ -49,7 +49,7 @@ def test_runs_are_listed_with_their_state_and_best_scores(xdino, folder):
     code, out, error = xdino("runs")
     assert (code, error) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    lines = {line.split("ago  ")[1]: line.split() for line in out.splitlines()[1:]}
+    lines = {line.split(" ago ")[1].strip(): line.split() for line in out.splitlines()[1:]}
     assert list(lines) == ["runs/a done one", "runs/deep/er/stopped", "runs/new"]
     assert lines["runs/a done one"][:5] == ["finished", "40/40", "5.500", "61.0", "70.2"]
     assert lines["runs/deep/er/stopped"][:5] == ["stopped", "20/40", "6.000", "-", "-"]

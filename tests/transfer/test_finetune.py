@@ -107,6 +107,7 @@ def test_a_run_leaves_classifier_backbone_scores_and_its_start(finished, classes
     code, out, _ = xdino("runs", finished)
     assert code == 0
     assert "finished" in out
+    assert f"{max(row['val_top1'] for row in scored):.1f}" in out
     code, out, error = xdino("report", finished)
     assert code == 0, error
     page = (finished / "report.html").read_text()
@@ -114,11 +115,32 @@ def test_a_run_leaves_classifier_backbone_scores_and_its_start(finished, classes
     assert "top-1 of the classifier" in page
 
 
+def test_the_report_says_whether_pretraining_paid(finished, tmp_path, xdino):
+    page = tmp_path / "page.html"
+    code, out, error = xdino("report", finished, "--beside", finished, "--out", page)
+    assert (code, out.strip()) == (0, str(page)), error
+    assert "Did pretraining pay?" in page.read_text()
+    assert "at step 18" in page.read_text()
+    assert "<td>from scratch</td><td>all</td>" in page.read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("model: {}\n")
+    code, _, error = xdino("report", finished, "--beside", other, "--out", page)
+    assert code == 2
+    assert "is a run of xdino pretrain" in error
+
+
 def test_a_finished_run_is_left_alone_and_another_configuration_is_named(finished, classes, xdino):
     before = checkpoint.sha256(finished / "model.safetensors")
     code, out, error = xdino("finetune", "--run", finished)
     assert (code, out.strip()) == (0, str(finished / "model.safetensors")), error
     assert "finished run of 18 iterations: left alone" in error
+    kept = (finished / "results.json").read_text()
+    (finished / "results.json").unlink()  # its last row comes back
+    assert xdino("finetune", "--run", finished)[0] == 0
+    (again,) = results.load(finished / "results.json")
+    assert json.loads(kept)[-1]["checkpoint"] == again.checkpoint
+    (finished / "results.json").write_text(kept)
     code, _, error = xdino(*words(finished, classes, train__ema=0.9, optim__lr=0.5))
     assert code == 2
     assert "optim.lr (0.3 against 0.5)" in error
@@ -220,3 +242,30 @@ def test_two_processes_are_one(classes, tmp_path):
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_micro_batches_add_up_and_the_average_can_be_what_is_kept(classes, tmp_path):
+    """On frozen features, so that no BatchNorm sees how many images come together."""
+    same = {"mixup__probability": 0, "model__frozen": 4, "optim__name": "sgd", "train__epochs": 1,
+            "evaluate__every": 0}  # fmt: skip
+    parts = {"train__batch_size": 4, "train__accumulate": 2}
+    average = {"train__ema": 0.5, "evaluate__weights": "average"}
+    runs = [
+        child(*words(tmp_path / "one", classes, **same)),
+        child(*words(tmp_path / "two", classes, **same, **average, **parts)),
+    ]
+    for process in runs:
+        process.join()
+        assert process.exitcode == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    states = [
+        checkpoint.load_state(tmp_path / name / checkpoint.STATE_FILE)["learner"]
+        for name in ("one", "two")
+    ]
+    heads = [state["classifier"]["head.weight"] for state in states]
+    assert torch.allclose(*heads, rtol=1e-5, atol=1e-6)
+    kept = read_classifier(tmp_path / "two").classifier.state_dict()
+    assert torch.equal(kept["head.weight"], states[1]["ema"]["head.weight"])
+    assert not torch.equal(kept["head.weight"], heads[1])
+    last = told(tmp_path / "one")[-1]  # scored at the end alone
+    assert (last["iteration"], "val_top1" in last) == (6, True)

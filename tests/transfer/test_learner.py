@@ -155,6 +155,21 @@ def test_averages_are_timms(classifier):
         assert torch.allclose(mine.network.state_dict()[name], value, rtol=1e-6), name
 
 
+def test_an_average_stands_still_by_a_flag(classifier):
+    plain, flagged = ModelEma(classifier, 0.7), ModelEma(classifier, 0.7)
+    with torch.no_grad():
+        for value in classifier.state_dict().values():
+            value.add_(3) if not value.is_floating_point() else value.mul_(1.1)
+    before = copy.deepcopy(flagged.network.state_dict())
+    flagged.update(classifier, torch.tensor(True))
+    for name, value in flagged.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    plain.update(classifier)
+    flagged.update(classifier, torch.tensor(False))
+    for name, value in flagged.network.state_dict().items():
+        assert torch.allclose(value, plain.network.state_dict()[name], rtol=1e-6), name
+
+
 def test_a_step_goes_on_where_it_stopped(classifier):
     other = Classifier(TINY.build(), TINY, 7).train()
     one = ClassificationLearner(classifier, optimiser_of(classifier), ema_decay=0.9)

@@ -54,12 +54,17 @@ class ClassificationJob:
         self.config = config
         self.last_start: Mapping[str, Any] = {}
         self._notices: list[str] = []
+        self._init: dict[str, Any] = {}
         self._batches: Generator[LabelledBatch, None, None] | None = None
 
     # --- before anything is written ---
 
     def make_plan(self, config: FineTuning) -> None:
         self.config = config
+        self._init = {  # of a run that is continued
+            "init": self.last_start.get("init", config.train.init),
+            "init_sha256": self.last_start.get("init_sha256"),
+        }
         precision = self._precision(config)
         spec = self.last_start.get("spec")
         self.plan = distributed.together(
@@ -95,9 +100,6 @@ class ClassificationJob:
             lambda: planning.build_classifier(self.plan, from_init)
         )
         teacher, remarks = distributed.together(lambda: planning.build_teacher(self.plan))
-        self._init = {
-            key: self.last_start.get(key) for key in ("init", "init_sha256")
-        }  # of a run that is continued
         if from_init:
             self._init = distributed.together(lambda: planning.init_facts(config))
             distributed.agree({"the content of train.init": self._init.get("init_sha256")})

@@ -9,7 +9,9 @@ views.png                 the first batch as the networks saw it
 checkpoints/last.pt       the whole state; previous.pt the one before it; epoch_0020.pt and so on are kept
 checkpoints/initial.safetensors   the teacher before the first step
 backbone.safetensors      the teacher, refreshed with every checkpoint
-best.safetensors          the teacher whose k-NN was best while training, where k-NN was asked for
+best.safetensors          the teacher whose k-NN was best while training, where k-NN was asked for; of
+                          a fine-tuned run the classifier that scored best
+model.safetensors         the whole classifier of a fine-tuned run, whose backbone lies beside it
 results.json, attention/  what the evaluations add
 report.html, film/        the run as a page, redrawn while it goes; a small picture an evaluation
 verdict.json              whether it learned anything, when it is finished

@@ -1,0 +1,85 @@
+"""Batches of fine-tuning: the same for any threads and processes, labels of what is shown."""
+
+import numpy as np
+import pytest
+import torch
+
+from xdino.data.decode import UnreadableImage
+from xdino.data.idx import ArraySource
+from xdino.errors import UsageError
+from xdino_transfer.classification.views import TrainingView
+from xdino_transfer.finetuning.loader import LabelledLoader
+
+N = 520
+
+
+class Source(ArraySource):
+    """Images whose pixels say their number and whose labels are it; some cannot be read."""
+
+    unreadable: frozenset[int] = frozenset()
+
+    def read(self, index):
+        if index in self.unreadable:
+            raise UnreadableImage("torn")
+        return super().read(index)
+
+
+@pytest.fixture
+def source():
+    pixels = np.zeros((N, 12, 12, 3), np.uint8)
+    pixels[..., 0] = (np.arange(N) % 256)[:, None, None]
+    pixels[..., 1] = (np.arange(N) // 256)[:, None, None]
+    names = tuple(map(str, range(N)))
+    return Source("numbers", pixels, np.arange(N), names, 3)
+
+
+VIEW = TrainingView(12, (0.5,) * 3, (0.5,) * 3, randaugment=None, erasing=None)
+
+
+def batches(source, **options):
+    loader = LabelledLoader(source, VIEW, **{"batch_size": 8, "seed": 3, "workers": 0, **options})
+    return [*loader.iterate(0, loader.steps_per_epoch)]
+
+
+def shown(batch):
+    """The numbers of the images that the crops show; their middles are never padding."""
+    middle = batch.crops[:, 6, 6].to(torch.int64)
+    return middle[:, 0] + 256 * middle[:, 1]
+
+
+def test_labels_are_of_what_is_shown_also_of_stand_ins(source):
+    source.unreadable = frozenset({5, 6, 100})
+    found = batches(source)
+    for batch in found:
+        assert torch.equal(batch.labels, shown(batch))
+    asked = np.concatenate([batch.indices for batch in found])
+    assert {5, 6, 100} <= set(asked.tolist())
+    assert not {5, 6, 100} & {int(n) for batch in found for n in batch.labels}
+
+
+def test_threads_change_nothing(source):
+    for one, two in zip(batches(source), batches(source, workers=3), strict=True):
+        assert torch.equal(one.crops, two.crops)
+        assert torch.equal(one.labels, two.labels)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_processes_share_a_step_of_one(source, repeats):
+    one = batches(source, repeats=repeats, batch_size=16)
+    halves = [batches(source, repeats=repeats, rank=r, world_size=2) for r in (0, 1)]
+    assert len(one) == len(halves[0]) == (512 if repeats == 3 else N) // 16
+    for whole, *parts in zip(one, *halves, strict=True):
+        together = torch.cat([part.crops for part in parts]).flatten(1)
+        for ours, theirs in ((whole.crops.flatten(1), together),):
+            assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, theirs.tolist()))
+        assert [part.part for part in parts] == [0, 1]
+
+
+def test_an_image_comes_three_times_in_a_row_cut_differently(source):
+    first = batches(source, repeats=3)[0]
+    assert first.indices[:3].tolist() == [first.indices[0]] * 3
+    drawn = first.drawn.crops["position"]
+    assert len({tuple(place) for place in drawn[:3].tolist()}) == 3
+    few = ArraySource("few", np.zeros((9, 12, 12, 3), np.uint8), np.arange(9), ("a",) * 9, 3)
+    with pytest.raises(UsageError, match="takes images by 256"):
+        LabelledLoader(few, VIEW, 8, 0, repeats=3)
