@@ -23,12 +23,12 @@ from xdino_launch.commands import (
     benchmarks,
     classifying,
     features,
+    finetuning,
     forecasting,
     knn,
     linear,
     listing,
     neighbours,
-    packing,
     pictures,
     pretraining,
     showing,
@@ -42,6 +42,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
+    "Learn on": ("finetune",),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
@@ -64,6 +65,7 @@ for command in (
     listing.runs,
     pretraining.pretrain,
     pretraining.submit,
+    finetuning.finetune,
     forecasting.look,
     forecasting.plan,
     showing.replay,
@@ -81,7 +83,7 @@ for command in (
     classifying.predict,
     classifying.transfer,
     weights.export,
-    packing.pack,
+    weights.pack,
     showing.report,
     showing.demo,
     benchmarks.bench,

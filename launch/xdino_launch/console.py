@@ -88,7 +88,7 @@ class ConsoleListener(Listener):
         self._iterations = facts["iterations"]
         self._pace = Pace(self._iterations)
         self._remaining = Remaining(facts["iteration"], facts["iterations"])
-        verb = "continuing" if facts["iteration"] else "pretraining"
+        verb = "continuing" if facts["iteration"] else facts.get("doing", "pretraining")
         self.notice(
             f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
             f"{facts['iteration']:,} of {facts['iterations']:,}, {facts['steps_per_epoch']:,} an "

@@ -1,14 +1,15 @@
-"""Pretraining in this process, alone or as one of those that a launcher started."""
+"""Training in this process, alone or as one of those that a launcher started."""
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from xdino import checkpoint, data
+from xdino import checkpoint, data, train
 from xdino import config as configuration
 from xdino.backbone import Backbone
-from xdino.config import Config
+from xdino.config import Config, RunConfig
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.job import Evaluator, Listener
@@ -25,6 +26,10 @@ from xdino_eval.evaluators import EVALUATORS, LABEL_FREE, Quality
 from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.live import Watcher
+from xdino_transfer.classification.files import MODEL_FILE
+from xdino_transfer.finetuning.job import ClassificationJob
+from xdino_transfer.finetuning.judging import Judge
+from xdino_transfer.finetuning.recipe import FineTuning
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
@@ -59,6 +64,47 @@ def run_pretraining(
             if first:
                 watcher.conclude()
         return path
+
+
+def run_finetuning(
+    config: FineTuning,
+    run_dir: str | Path,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """Train a classifier in `run_dir` or continue it there, scored as the configuration asks for.
+
+    Returns:
+        The path of the classifier.
+    """
+    run = Path(run_dir)
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        with stop.abandoning("while its processes met"):
+            if distributed.start(resolve_device(config.runtime.device)):
+                stack.callback(distributed.stop)
+        listener = stack.enter_context(ConsoleListener())
+        job = ClassificationJob(config)
+        judge = Judge(job, run, listener.notice)
+        with Watcher(config, run, listener, None) as watcher:
+            evaluator = judge if config.evaluate.every else None
+            train.run(job, run, evaluator, watcher, command, stop)
+            if distributed.rank() == 0:
+                with stop.abandoning("while the last classifier was scored"):
+                    _score_at_end(job, judge, run, watcher)
+                watcher.conclude()
+        return run / MODEL_FILE
+
+
+def _score_at_end(job: ClassificationJob, judge: Judge, run: Path, listener: Listener) -> None:
+    """The row of the last classifier in results.json; a run that was killed before comes back to it."""
+    try:
+        scores = judge.conclude()
+        if scores is not None and not RunDirectory(run).evaluated(job.iterations):
+            told = {"iteration": job.iterations, "epoch": job.config.train.epochs, **scores}
+            _write_row(job.config, run, told, listener)
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        listener.notice(f"the score at the end failed: {error}. The run is whole without it")
 
 
 def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
@@ -147,10 +193,14 @@ def _log(config: Config, run: Path, iteration: int, row: results.Row, listener: 
             return
         epoch = logged.get("epoch", epoch)
     told = {"iteration": iteration, "epoch": epoch, **numbers("linear", [row])}
+    _write_row(config, run, told, listener)
+
+
+def _write_row(config: RunConfig, run: Path, told: dict[str, Any], listener: Listener) -> None:
     runtime = config.runtime
     tree = configuration.to_tree(config)
     mode, project = runtime.wandb, runtime.wandb_project
-    log = MetricsLog(run, iteration, mode, project, tree, tensorboard=runtime.tensorboard)
+    log = MetricsLog(run, told["iteration"], mode, project, tree, tensorboard=runtime.tensorboard)
     try:
         log.write(told)
     finally:

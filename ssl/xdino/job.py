@@ -16,27 +16,36 @@ from typing import Any, Protocol
 
 import torch
 
-from xdino.backbone import Backbone
-from xdino.config import Config
+from xdino.backbone import Origin
+from xdino.config import RunConfig
 from xdino.data import BadImage
 from xdino.stepping import StepResult
 
-#: The backbone of what learns -> its scores, for metrics.jsonl; leaves the network as it was.
-Evaluator = Callable[[Backbone], dict[str, float]]
+#: What a job gives to be judged -> its scores, for metrics.jsonl; leaves the network as it was.
+Evaluator = Callable[[Any], dict[str, float]]
+
+
+class Judged(Protocol):
+    """What evaluators are given: a backbone, or the whole network of a job that learns a task."""
+
+    origin: Origin
 
 
 class Job(Protocol):
     """One kind of training. All processes call the same members in the same order."""
 
-    config: Config
     device: torch.device  # from `make_plan` on, as the next two
     iterations: int
     steps_per_epoch: int
     last_start: Mapping[str, Any]  # of environment.json; set before `make_plan`
 
+    @property
+    def config(self) -> RunConfig:
+        """What is run; from `make_plan` on, the run's own."""
+
     # --- before anything is written, in this order ---
 
-    def make_plan(self, config: Config) -> None:
+    def make_plan(self, config: Any) -> None:
         """Open the data and prove that `config`, the run's own, can be done; perhaps twice.
 
         `iterations` counts those of extensions (`config.train.all_epochs`).
@@ -68,7 +77,7 @@ class Job(Protocol):
         """For environment.json: the data's name and fingerprint, precision, kernels, ..."""
 
     def dimensions(self) -> dict[str, Any]:
-        """For `Listener.started`: images, total_batch, peak_lr, ..."""
+        """For `Listener.started`: images, total_batch, peak_lr, doing ("pretraining"), ..."""
 
     # --- steps ---
 
@@ -122,7 +131,7 @@ class Job(Protocol):
     # --- what is kept ---
 
     @property
-    def judged(self) -> Backbone:
+    def judged(self) -> Judged:
         """What evaluators are given."""
 
     def state_dict(self, iteration: int) -> dict[str, Any]:
@@ -162,8 +171,9 @@ class LinesListener(Listener):
 
     def started(self, facts: dict[str, Any]) -> None:
         self._iterations = facts["iterations"]
+        doing = "continuing" if facts["iteration"] else facts.get("doing", "pretraining")
         self.notice(
-            f"{'continuing' if facts['iteration'] else 'pretraining'} on {facts['images']:,} images "
+            f"{doing} on {facts['images']:,} images "
             f"of {facts['data']}: iteration {facts['iteration']:,} of {facts['iterations']:,}, "
             f"{facts['steps_per_epoch']:,} an epoch, on {facts['device']}"
         )
@@ -174,7 +184,9 @@ class LinesListener(Listener):
             return
         self._told = time.monotonic()
         names = ("loss", "lr", "images_per_second")
-        known = [name for name in row if name in names or name.startswith(("knn_", "linear_"))]
+        known = [
+            name for name in row if name in names or name.startswith(("knn_", "linear_", "val_"))
+        ]
         numbers = "".join(f" · {name} {row[name]:.4g}" for name in known)
         self.notice(
             f"epoch {row['epoch']} · iteration {row['iteration']:,}/{self._iterations:,}{numbers}"

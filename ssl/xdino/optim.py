@@ -70,11 +70,15 @@ def build(name: str, model: nn.Module) -> Optimizer:
     raise ValueError(f'optimiser must be "adamw", "sgd" or "lars", got "{name}"')
 
 
-def set_step(optimiser: Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this step's learning rate, and the weight decay of the first group."""
+def set_step(optimiser: Optimizer, lr: float, weight_decay: float | None) -> None:
+    """Write this step's learning rate, and the weight decay of the first group.
+
+    lr: of a group with an `lr_scale`, times that. weight_decay: None = every group keeps its own.
+    """
     for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.param_groups[0]["weight_decay"] = weight_decay
+        group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
+    if weight_decay is not None:
+        optimiser.param_groups[0]["weight_decay"] = weight_decay
 
 
 @torch.no_grad()
@@ -96,6 +100,19 @@ def clip_each(parameters: Iterable[Tensor], max_norm: float, norms: Tensor | Non
     norms = gradient_norms(grads) if norms is None else norms
     scales = norms.add(1e-6).reciprocal_().mul_(max_norm)
     torch._foreach_mul_(grads, list(scales.clamp_(max=1.0).unbind()))
+
+
+@torch.no_grad()
+def clip_together(
+    parameters: Iterable[Tensor], max_norm: float, norms: Tensor | None = None
+) -> None:
+    """Scale all gradients by one factor, to norm `max_norm` at most; arguments as `clip_each`."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return
+    norms = gradient_norms(grads) if norms is None else norms
+    scale = (max_norm / (norms.norm() + 1e-6)).clamp_(max=1.0)
+    torch._foreach_mul_(grads, scale)
 
 
 def drop_gradients(module: nn.Module) -> None:

@@ -176,6 +176,7 @@ class Pretraining:
             "total_batch": self.plan.total_batch,
             "peak_lr": float(self.plan.schedules.lr.max()),
             "precision": self.plan.precision,
+            "doing": "pretraining",
         }
 
     # --- steps ---

@@ -114,33 +114,38 @@ class Stepping:
     Args:
         networks: by role ("student", ...), on `device`; their statistics and parameters are watched.
         trained: the role that is trained by gradient.
-        optimiser: "adamw", "sgd" or "lars".
+        optimiser: "adamw", "sgd" or "lars", or one over the trained network's own groups.
         clip: largest gradient norm of one parameter tensor; 0 for none.
         precision: "fp32", "bf16" or "fp16" (with a gradient scaler).
         kept: other tensors that a state holds, by what they are called; they stay where they are.
+        together: `clip` is the norm of all gradients together.
     """
 
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
         trained: str,
-        optimiser: str,
+        optimiser: str | Optimizer,
         clip: float,
         precision: str,
         device: torch.device,
         kept: Mapping[str, Tensor] | None = None,
+        together: bool = False,
     ) -> None:
         if precision not in AUTOCAST:
             raise UsageError(
                 f'no precision is called "{precision}": {nearest(precision, AUTOCAST)}'
             )
         self.device, self.clip = device, clip
+        self._clip = optim.clip_together if together else optim.clip_each
         self.autocast = AUTOCAST[precision]
         self.networks, self.kept = dict(networks), dict(kept or {})
         for each in self.networks.values():
             distributed.synchronise_batch_norm(each, device)
         network = self.networks[trained]
-        self.optimiser: Optimizer = optim.build(optimiser, network)
+        self.optimiser: Optimizer = (
+            optim.build(optimiser, network) if isinstance(optimiser, str) else optimiser
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.asks_every_step = False  # a GPU too; each time it waits for the device
         self.trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
@@ -152,7 +157,8 @@ class Stepping:
 
     # --- the parts of a step ---
 
-    def begin(self, lr: float, weight_decay: float) -> None:
+    def begin(self, lr: float, weight_decay: float | None = None) -> None:
+        """weight_decay: None = what the optimiser's groups have."""
         optim.set_step(self.optimiser, lr, weight_decay)
         self.optimiser.zero_grad(set_to_none=True)
         self.statistics.remember()
@@ -208,7 +214,7 @@ class Stepping:
             self._stand_still(watched.broken, still)
         if self.clip > 0:
             self.scaler.unscale_(self.optimiser)
-            optim.clip_each((p for _, p in self.trained), self.clip, watched.norms)
+            self._clip((p for _, p in self.trained), self.clip, watched.norms)
         if still is not None:
             optim.drop_gradients(still)
         self.scaler.step(self.optimiser)

@@ -9,9 +9,12 @@ import yaml
 from xdino import config
 from xdino.config import keys as described
 from xdino.errors import UsageError
+from xdino_transfer.finetuning.recipe import FineTuning
 
 ALL = [key for keys in config.settings().values() for key in keys]
+TUNING = [key for keys in config.settings(FineTuning).values() for key in keys]
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+OTHERS = ((FineTuning, "eval/xdino_transfer/finetuning/recipe.py"),)
 UNITS = (
     "pixels", "epochs", "iterations", "images", "share", "probability", "factor", "number", "width",
     "micro-batches", "temperature", "learning rate", "strength", "norm", "channels", "a value a channel",
@@ -23,11 +26,16 @@ def test_every_key_says_what_it_is():
     assert [key.name for key in ALL] == config.dotted_keys()
     assert [key.name for key in ALL if not key.meaning.endswith(".")] == []
     assert [section for section in config.settings() if not config.about(section)] == []
+    assert [key.name for key in TUNING] == config.dotted_keys(FineTuning)
+    assert [key.name for key in TUNING if not key.meaning.endswith((".", "?"))] == []
+    sections = config.settings(FineTuning)
+    assert [section for section in sections if not config.about(section, FineTuning)] == []
 
 
 def test_every_number_has_its_unit():
     numbers = [key for key in ALL if re.search("number", key.values)]
     assert len(numbers) > 50
+    numbers += [key for key in TUNING if re.search("number", key.values)]
     bare = [k.name for k in numbers if not any(unit in k.meaning.lower() for unit in UNITS)]
     assert bare == []
 
@@ -90,7 +98,7 @@ def test_what_a_recipe_says_of_its_keys_is_kept(tmp_path):
 
 def test_heads_are_read_to_their_end():
     assert config.head("fashion_mnist_curriculum")["expected"].endswith("README.md)")
-    for name in config.recipes():
+    for name in config.recipes(None):
         assert set(config.head(name)) == {"about", *config.HEAD}, name
         assert all(config.head(name).values())
 
@@ -109,10 +117,10 @@ def test_without_the_source_the_keys_are_there_all_the_same(monkeypatch):
 
 
 def test_the_page_of_settings_is_that_of_the_schema():
-    assert PAGE.read_text() == described.page(), (
+    assert PAGE.read_text() == described.page(*OTHERS), (
         "write it anew: python tests/config/test_settings.py"
     )
 
 
 if __name__ == "__main__":
-    PAGE.write_text(described.page())
+    PAGE.write_text(described.page(*OTHERS))

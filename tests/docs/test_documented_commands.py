@@ -12,7 +12,7 @@ from PIL import Image
 
 from xdino import config
 from xdino_launch import cli
-from xdino_launch.commands.overrides import Keyed, parse_overrides
+from xdino_launch.commands.overrides import Keyed, parse_overrides, schema_of
 
 # What makes a documented `pretrain` a matter of seconds: the same keys, a tiny network.
 TINY = {
@@ -42,6 +42,21 @@ def world(tmp_path_factory):
             for i in range(count):
                 picture(root / "classes" / split / name / f"{i}.png")
     return root
+
+
+# The same of `finetune`, whose network comes with weights.
+TINY_TUNING = {"train.epochs": "1", "train.batch_size": "4", "view.size": "32"}
+
+
+def learned(words: list[str]) -> list[str]:
+    """The words, those of a training command made a matter of seconds."""
+    if words[:1] != ["finetune"] or "--data.path" not in words:
+        return pretrained(words)
+    given = {word.removeprefix("--") for word in words}
+    more = {**TINY_TUNING, "runtime.workers": "1"}
+    if "--init" not in words:
+        more |= {key: value for key, value in TINY.items() if key.startswith("model.")}
+    return [*words, *(w for k, v in more.items() if k not in given for w in (f"--{k}", v))]
 
 
 def pretrained(words: list[str]) -> list[str]:
@@ -75,7 +90,7 @@ def test_every_documented_command_does_as_it_says(page, world, xdino, monkeypatc
             c for line in block.lines if block.how == "run" for c in commands(line)
         ]:
             assert words[0] == "xdino", f"{page.name}: mark what is none of ours: {' '.join(words)}"
-            code, out, error = xdino(*pretrained(words[1:]))
+            code, out, error = xdino(*learned(words[1:]))
             assert code == 0, f"{page.name}: {' '.join(words)}: {error}"
             if target is not None:
                 Path(target).write_text(out)
@@ -90,7 +105,8 @@ def understood(words: list[str]) -> None:
         command = command.commands[name]
     context = command.make_context(name, rest)
     if isinstance(command, Keyed):
-        config.load(context.params["config"], parse_overrides(context.args))
+        overrides = parse_overrides(context.args, command.kind)
+        config.load(context.params["config"], overrides, schema_of(command.kind))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

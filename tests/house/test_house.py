@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from xdino import config
+from xdino_transfer.finetuning.recipe import FineTuning
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for top in ("ssl", "eval", "launch") for path in (ROOT / top).rglob("*.py"))
@@ -159,10 +160,15 @@ def test_every_recipe_parses_and_is_found():
     assert {"demo", "debug", "fashion_mnist", "small_data", "imagenet_s12_p16"} <= set(names)
     for name in names:
         config.load(name)
+    others = config.recipes("finetune")
+    assert {"finetune_small", "finetune_imagenet_s12_p16", "finetune_cifar10"} <= set(others)
+    for name in others:
+        config.load(name, None, FineTuning)
+    assert sorted([*names, *others]) == config.recipes(None)
 
 
 def test_every_recipe_says_how_to_run_it_and_what_to_expect():
-    for name in config.recipes():
+    for name in config.recipes(None):
         header = (config.recipes_dir() / f"{name}.yaml").read_text().split("\n\n")[0]
         for word in ("command:", "hardware:", "hours:", "expected:"):
             assert word in header, (name, word)
@@ -170,7 +176,7 @@ def test_every_recipe_says_how_to_run_it_and_what_to_expect():
 
 
 def test_every_recipe_s_command_is_understood(xdino):
-    for name in config.recipes():
+    for name in config.recipes(None):
         (line,) = [
             line
             for line in (config.recipes_dir() / f"{name}.yaml").read_text().splitlines()
@@ -178,10 +184,10 @@ def test_every_recipe_s_command_is_understood(xdino):
         ]
         words = line.removeprefix("# command:").split()
         assert words[0] == "xdino", line
-        if words[1] == "pretrain":
+        if words[1] in config.KINDS:
             code, told, error = xdino(*words[1:], "--print-config")
             assert (code, error) == (0, ""), line
-            assert told.startswith("model:")
+            assert told.startswith("model:" if words[1] == "pretrain" else "kind: finetune\n")
 
 
 def test_torchrun_is_never_given_an_option_that_it_takes_for_its_own():

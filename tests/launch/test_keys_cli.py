@@ -64,7 +64,7 @@ def test_recipes_are_listed_and_shown(xdino, tmp_path):
     code, out, _ = xdino("recipes")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
-    for name in config.recipes():
+    for name in config.recipes(None):
         assert f"{name}:\n" in out
     assert json.loads(xdino("recipes", "--json")[1])["debug"]["hardware"] == "any"
     assert xdino("recipes", "demo")[1] == (config.recipes_dir() / "demo.yaml").read_text()

@@ -9,6 +9,7 @@ from torch import nn
 
 from xdino.backbones import BackboneSpec
 from xdino.errors import NonFinite, UsageError
+from xdino.optim import set_step
 from xdino_transfer.classification import optim
 from xdino_transfer.classification.classifier import Classifier
 from xdino_transfer.classification.ema import ModelEma
@@ -103,7 +104,7 @@ def test_layers_decay_from_the_head_down(classifier):
     assert layers["backbone.cls_attn_blocks.1.gamma1"] == layers["backbone.norm.weight"] == 4
     assert layers["head.weight"] == 5
     optimiser = optimiser_of(classifier, layer_decay=0.5, backbone_factor=0.1)
-    optim.set_rate(optimiser, 2.0)
+    set_step(optimiser, 2.0, None)
     rates = {p: g["lr"] for g in optimiser.param_groups for p in g["params"]}
     assert rates[classifier.head.bias] == 2.0
     assert rates[classifier.backbone.norm.weight] == pytest.approx(2.0 * 0.1 * 0.5)

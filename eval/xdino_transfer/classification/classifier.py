@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xdino import dino_vit
+from xdino.backbone import Origin
 from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
 
@@ -40,6 +41,7 @@ class Classifier(nn.Module):
         if count < 2:
             raise UsageError(f"a classifier needs at least two classes, got {count}")
         self.spec, self.classes = spec, names
+        self.origin = Origin()
         self.backbone = backbone
         self.head = nn.Linear(cast(int, backbone.embed_dim), count)
         nn.init.trunc_normal_(self.head.weight, std=0.02)

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModelEma:
@@ -17,11 +17,18 @@ class ModelEma:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
+    def update(self, network: nn.Module, still: Tensor | None = None) -> None:
+        """still: a flag on the device; where it is set, the average stays as it is."""
         own, others = self.network.state_dict(), network.state_dict()
         floats = [name for name, value in own.items() if value.is_floating_point()]
         averages = [own[name] for name in floats]
-        torch._foreach_mul_(averages, self.decay)
-        torch._foreach_add_(averages, [others[name] for name in floats], alpha=1 - self.decay)
+        if still is None:
+            torch._foreach_mul_(averages, self.decay)
+            torch._foreach_add_(averages, [others[name] for name in floats], alpha=1 - self.decay)
+        else:
+            share = torch.where(still, 0.0, 1 - self.decay)
+            torch._foreach_mul_(averages, 1 - share)
+            torch._foreach_add_(averages, torch._foreach_mul([others[n] for n in floats], share))
         for name in own.keys() - floats:
-            own[name].copy_(own[name] * self.decay + (1 - self.decay) * others[name])
+            new = (own[name] * self.decay + (1 - self.decay) * others[name]).to(own[name].dtype)
+            own[name].copy_(new if still is None else torch.where(still, own[name], new))

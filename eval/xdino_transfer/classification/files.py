@@ -127,6 +127,16 @@ def holds_classifier(path: str | Path) -> bool:
     return False
 
 
+def spec_in(path: str | Path, arch: str | None = None) -> BackboneSpec:
+    """What `start_from` builds for a file, without building it.
+
+    Raises:
+        UsageError, RunFailed: as `start_from`, but for tensors that do not fit.
+    """
+    file, config = _read(path)
+    return _spec_of(file, arch, config)
+
+
 def start_from(
     path: str | Path,
     classes: Sequence[str],

@@ -100,13 +100,7 @@ def build(name: str, groups: list[dict[str, object]]) -> Optimizer:
         UsageError: another name.
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
     raise UsageError(f'no optimiser is called "{name}": {nearest(name, NAMES)}')
-
-
-def set_rate(optimiser: Optimizer, lr: float) -> None:
-    """Write this step's learning rate into every group, times its `lr_scale`."""
-    for group in optimiser.param_groups:
-        group["lr"] = lr * group["lr_scale"]

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from xdino_launch.commands.options import Place
-from xdino_launch.commands.overrides import complete_recipe
+from xdino_launch.commands.overrides import complete_recipe, schema_of
 
 
 @click.command()
 @click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_recipe)
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def recipes(name: str | None, as_json: bool) -> None:
-    """List the recipes that `pretrain` knows; with NAME, print that one as it is.
+    """List the recipes of `pretrain` and `finetune`; with NAME, print that one as it is.
 
     `xdino recipes NAME > mine.yaml` is a start for a recipe of your own: `pretrain mine.yaml`.
     """
@@ -22,10 +22,11 @@ def recipes(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         file = config.file_of(name)
-        config.load(name)  # no other file is printed
+        kind = config.kind_of(file) or config.Config.kind
+        config.load(name, None, schema_of(kind))  # no other file is printed
         click.echo(file.read_text(encoding="utf-8-sig"), nl=False)
         return
-    heads = {found: config.head(found) for found in config.recipes()}
+    heads = {found: config.head(found) for found in config.recipes(None)}
     if as_json:
         click.echo(json.dumps(heads, indent=2))
         return

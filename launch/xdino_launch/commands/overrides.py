@@ -1,16 +1,31 @@
 """Keys of the configuration as options: `--section.key VALUE`, in the help, and at the Tab key."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
 
 from xdino.errors import UsageError
 
+if TYPE_CHECKING:
+    from xdino.config import RunConfig
+
 KEYED = {"ignore_unknown_options": True, "allow_extra_args": True}  # a command's context settings
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+def schema_of(kind: str) -> "type[RunConfig]":
+    """What recipes of a kind are read by."""
+    if kind == "finetune":
+        from xdino_transfer.finetuning.recipe import FineTuning
+
+        return FineTuning
+    from xdino.config import Config
+
+    return Config
+
+
+def parse_overrides(arguments: Sequence[str], kind: str = "pretrain") -> dict[str, str]:
     """["--optim.lr", "1e-3", "--train.epochs=10"] -> {"optim.lr": "1e-3", "train.epochs": "10"}."""
     from xdino import config
     from xdino.values import shown
@@ -21,12 +36,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         option = rest.pop(0)
         key, equals, value = option.removeprefix("--").partition("=")
         if not option.startswith("--") or "." not in key:
-            leaves = {known.split(".")[1]: known for known in config.dotted_keys()}
+            keys = config.dotted_keys(schema_of(kind))
+            leaves = {known.split(".")[1]: known for known in keys}
             name = leaves.get(key.replace("-", "_"))
             hint = "name the recipe first; overrides are --section.key value"
             if name:
                 hint = f'did you mean "--{name}"?'
-            raise UsageError(f'"{option}" is not an option of pretrain: {hint}')
+            raise UsageError(f'"{option}" is not an option of {kind}: {hint}')
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UsageError(f"--{key} needs a value: --{key} VALUE")
@@ -46,9 +62,10 @@ def complete_recipe(
     """Recipes, each with its first words; then files."""
     from xdino import config
 
+    kind = ctx.command.kind if isinstance(ctx.command, Keyed) else None
     found = [
         CompletionItem(name, help=config.head(name)["about"])
-        for name in config.recipes()
+        for name in config.recipes(kind)
         if name.startswith(incomplete)
     ]
     return [*found, CompletionItem(incomplete, type="file")]
@@ -56,6 +73,8 @@ def complete_recipe(
 
 class Keyed(click.Command):
     """A command that takes every key of the configuration as an option, and lists them."""
+
+    kind = "pretrain"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -66,9 +85,10 @@ class Keyed(click.Command):
             "Every key of the configuration is an option, or a line below its section in a YAML "
             "file:"
         )
-        for section, keys in config.settings().items():
+        schema = schema_of(self.kind)
+        for section, keys in config.settings(schema).items():
             with formatter.section(section):
-                formatter.write_text(config.about(section))
+                formatter.write_text(config.about(section, schema))
                 formatter.write_dl(
                     [
                         (f"--{key.name} {key.metavar}", f"{key.meaning}  [default: {default}]")
@@ -80,7 +100,8 @@ class Keyed(click.Command):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         from xdino import config
 
-        keys = {f"--{key.name}": key for part in config.settings().values() for key in part}
+        parts = config.settings(schema_of(self.kind)).values()
+        keys = {f"--{key.name}": key for part in parts for key in part}
         before = ctx.args[-1] if ctx.args else str(ctx.params.get("config") or "")
         if before in keys and not incomplete.startswith("--"):
             choices = keys[before].choices
@@ -95,3 +116,9 @@ class Keyed(click.Command):
                 if name.startswith(incomplete)
             ]
         return found
+
+
+class KeyedToFineTuning(Keyed):
+    """The same for recipes of `xdino finetune`."""
+
+    kind = "finetune"

@@ -12,7 +12,13 @@ import click
 
 from xdino.errors import UsageError, asked
 from xdino_launch.commands.options import Number, Whole
-from xdino_launch.commands.overrides import KEYED, Keyed, complete_recipe, parse_overrides
+from xdino_launch.commands.overrides import (
+    KEYED,
+    Keyed,
+    complete_recipe,
+    parse_overrides,
+    schema_of,
+)
 
 if TYPE_CHECKING:
     from xdino.runtime.stopping import StopSignal
@@ -87,10 +93,10 @@ def pretrain(
         if config is not None and run_dir is None and not print_config:
             raise UsageError("Missing option '--run': the folder of a new run, or one to continue")
         if config is None:
-            config = _begun(run_dir)
+            config = begun(run_dir)
             if gpus is processes is None:
-                gpus, processes = _begun_by(Path(str(run_dir)))
-        _start_from({"init": init, "continue_from": continue_from}, overrides)
+                gpus, processes = begun_by(Path(str(run_dir)))
+        start_from({"init": init, "continue_from": continue_from}, overrides)
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         length = {"--minutes": minutes, "--epochs": epochs}
@@ -112,18 +118,18 @@ def pretrain(
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    words = _words({**length, "--extend": extend}, overrides)
-    sys.exit(launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *words]))
+    told = words({**length, "--extend": extend}, overrides)
+    sys.exit(launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *told]))
 
 
-def _words(options: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
+def words(options: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
     """Options that are set, and keys, as a command line has them."""
     given = {option: str(value) for option, value in options.items() if value is not None}
     given |= {f"--{key}": value for key, value in overrides.items()}
     return [word for pair in given.items() for word in pair]
 
 
-def _start_from(given: Mapping[str, str | None], overrides: dict[str, str]) -> None:
+def start_from(given: Mapping[str, str | None], overrides: dict[str, str]) -> None:
     """--init and --continue-from are the keys of those names."""
     from xdino.values import shown
 
@@ -134,8 +140,8 @@ def _start_from(given: Mapping[str, str | None], overrides: dict[str, str]) -> N
             raise UsageError(f"--{short} is {shown(value)}, but --{key} is {other}: give one")
 
 
-def _begun(run_dir: str | None) -> str:
-    """The configuration of the run in a folder.
+def begun(run_dir: str | None, kind: str = "pretrain") -> str:
+    """The configuration of the run in a folder; `kind`: of which recipes there are others.
 
     Raises:
         UsageError: there is none.
@@ -143,18 +149,18 @@ def _begun(run_dir: str | None) -> str:
     from xdino import config
 
     if run_dir is None:
-        raise UsageError(f"name a recipe: {', '.join(config.recipes())}, or a YAML file")
+        raise UsageError(f"name a recipe: {', '.join(config.recipes(kind))}, or a YAML file")
     file = Path(run_dir) / "config.yaml"
     with asked(f"--run {run_dir}"):
         if file.is_file():
             return str(file)
     raise UsageError(
         f"{run_dir} holds no run to continue: name a recipe first, one of "
-        f"{', '.join(config.recipes())}, or a YAML file"
+        f"{', '.join(config.recipes(kind))}, or a YAML file"
     )
 
 
-def _begun_by(run: Path) -> tuple[int | None, int | None]:
+def begun_by(run: Path, kind: str = "pretrain") -> tuple[int | None, int | None]:
     """--gpus and --processes as the run in a folder had them; none where they need not be given."""
     from xdino import config
     from xdino_launch.processes import LAUNCHED
@@ -168,7 +174,8 @@ def _begun_by(run: Path) -> tuple[int | None, int | None]:
         return None, None
     if count < 2:
         return None, None
-    on_cpu = config.load(str(run / "config.yaml")).runtime.device == "cpu"
+    whole = config.load(str(run / "config.yaml"), None, schema_of(kind))
+    on_cpu = whole.runtime.device == "cpu"
     return (None, count) if on_cpu else (count, None)
 
 

@@ -14,12 +14,21 @@ from xdino_launch.commands.options import SEED, Place, known_device
 @click.argument("run_dir", metavar="RUN", type=Place(Path))
 @click.argument("other", metavar="[RUN2]", required=False, type=Place(Path))
 @click.option("--out", type=Place(Path, file=True), help="File; default: report.html in RUN.")
-def report(run_dir: Path, other: Path | None, out: Path | None) -> None:
+@click.option(
+    "--beside",
+    "compared",
+    multiple=True,
+    type=Place(Path),
+    metavar="RUN3",
+    help="A fine-tuned run whose scores stand beside RUN's: did pretraining pay? Several times.",
+)
+def report(run_dir: Path, other: Path | None, out: Path | None, compared: tuple[Path, ...]) -> None:
     """Write a run, or two side by side, as one HTML file that needs nothing else."""
-    places.check_files("run folder", run_dir, other)
+    places.check_files("run folder", run_dir, other, *compared)
     from xdino_launch.report.page import write_report
 
-    click.echo(str(write_report([run_dir, other] if other else [run_dir], out)))
+    runs = [run_dir, other] if other else [run_dir]
+    click.echo(str(write_report(runs, out, compared=compared)))
 
 
 @click.command()

@@ -1,11 +1,20 @@
-"""`xdino export`."""
+"""What other programs and other machines take: `xdino export` and `xdino pack`."""
 
 from pathlib import Path
 
 import click
 
 from xdino.errors import UsageError
-from xdino_launch.commands.options import Place, WeightsOptions, on_one_process, takes
+from xdino.runtime import places
+from xdino_launch.commands.options import (
+    PIXELS,
+    Place,
+    WeightsOptions,
+    Whole,
+    on_one_process,
+    takes,
+    workers_option,
+)
 
 
 @click.command()
@@ -53,3 +62,42 @@ def export(judged: WeightsOptions, out: Path, format: str | None, head: bool | N
         click.echo(str(export_classifier(weights, out, format, arch, say)))
         return
     click.echo(str(export_backbone(weights, out, format, arch, role, say)))
+
+
+@click.command()
+@click.argument("data", type=Place())
+@click.option("--out", required=True, type=Place(), help="FILE.tar, or a folder for --shards.")
+@click.option("--shorter-side", type=PIXELS, help="Shrink larger images to this, in pixels.")
+@click.option("--quality", default=95, show_default=True, type=Whole(1, 100), help="JPEG.")
+@click.option("--shards", type=Whole(1, 100_000), help="Tars a split, into the folder --out.")
+@workers_option()
+def pack(
+    data: str, out: str, shorter_side: int | None, quality: int, shards: int | None, workers: int
+) -> None:
+    """Write the images of DATA into plain tar files that every command takes as DATA.
+
+    Without --shorter-side the files' own bytes: the same crops as from the folder. With it,
+    smaller JPEGs that are faster to read; results then say that their data were shrunk.
+    """
+    places.check_data(data)
+    from xdino.data import pack as room
+    from xdino_launch.console import counter, stderr_console
+
+    console = stderr_console()
+    done = room.pack(
+        data, out, shorter_side, quality, shards, workers, progress=counter(console, "packed")
+    )
+    for notice in done.notices:
+        console.print(notice, markup=False, soft_wrap=True)
+    for where, why in done.unreadable[:20]:
+        console.print(f"kept as it is, unreadable: {where} ({why})", markup=False, soft_wrap=True)
+    if len(done.unreadable) > 20:
+        console.print(f"and {len(done.unreadable) - 20:,} more unreadable images")
+    if shorter_side is not None:
+        console.print(
+            f"{done.shrunk:,} of {done.images:,} images shrunk to a shorter side of {shorter_side} "
+            "pixels: results from this pack say so, and are not of the published distribution",
+            soft_wrap=True,
+        )
+    for path in done.files:
+        click.echo(str(path))

@@ -189,6 +189,8 @@ def crops_of_run(weights: Path) -> Crops | None:
     """The crops of RUN for RUN itself, RUN/backbone.safetensors and RUN/checkpoints/FILE."""
     for folder in (weights, weights.parent, weights.parent.parent):
         if (folder / CONFIG_FILE).is_file() and (folder / checkpoint.BACKBONE_FILE).is_file():
+            if config.kind_of(folder / CONFIG_FILE) != config.Config.kind:
+                return None  # a fine-tuned run has other crops
             return config.load(str(folder / CONFIG_FILE)).crops
     return None
 

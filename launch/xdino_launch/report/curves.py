@@ -16,6 +16,7 @@ LINES = ("-", "--", ":", "-.")
 LARGEST = 1e100  # of a number in a curve; a figure has no axis for more
 PANELS = (
     ("loss", {"loss": "loss"}),
+    ("top-1 of the classifier, per cent", {"val_top1": "top-1"}),
     (
         "top-1 of frozen features, per cent",
         {"knn_top1": "k-NN", "logistic_top1": "linear probe", "grid_top1": "linear probe (grid)"},
@@ -92,6 +93,21 @@ def draw_curves(
         if lines:
             out.append(f"<figure>{_panel(title, lines, levels or [{}] * len(logs))}</figure>")
     return "\n".join(out)
+
+
+def draw_lines(title: str, axis: str, lines: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
+    """A figure of (label, x, y) over a common axis: a colour a line, then a line style."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title, fontsize=10.5)
+        axes.set_xlabel(axis, color="#5a6672")
+        for place, (label, x, y) in enumerate(lines):
+            style = LINES[place // len(COLOURS) % len(LINES)]
+            axes.plot(x, y, style + "o", color=COLOURS[place % len(COLOURS)], markersize=3,
+                      linewidth=1.4, alpha=0.85, label=label)  # fmt: skip
+        axes.legend(frameon=False, fontsize=9)
+        return f"<figure>{_inline(figure, title)}</figure>"
 
 
 Line = tuple[str, str, list[tuple[np.ndarray, np.ndarray]]]  # key, label, (x, y) of each run

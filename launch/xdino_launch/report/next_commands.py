@@ -50,6 +50,21 @@ def next_commands(
     return [(what, shlex.join(["xdino", *words])) for what, words in [*judged, *commands]]
 
 
+def next_of_classifier(run: Path, data: str) -> list[tuple[str, str]]:
+    """The same after a classifier has learned from `data`."""
+    place, data = _operand(str(run)), _operand(data)
+    image = an_image(data) or IMAGE
+    commands = [
+        ("the score of the classifier", ["score", place, "--data", data]),
+        ("k-NN of its features", ["knn", place, "--data", data]),
+        (
+            "a picture of what it looks at",
+            ["attention", place, image, "--out", os.path.join(place, "attention")],
+        ),
+    ]
+    return [(what, shlex.join(["xdino", *words])) for what, words in commands]
+
+
 def has_splits(data: str) -> bool:
     """Whether `data` looks like train/ and val/ of classes; their images are not listed."""
     if data.partition(":")[0] in NAMES:

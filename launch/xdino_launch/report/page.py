@@ -27,6 +27,7 @@ from xdino.runtime.atomic import write_text
 from xdino_eval.results import Row
 from xdino_launch.report.curves import COLOURS, draw_curves
 from xdino_launch.report.film_strip import FOLDER, MOST, frames
+from xdino_launch.report.paying import compare
 from xdino_launch.report.run import ABSENT, Run, names_of, plain, short
 
 WIDEST = 1280  # pixels of a picture; larger ones are made smaller
@@ -209,8 +210,8 @@ def software(start: dict[str, Any]) -> str:
 # --- the page ---------------------------------------------------------------------------------
 
 
-def page(runs: Sequence[Run], live: bool = False) -> str:
-    """The whole report; `live`: of a run under way."""
+def page(runs: Sequence[Run], live: bool = False, others: Sequence[Run] = ()) -> str:
+    """The whole report; `live`: of a run under way. others: classifiers to compare with."""
     environment = Environment(
         loader=PackageLoader("xdino_launch.report"),
         autoescape=True,
@@ -228,6 +229,8 @@ def page(runs: Sequence[Run], live: bool = False) -> str:
         names=(names := names_of(runs)),
         pairs=list(zip(names, runs, strict=True)),
         curves=Markup(draw_curves([run.metrics for run in runs], [run.levels for run in runs])),
+        paying=compare([*runs, *others]) if others else None,
+        Markup=Markup,
         refresh=REFRESH if live else None,
         drawn=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()) if live else None,
         colours=COLOURS,
@@ -235,23 +238,36 @@ def page(runs: Sequence[Run], live: bool = False) -> str:
     )
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None, live: bool = False) -> Path:
+def write_report(
+    run_dirs: Sequence[Path],
+    out: Path | None = None,
+    live: bool = False,
+    compared: Sequence[Path] = (),
+) -> Path:
     """Write the report of one run, or of two side by side.
 
     Args:
         out: the file; None: report.html in the first run's folder, with the second's name where
             there are two.
         live: the run is under way, and the page loads itself again until it is drawn once more.
+        compared: fine-tuned runs whose scores stand beside this one's.
 
     Raises:
-        UsageError: a folder that is no run.
+        UsageError: a folder that is no run, or one that was not fine-tuned in a comparison.
         RunFailed: a place that cannot be written to.
     """
     runs = [Run.open(path) for path in run_dirs]
+    others = [Run.open(path) for path in compared]
+    for run in [*runs, *others] if others else ():
+        if not run.fine_tuned:
+            raise UsageError(
+                f"--beside compares classifiers, and {run.path} is a run of xdino pretrain: name "
+                "runs of xdino finetune, or give it as RUN2"
+            )
     if out is None:
         name = "report.html" if len(runs) == 1 else f"report-and-{runs[1].name}.html"
         out = runs[0].path / name
     if out.is_dir():
         raise UsageError(f"--out needs a file, and {out} is a folder")
-    write_text(out, page(runs, live))
+    write_text(out, page(runs, live, others))
     return out

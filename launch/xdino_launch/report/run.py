@@ -22,7 +22,7 @@ from xdino.metrics import METRICS_FILE, collapse_warning, read_rows
 from xdino.run_directory import CONFIG_FILE
 from xdino_eval.results import Row
 from xdino_launch.report.curves import KEYS, Level, Levels, is_number
-from xdino_launch.report.next_commands import next_commands
+from xdino_launch.report.next_commands import next_commands, next_of_classifier
 from xdino_launch.report.verdict import MEASURES, Scores, Verdict, judge, scores_of
 
 ABSENT = "–"  # noqa: RUF001
@@ -71,6 +71,11 @@ class Run:
 
     def value(self, key: str) -> str:
         return self.config.get(key, ABSENT)
+
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether it is one of `xdino finetune`."""
+        return self.value("kind") == "finetune"
 
     @property
     def finished(self) -> bool:
@@ -139,6 +144,8 @@ class Run:
         """What to type next: (what for, command)."""
         data = [self.value(key) for key in ("evaluate.data", "data.path")]
         known = next((path for path in data if path not in (ABSENT, "null", "~", "")), "DATA")
+        if self.fine_tuned:
+            return next_of_classifier(self.path, known)
         return next_commands(self.path, known)
 
     @property
@@ -158,7 +165,8 @@ class Run:
         device = f"{first['device']}, {first.get('precision', '')}" if "device" in first else ABSENT
         return {
             "network": self.value("model.arch"),
-            "pretrained on": self.value("data.path"),
+            "trained on" if self.fine_tuned else "pretrained on": self.value("data.path"),
+            **({"from": self.value("train.init")} if self.fine_tuned else {}),
             "epochs": self.value("train.epochs"),
             "images a micro-batch": self.value("train.batch_size"),
             "seed": self.value("train.seed"),

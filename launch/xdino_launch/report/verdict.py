@@ -19,6 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 #: Scores that judge, the first that a run has: key of metrics.jsonl, what a sentence calls it, the
 #: key of what guessing scores. All but RankMe in per cent.
 MEASURES = (
+    ("val_top1", "top-1", "chance_top1"),  # of a classifier
     ("knn_top1", "k-NN", "chance_top1"),
     ("logistic_top1", "linear probe", "chance_top1"),
     ("grid_top1", "linear probe", "chance_top1"),
@@ -42,6 +43,12 @@ ADVICE = {
     "unscored": "A falling loss does not say that features are good: score them, as below, or while "
     "training by evaluate.every",
 }
+#: The same of a classifier.
+TUNING = {
+    "worse": "What to try: another optim.lr, longer training, a look at views.png and at the labels",
+    "fell": "What to try: a lower optim.lr or fewer epochs; best.safetensors holds the best",
+}
+TUNING["no better"] = TUNING["worse"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,10 @@ def _scored(scores: Scores, start: str) -> Verdict:
         numbers.append(f"of {scores.images:,} images, differences up to {few:.1f} may be chance")
     elif top - last > scores.noise(top, last):
         lead, kind = "learned, and lost some of it again: ", "fell"
-    return replace(told, kind=kind, sentence=lead + "; ".join(numbers), advice=ADVICE.get(kind, ""))
+    advice = ADVICE.get(kind, "")
+    if scores.key == MEASURES[0][0]:
+        advice = TUNING.get(kind, "")
+    return replace(told, kind=kind, sentence=lead + "; ".join(numbers), advice=advice)
 
 
 def _unscored(losses: Rows, ln_k: float | None) -> Verdict:
@@ -230,6 +240,11 @@ class BelowUntrained:
         new, self._below = below and not self._below, below or (self._below and last < before)
         if not new:
             return None
+        if scores.key == MEASURES[0][0]:
+            return (
+                f"{scores.name} {last:.1f} has fallen below {before:.1f}, that of before the first "
+                "step: it can pass while optim.lr warms up; if it stays, lower optim.lr"
+            )
         who = "the untrained network's" if self._start == "untrained" else "that of the start,"
         return (
             f"{scores.name} {last:.1f} has fallen below {who} {before:.1f}: what is learned does "

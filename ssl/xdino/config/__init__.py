@@ -9,9 +9,11 @@ from xdino.config.keys import Setting, about, commented, settings
 from xdino.config.parsing import differing_keys, parse, spelt, to_tree, to_yaml, unfused
 from xdino.config.recipe_files import (
     HEAD,
+    KINDS,
     comments,
     file_of,
     head,
+    kind_of,
     load,
     recipes,
     recipes_dir,
@@ -30,6 +32,7 @@ from xdino.config.schema import (
     Loss,
     Model,
     Optim,
+    RunConfig,
     Runtime,
     Teacher,
     Train,
@@ -38,8 +41,9 @@ from xdino.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "FREE", "HEAD", "KEYS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate", "Head",
-    "Loss", "Model", "Optim", "Runtime", "Setting", "Teacher", "Train", "about", "commented", "comments",
-    "differing_keys", "dotted_keys", "file_of", "head", "in_epochs", "load", "parse", "recipes",
-    "recipes_dir", "sections", "settings", "spelt", "to_tree", "to_yaml", "unfused",
+    "FREE", "HEAD", "KEYS", "KINDS", "MAX_PIXELS", "Config", "Crops", "Curriculum", "Data", "Evaluate",
+    "Head", "Loss", "Model", "Optim", "RunConfig", "Runtime", "Setting", "Teacher", "Train", "about",
+    "commented", "comments", "differing_keys", "dotted_keys", "file_of", "head", "in_epochs", "kind_of",
+    "load", "parse", "recipes", "recipes_dir", "sections", "settings", "spelt", "to_tree", "to_yaml",
+    "unfused",
 ]  # fmt: skip

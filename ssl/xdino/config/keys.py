@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import sys
 import textwrap
 import types
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from xdino.config import schema
-from xdino.config.parsing import to_tree
+from xdino.config.parsing import head_of, to_tree
+from xdino.config.schema import Config, RunConfig
 
 WIDTH = 80  # columns of a commented configuration
 LARGEST_TOLD = 10**4  # larger bounds only keep out what nobody means
@@ -62,35 +63,43 @@ class Setting:
         return _values(self.kind)
 
 
-def settings() -> dict[str, list[Setting]]:
+def settings(schema: type[RunConfig] = Config) -> dict[str, list[Setting]]:
     """Every key, by section, in the order of the schema."""
-    told = _texts()
     return {
         section: [
-            Setting(section, key.name, key.type, key.default, told.get((owner, key.name), ""))
+            Setting(section, key.name, key.type, key.default, _text(type(part), key.name))
             for key in dataclasses.fields(part)
         ]
-        for section, part in _sections().items()
-        for owner in [type(part).__name__]
+        for section, part in _sections(schema).items()
     }
 
 
-def about(section: str) -> str:
+def about(section: str, schema: type[RunConfig] = Config) -> str:
     """The first paragraph of what a section says of itself, in one line."""
-    return " ".join((inspect.getdoc(_sections()[section]) or "").split("\n\n")[0].split())
+    told = inspect.getdoc(type(_sections(schema)[section])) or ""
+    return " ".join(told.split("\n\n")[0].split())
 
 
-def _sections() -> dict[str, Any]:
-    config = schema.Config()
+def _sections(schema: type[RunConfig]) -> dict[str, Any]:
+    config: Any = schema()
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
+def _text(section: type, key: str) -> str:
+    """The text below a key of a section, or of one that it is made from."""
+    for owner in section.__mro__:
+        text = _texts(owner.__module__).get((owner.__name__, key))
+        if text is not None:
+            return text
+    return ""
+
+
 @functools.cache
-def _texts() -> dict[tuple[str, str], str]:
+def _texts(module: str) -> dict[tuple[str, str], str]:
     """The text below each key, by class and key; none where the source is not installed."""
     try:
-        tree = ast.parse(inspect.getsource(schema))
-    except OSError:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # TypeError: a module that Python itself brings
         return {}
     found = {}
     for owner in tree.body:
@@ -177,15 +186,16 @@ def _limits(bounds: list[Any]) -> list[str]:
 # What people read
 
 
-def commented(config: schema.Config, remarks: Mapping[str, str] | None = None) -> str:
+def commented(config: RunConfig, remarks: Mapping[str, str] | None = None) -> str:
     """The whole configuration as YAML that can be a recipe, with what each key means above it.
 
     remarks: more to say of some keys, by dotted name.
     """
     tree, remarks = to_tree(config), remarks or {}
-    lines = []
-    for section, keys in settings().items():
-        lines += [f"{section}:", *_comment(about(section)), ""]
+    schema = type(config)
+    lines = head_of(config).splitlines()
+    for section, keys in settings(schema).items():
+        lines += [f"{section}:", *_comment(about(section, schema)), ""]
         for key in keys:
             lines += _comment(key.meaning) + _comment(remarks.get(key.name, ""))
             dumped = yaml.safe_dump({key.key: tree[section][key.key]}, sort_keys=False)
@@ -199,8 +209,8 @@ def _comment(text: str) -> list[str]:
     )
 
 
-def page() -> str:
-    """docs/settings.md."""
+def page(*others: tuple[type[RunConfig], str]) -> str:
+    """docs/settings.md; `others`: further kinds of runs, each with the file that its keys stand in."""
     lines = [
         "# Settings",
         "",
@@ -209,13 +219,28 @@ def page() -> str:
         "trainer's unless the text says otherwise. `xdino pretrain --help` lists the same, and",
         "`xdino pretrain RECIPE --print-config` shows what a recipe and the options come to.",
     ]
-    for section, keys in settings().items():
-        lines += ["", f"## {section}", "", about(section), ""]
+    if others:
+        told = " and ".join(
+            f"[xdino {schema.kind}](#keys-of-{schema.kind})" for schema, _ in others
+        )
+        lines += ["", f"First the keys of `xdino pretrain`; those of {told} stand behind them."]
+    lines += _sections_told(Config, "##")
+    for schema, file in others:
+        lines += ["", f"## Keys of {schema.kind}", "", f"Of `xdino {schema.kind}`, from `{file}`."]
+        lines += _sections_told(schema, "###")
+    return "\n".join(lines).replace("``", "") + "\n"
+
+
+def _sections_told(schema: type[RunConfig], heading: str) -> list[str]:
+    """A table a section, and what may change when a run is continued."""
+    lines = []
+    for section, keys in settings(schema).items():
+        lines += ["", f"{heading} {section}", "", about(section, schema), ""]
         lines += ["| key | default | values | meaning |", "|---|---|---|---|"]
         for key in keys:
             cells = (f"`{key.key}`", f"`{key.default_text}`", key.values, key.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    free = ", ".join(f"`{name}`" for name in sorted(schema.FREE))
-    lines += ["", "## When a run is continued", ""]
+    free = ", ".join(f"`{name}`" for name in sorted(schema.free))
+    lines += ["", f"{heading} When a run is continued", ""]
     lines += [f"`runtime.*` may have other values then, and so may {free}. No other key may."]
-    return "\n".join(lines).replace("``", "") + "\n"
+    return lines

@@ -4,16 +4,17 @@ Every mistake is reported at once, each with the nearest valid name.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from xdino.config.schema import FREE, KEYS, Config, in_epochs
+from xdino.config.schema import Config, RunConfig, in_epochs, keys_of
 from xdino.errors import UsageError, nearest
 from xdino.values import read, shown
 
-_ADAPTER = TypeAdapter(Config)
+C = TypeVar("C", bound=RunConfig)
+Keys = Mapping[str, Mapping[str, Any]]  # as of `keys_of`
 
 # What others call the same; a recipe or a command may say either.
 SPELLINGS = {
@@ -34,49 +35,67 @@ def spelt(key: str) -> str:
     return ".".join(SPELLINGS.get(part, part) for part in key.split("."))
 
 
-def parse(tree: Mapping[str, Any], where: str = "the configuration") -> Config:
+_adapters: dict[type[RunConfig], TypeAdapter[Any]] = {}
+
+
+def _adapter(schema: type[RunConfig]) -> TypeAdapter[Any]:
+    """Made once: that takes longer than a configuration does."""
+    if schema not in _adapters:
+        _adapters[schema] = TypeAdapter(schema)
+    return _adapters[schema]
+
+
+@overload
+def parse(tree: Mapping[str, Any], where: str = ...) -> Config: ...
+@overload
+def parse(tree: Mapping[str, Any], where: str, schema: type[C]) -> C: ...
+def parse(
+    tree: Mapping[str, Any], where: str = "the configuration", schema: type[Any] = Config
+) -> Any:
     """A nested mapping -> a checked configuration. Texts are read by the types of their keys.
 
     Raises:
         UsageError: every unknown key and invalid value, in one message.
     """
-    resolved, problems = _resolved(tree)
+    keys = keys_of(schema)
+    resolved, problems = _resolved(tree, keys)
     try:
-        config = _ADAPTER.validate_python(resolved)
+        config = _adapter(schema).validate_python(resolved)
     except ValidationError as error:
         # One sentence a key: a union reports each of its members.
-        problems += dict.fromkeys(_sentence(e) for e in error.errors())
+        problems += dict.fromkeys(_sentence(e, keys) for e in error.errors())
     else:
         if not problems:
-            problems = list(_contradictions(config))
+            own = _contradictions(config) if schema is Config else config.contradictions()
+            problems = list(own)
             if not problems:
                 return config
     raise UsageError(f"{where}: " + "; ".join(problems))
 
 
-def _suggest(location: tuple[Any, ...]) -> str:
+def _suggest(location: tuple[Any, ...], keys: Keys) -> str:
     """The nearest valid name for an unknown key: in its section, or the same key elsewhere."""
     section, leaf = str(location[0]), str(location[-1])
     if len(location) == 1:
         known, _, key = spelt(section).partition(".")
-        written_flat = key in KEYS.get(known, {})
-        return f"write {key} below {known}:" if written_flat else nearest(section, KEYS)
-    elsewhere = [f"{other}.{leaf}" for other, keys in KEYS.items() if leaf in keys]
-    return f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(leaf, KEYS.get(section, {}))
+        written_flat = key in keys.get(known, {})
+        return f"write {key} below {known}:" if written_flat else nearest(section, keys)
+    elsewhere = [f"{other}.{leaf}" for other, below in keys.items() if leaf in below]
+    return f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(leaf, keys.get(section, {}))
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, keys: Keys) -> str:
     location = tuple(part for part in error["loc"] if isinstance(part, str | int))
     key = ".".join(str(part) for part in location[:2])
     kind, value = error["type"], error["input"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key} is not a known key: {_suggest(location)}"
+        return f"{key} is not a known key: {_suggest(location, keys)}"
     if kind == "dataclass_type":
         return f"{key} is a section and needs keys below it, got {shown(value)}"
     return f"{key}: {error['msg'].removeprefix('Value error, ').lower()}, got {shown(value)}"
 
 
-def _resolved(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _resolved(tree: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], list[str]]:
     """Texts read by the types of their keys, and a sentence for each that cannot be."""
     resolved: dict[str, Any] = {}
     problems: list[str] = []
@@ -84,15 +103,15 @@ def _resolved(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         section = spelt(str(given))
         if section in resolved:
             problems.append(f"{section} is given twice, once as {given}")
-        elif section in KEYS and isinstance(below, Mapping):
-            resolved[section] = _resolved_section(section, below, problems)
+        elif section in keys and isinstance(below, Mapping):
+            resolved[section] = _resolved_section(section, below, keys[section], problems)
         else:
             resolved[section] = {} if below is None else below
     return resolved, problems
 
 
 def _resolved_section(
-    section: str, below: Mapping[str, Any], problems: list[str]
+    section: str, below: Mapping[str, Any], kinds: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     seen: dict[str, str] = {}
@@ -103,7 +122,7 @@ def _resolved_section(
             continue
         seen[key] = str(leaf)
         try:
-            kind = KEYS[section].get(key)
+            kind = kinds.get(key)
             leaves[key] = value if kind is None else read(kind, value)
         except ValueError as error:
             comma = "" if str(error).startswith("cannot") else ":"
@@ -188,16 +207,21 @@ def unfused(config: Config) -> list[str]:
 # Back into keys and values
 
 
-def to_tree(config: Config) -> dict[str, dict[str, Any]]:
+def to_tree(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The whole configuration as plain types."""
-    return _ADAPTER.dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
 
 
-def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_tree(config), sort_keys=False)
+def to_yaml(config: RunConfig) -> str:
+    return head_of(config) + yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
-def differing_keys(a: Config, b: Config) -> list[str]:
+def head_of(config: RunConfig) -> str:
+    """The line that a recipe of this kind begins with; pretraining needs none."""
+    return "" if config.kind == Config.kind else f"kind: {config.kind}\n"
+
+
+def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
     """Dotted keys whose values differ, but for those that may change when a run is continued."""
     left, right = to_tree(a), to_tree(b)
     return [
@@ -205,5 +229,5 @@ def differing_keys(a: Config, b: Config) -> list[str]:
         for section in left
         if section != "runtime"
         for key in left[section]
-        if left[section][key] != right[section][key] and f"{section}.{key}" not in FREE
+        if left[section][key] != right[section][key] and f"{section}.{key}" not in a.free
     ]

@@ -5,19 +5,21 @@ called `photos #1` loses its number. Here a scalar is the text that it is, and i
 `values`). Of YAML a recipe keeps what it is read for: sections, keys, lists, quotes and comments.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import yaml
 
-from xdino.config.parsing import parse, spelt, to_tree
-from xdino.config.schema import Config
+from xdino.config.parsing import C, parse, spelt, to_tree
+from xdino.config.schema import Config, RunConfig
 from xdino.errors import UsageError, asked, nearest
 from xdino.values import Quoted, shown
 
 LARGEST_FILE = 100_000  # bytes of a recipe; the shipped ones have 1,500
 DEEPEST = 3  # the file, its sections, a list: nothing in a recipe lies deeper
+KINDS = ("pretrain", "finetune")  # what `kind:` may say, each the name of a command
 
 
 def recipes_dir() -> Path:
@@ -26,28 +28,48 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[3] / "configs"
 
 
-def recipes() -> list[str]:
-    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+def recipes(kind: str | None = Config.kind) -> list[str]:
+    """Those of a kind; None for all."""
+    found = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+    return [name for name in found if kind in (None, kind_of(recipes_dir() / f"{name}.yaml"))]
 
 
-def load(name: str | Config, overrides: Mapping[str, Any] | None = None) -> Config:
+def kind_of(path: Path) -> str | None:
+    """What a recipe or a run's config.yaml is for; None where it cannot be read or says nonsense."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError):
+        return None
+    said = re.search(r"^kind:\s*([^\s#]*)", text, re.MULTILINE)
+    return Config.kind if said is None else said[1] if said[1] in KINDS else None
+
+
+@overload
+def load(name: str | Config, overrides: Mapping[str, Any] | None = None) -> Config: ...
+@overload
+def load(name: str | C, overrides: Mapping[str, Any] | None, schema: type[C]) -> C: ...
+def load(
+    name: str | Any, overrides: Mapping[str, Any] | None = None, schema: type[Any] = Config
+) -> Any:
     """A recipe's name or a YAML path, with dotted overrides ("optim.lr" -> "1e-3") on top.
 
     From Python a whole configuration will do, and so will values that are no texts (1e-3).
 
     Raises:
-        UsageError: no such recipe or file, not YAML, or anything `parse` objects to.
+        UsageError: no such recipe or file, not YAML, one of another kind, or anything `parse`
+            objects to.
     """
-    tree: dict[str, Any] = to_tree(name) if isinstance(name, Config) else _recipe(name)
-    for given, value in (overrides or {}).items():
-        key, _, leaf = spelt(given).partition(".")
+    given = isinstance(name, RunConfig)
+    tree: dict[str, Any] = to_tree(name) if isinstance(name, RunConfig) else _recipe(name, schema)
+    for dotted, value in (overrides or {}).items():
+        key, _, leaf = spelt(dotted).partition(".")
         section = next((known for known in tree if spelt(known) == key), key)
         below = tree.get(section) or {}
         if not isinstance(below, dict):
             continue  # a text where keys belong: `parse` says so
         kept = {old: text for old, text in below.items() if spelt(old) != leaf}
         tree[section] = kept | {leaf: value} if leaf else value
-    return parse(tree, "the configuration" if isinstance(name, Config) else str(name))
+    return parse(tree, "the configuration" if given else str(name), schema)
 
 
 HEAD = ("command", "hardware", "hours", "expected")
@@ -93,13 +115,25 @@ def comments(name: str) -> dict[str, str]:
     return found
 
 
-def _recipe(name: str) -> dict[str, Any]:
+def _recipe(name: str, schema: type[RunConfig]) -> dict[str, Any]:
     """The sections of a recipe or a file, as texts."""
-    return _read(file_of(name))
+    tree = _read(file_of(name, schema.kind))
+    kind = tree.pop("kind", None) or Config.kind
+    if kind not in KINDS:
+        raise UsageError(
+            f"{name}: no kind of recipe is called {shown(kind)}: {nearest(kind, KINDS)}"
+        )
+    if kind != schema.kind:
+        raise UsageError(
+            f"{name} is for another command than xdino {schema.kind}: xdino {kind} {name} --run DIR"
+        )
+    return tree
 
 
-def file_of(name: str) -> Path:
+def file_of(name: str, kind: str | None = None) -> Path:
     """The file that a recipe's name or a path means; a path need not be there.
+
+    kind: of which recipes the nearest is named; None for all.
 
     Raises:
         UsageError: no recipe is called so.
@@ -111,13 +145,13 @@ def file_of(name: str) -> Path:
         is_run = not is_file and held.is_file()
     if is_file:
         return path
-    if name in recipes():
+    if name in recipes(None):
         return recipes_dir() / f"{name}.yaml"
     if name.startswith("--"):
         raise UsageError(f"name a recipe before the options, got {name}")
     if is_run:
         raise UsageError(f"{name} is a folder; the run in it has {held}")
-    raise UsageError(f"no recipe is called {shown(name)}: {nearest(name, recipes())}")
+    raise UsageError(f"no recipe is called {shown(name)}: {nearest(name, recipes(kind))}")
 
 
 # YAML
@@ -142,7 +176,14 @@ def _read(path: Path) -> dict[str, Any]:
     tree = _Reader(path).document()
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold sections with keys below them")
-    bare = [key for key, below in tree.items() if below is not None and not isinstance(below, dict)]
+    kind = tree.get("kind")
+    if isinstance(kind, dict | list):
+        raise UsageError(f"{path}: kind is one word: {' or '.join(KINDS)}")
+    bare = [
+        key
+        for key, below in tree.items()
+        if below is not None and not isinstance(below, dict) and key != "kind"
+    ]
     if bare:
         section, dot, leaf = bare[0].partition(".")
         hint = f": write {leaf} below {section}:" if dot else ""

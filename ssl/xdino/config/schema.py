@@ -10,7 +10,8 @@ The text below a key says what it is, in which unit, and what to try: `keys` rea
 
 import dataclasses
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -339,8 +340,41 @@ class Runtime:
     """Scalars for TensorBoard, in the run's folder tensorboard/ (needs xdino[tensorboard])."""
 
 
+# What may change when a run is continued, besides `runtime`: how it is judged, where its data lie now
+# (the images are compared by their fingerprint), what a new run would start from, and what becomes of
+# a step that is not finite.
+FREE = frozenset(
+    ["train.init", "train.continue_from", "train.extended", "train.nonfinite"]
+    + ["data.path", "data.max_bad_share"]
+    + [f"evaluate.{key.name}" for key in dataclasses.fields(Evaluate)]
+) - {"evaluate.input_size", "evaluate.resize"}  # these two travel with the weights
+
+
+class RunConfig:
+    """What the configuration of every kind of run is: a frozen dataclass of sections.
+
+    The class is the schema that recipes of its kind are read by. Other packages have more of them.
+    """
+
+    kind: ClassVar[str]  # at the head of its recipes, and the command that runs them
+    free: ClassVar[frozenset[str]]  # as `FREE`
+    data: Any  # the sections that the loop and run directories look into
+    train: Any
+    evaluate: Any
+    runtime: Runtime
+
+    def contradictions(self) -> Iterable[str]:
+        """A sentence for each pair of values that cannot be together."""
+        return ()
+
+
 @dataclass(frozen=True, config=STRICT)
-class Config:
+class Config(RunConfig):
+    """Pretraining."""
+
+    kind: ClassVar[str] = "pretrain"
+    free: ClassVar[frozenset[str]] = FREE
+
     model: Model = Model()
     head: Head = Head()
     loss: Loss = Loss()
@@ -354,24 +388,21 @@ class Config:
     runtime: Runtime = Runtime()
 
 
-#: Sections and their keys: the type of each.
-KEYS: dict[str, dict[str, Any]] = {
-    section.name: {
-        key.name: key.type for key in dataclasses.fields(getattr(Config(), section.name))
+def keys_of(schema: type[RunConfig]) -> dict[str, dict[str, Any]]:
+    """Sections and their keys: the type of each."""
+    whole: Any = schema()
+    return {
+        section.name: {
+            key.name: key.type for key in dataclasses.fields(getattr(whole, section.name))
+        }
+        for section in dataclasses.fields(whole)
     }
-    for section in dataclasses.fields(Config)
-}
-
-# What may change when a run is continued, besides `runtime`: how it is judged, where its data lie now
-# (the images are compared by their fingerprint), what a new run would start from, and what becomes of
-# a step that is not finite.
-FREE = frozenset(
-    ["train.init", "train.continue_from", "train.extended", "train.nonfinite"]
-    + ["data.path", "data.max_bad_share"]
-    + [f"evaluate.{key}" for key in KEYS["evaluate"]]
-) - {"evaluate.input_size", "evaluate.resize"}  # these two travel with the weights
 
 
-def dotted_keys() -> list[str]:
+#: Of pretraining.
+KEYS = keys_of(Config)
+
+
+def dotted_keys(schema: type[RunConfig] = Config) -> list[str]:
     """Every dotted key there is, "optim.lr" and the rest."""
-    return [f"{section}.{key}" for section, keys in KEYS.items() for key in keys]
+    return [f"{section}.{key}" for section, keys in keys_of(schema).items() for key in keys]

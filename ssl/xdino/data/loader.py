@@ -3,7 +3,8 @@
 Which images and crops make up iteration i follows from (seed, i) alone: the order of an epoch is
 one Philox permutation, an image's crops are a pure function of (seed, epoch, index). So the loader
 has no state to save, any number of workers gives the same pixels, and a run that resumes at i goes
-on exactly where it stopped.
+on exactly where it stopped. `Loader` is what all kinds of batches share, `CropLoader` those of
+pretraining.
 
 Workers are threads: decoding and resizing let go of the interpreter lock, and threads write
 straight into the batch, where processes would copy every crop twice more.
@@ -11,6 +12,7 @@ straight into the batch, where processes would copy every crop twice more.
 Letters: N images of the source, B images of a micro-batch on one rank, V views.
 """
 
+import abc
 import queue
 import threading
 import time
@@ -20,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -92,45 +95,30 @@ class CropBatch:
     epoch: int
 
 
-@dataclass(eq=False)
-class CropLoader:
-    """Micro-batches of crops for one rank.
+Batch = TypeVar("Batch")
 
-    batch_size: images of a micro-batch on this rank; an iteration is `accumulate` micro-batches on
-    each of `world_size` ranks. workers: threads, 0 to work in the calling one. prefetch: whole
-    micro-batches that are worked on ahead of the consumer. early_crops: what iterations before
-    `early_iterations` get instead of `crops`; which it is follows from the iteration, also for
-    batches made ahead and after a restart. max_bad_share: of the source's images,
-    how many may turn out unreadable, on this rank, before the run is stopped; until then the next
-    readable image stands in.
 
-    known_bad: images that an earlier process found unreadable; they are tried once more here, and
-    those that still cannot be read count from the start.
+class Loader(abc.ABC, Generic[Batch]):
+    """Micro-batches for one rank, made ahead by threads; a subclass says what is in one.
 
-    `bad` maps the index of each unreadable image found so far to (where it is, why);
-    `wait_seconds` is how long the consumer has waited for batches in total. Raises UsageError for
-    a source smaller than one batch, or with a number of channels other than the crops'.
+    Its fields are those of `CropLoader` but for the crops. `_begin` comes before anything else.
     """
 
     source: Source
-    crops: MultiCrop
     batch_size: int
     seed: int
-    accumulate: int = 1
-    rank: int = 0
-    world_size: int = 1
-    workers: int = 2
-    prefetch: int = 3
-    pin_memory: bool = False
-    max_bad_share: float = 0.05
-    early_crops: MultiCrop | None = None
-    early_iterations: int = 0
-    known_bad: InitVar[Iterable[BadImage]] = ()
+    accumulate: int
+    rank: int
+    world_size: int
+    workers: int
+    prefetch: int
+    max_bad_share: float
+    bad: dict[int, tuple[str, str]]
+    wait_seconds: float
+    threads = "xdino-crops"  # how the workers' names begin
 
-    bad: dict[int, tuple[str, str]] = field(init=False, default_factory=dict)
-    wait_seconds: float = field(init=False, default=0.0)
-
-    def __post_init__(self, known_bad: Iterable[BadImage]) -> None:
+    def _begin(self, known_bad: Iterable[BadImage]) -> None:
+        """Check the fields; raises UsageError, ValueError."""
         least = {"batch_size": 1, "accumulate": 1, "world_size": 1, "workers": 0, "prefetch": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -139,28 +127,21 @@ class CropLoader:
             raise ValueError(f"rank must be from 0 to {self.world_size - 1}, got {self.rank}")
         if not 0 <= self.max_bad_share <= 1:
             raise UsageError(f"data.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
-        if self.source.channels != self.crops.channels:
-            raise UsageError(
-                f"{self.source.name} has {self.source.channels} channels, but mean and std have "
-                f"{self.crops.channels}"
-            )
-        self.steps_per_epoch = steps_per_epoch(len(self.source), self.global_batch)
+        self.steps_per_epoch = self._steps()
         self._news: queue.SimpleQueue[BadImage] = queue.SimpleQueue()
         self._lock = threading.Lock()
         for known in known_bad:
             self._try_again(known)
         self._check_share()
 
+    def _steps(self) -> int:
+        """Of an epoch. Raises UsageError where there is not even one."""
+        return steps_per_epoch(len(self.source), self.global_batch)
+
     @property
     def global_batch(self) -> int:
         """Images of one iteration, over all ranks and micro-batches."""
         return self.world_size * self.batch_size * self.accumulate
-
-    def crops_at(self, iteration: int) -> MultiCrop:
-        """The crops of iteration `iteration`, counted from 0."""
-        if self.early_crops is not None and iteration < self.early_iterations:
-            return self.early_crops
-        return self.crops
 
     def indices_at(self, iteration: int, micro: int) -> tuple[int, np.ndarray]:
         """The epoch of iteration `iteration`, counted from 0, and a micro-batch's images [B]."""
@@ -172,7 +153,7 @@ class CropLoader:
         start += (micro * self.world_size + self.rank) * self.batch_size
         return epoch, order[start : start + self.batch_size].copy()  # writable, as torch wants it
 
-    def iterate(self, start_iteration: int, end_iteration: int) -> Generator[CropBatch, None, None]:
+    def iterate(self, start_iteration: int, end_iteration: int) -> Generator[Batch, None, None]:
         """The micro-batches of iterations start to end (exclusive), `accumulate` for each.
 
         Closing the generator early waits only for the images in hand. Raises RunFailed when too
@@ -193,8 +174,8 @@ class CropLoader:
                 self.wait_seconds += time.perf_counter() - began
                 yield batch
             return
-        pool = serial_threads(self.workers, "xdino-crops")
-        ahead: deque[tuple[CropBatch, list[Future[None]]]] = deque()
+        pool = serial_threads(self.workers, self.threads)
+        ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
             while True:
                 began = time.perf_counter()
@@ -214,50 +195,25 @@ class CropLoader:
         self,
         pool: ThreadPoolExecutor,
         plan: Iterator[tuple[int, int]],
-        ahead: deque[tuple[CropBatch, list[Future[None]]]],
+        ahead: deque[tuple[Batch, list[Future[None]]]],
     ) -> None:
         """Start work until `prefetch` micro-batches are under way."""
         while len(ahead) < self.prefetch and (step := next(plan, None)) is not None:
             batch, tasks = self._prepare(*step)
             ahead.append((batch, [pool.submit(task) for task in tasks]))
 
-    def _prepare(self, iteration: int, micro: int) -> tuple[CropBatch, list[Callable[[], None]]]:
+    @abc.abstractmethod
+    def _prepare(self, iteration: int, micro: int) -> tuple[Batch, list[Callable[[], None]]]:
         """An empty micro-batch, and the tasks that fill it."""
-        epoch, indices = self.indices_at(iteration, micro)
-        crops = self.crops_at(iteration)
-        table = draw_batch(crops, self.seed, epoch, indices)
-        tensors = [
-            torch.empty(
-                (count, self.batch_size, size, size, self.source.channels),
-                dtype=torch.uint8,
-                pin_memory=self.pin_memory,
-            )
-            for size, count in crops.groups
-        ]
-        slots = [view for tensor in tensors for view in tensor.numpy()]  # V of [B, size, size, C]
+
+    def _tasks(self, fill: Callable[[int, int], None]) -> list[Callable[[], None]]:
+        """A task for every few images of a micro-batch: `fill(first, last)`."""
 
         def task(first: int) -> Callable[[], None]:
             last = min(first + self.source.batch_reads, self.batch_size)
-            return lambda: self._fill(indices[first:last], table[:, first:last], slots, first)
+            return lambda: fill(first, last)
 
-        tasks = [task(i) for i in range(0, self.batch_size, self.source.batch_reads)]
-        return CropBatch(tensors, table, indices, iteration, epoch), tasks
-
-    def _fill(
-        self, indices: np.ndarray, table: np.ndarray, slots: list[np.ndarray], first: int
-    ) -> None:
-        """Read images `indices` [b] and write their crops from column `first` of the slots on."""
-        images = [self._read(int(index)) for index in indices]
-        heights, widths = np.array([image.shape[:2] for image in images]).T  # [b] each
-        found = boxes(table, heights, widths, self.crops.ratio).tolist()  # V lists of b boxes
-        for column, (index, image) in enumerate(zip(indices, images, strict=True)):
-            try:
-                for view, slot in enumerate(slots):
-                    box = found[view][column]
-                    crop(image, box, slot.shape[1], slot[first + column])
-            except Exception as error:
-                error.add_note(f"while cropping {self.source.describe(int(index))}")
-                raise
+        return [task(i) for i in range(0, self.batch_size, self.source.batch_reads)]
 
     # Images that cannot be read
 
@@ -265,14 +221,14 @@ class CropLoader:
         """The images found unreadable since the last call, for a notice."""
         return [self._news.get() for _ in range(self._news.qsize())]
 
-    def _read(self, index: int) -> np.ndarray:
-        """Image `index`, or the next one after it that can be read: uint8 [H, W, C]."""
+    def _read(self, index: int) -> tuple[int, np.ndarray]:
+        """Image `index`, or the next one after it that can be read: which, and uint8 [H, W, C]."""
         n = len(self.source)
         for candidate in range(index, index + n):
             if candidate % n in self.bad:
                 continue
             try:
-                return self.source.read(candidate % n)
+                return candidate % n, self.source.read(candidate % n)
             except (UnreadableImage, OSError) as error:
                 self._record(candidate % n, error)
             except Exception as error:
@@ -310,3 +266,92 @@ class CropLoader:
                 f"{' and more' if len(bad) > 3 else ''}; replace or remove them, or raise "
                 "data.max_bad_share"
             )
+
+
+@dataclass(eq=False)
+class CropLoader(Loader[CropBatch]):
+    """Micro-batches of crops for one rank.
+
+    batch_size: images of a micro-batch on this rank; an iteration is `accumulate` micro-batches on
+    each of `world_size` ranks. workers: threads, 0 to work in the calling one. prefetch: whole
+    micro-batches that are worked on ahead of the consumer. early_crops: what iterations before
+    `early_iterations` get instead of `crops`; which it is follows from the iteration, also for
+    batches made ahead and after a restart. max_bad_share: of the source's images,
+    how many may turn out unreadable, on this rank, before the run is stopped; until then the next
+    readable image stands in.
+
+    known_bad: images that an earlier process found unreadable; they are tried once more here, and
+    those that still cannot be read count from the start.
+
+    `bad` maps the index of each unreadable image found so far to (where it is, why);
+    `wait_seconds` is how long the consumer has waited for batches in total. Raises UsageError for
+    a source smaller than one batch, or with a number of channels other than the crops'.
+    """
+
+    source: Source
+    crops: MultiCrop
+    batch_size: int
+    seed: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 2
+    prefetch: int = 3
+    pin_memory: bool = False
+    max_bad_share: float = 0.05
+    early_crops: MultiCrop | None = None
+    early_iterations: int = 0
+    known_bad: InitVar[Iterable[BadImage]] = ()
+
+    bad: dict[int, tuple[str, str]] = field(init=False, default_factory=dict)
+    wait_seconds: float = field(init=False, default=0.0)
+
+    def __post_init__(self, known_bad: Iterable[BadImage]) -> None:
+        if self.source.channels != self.crops.channels:
+            raise UsageError(
+                f"{self.source.name} has {self.source.channels} channels, but mean and std have "
+                f"{self.crops.channels}"
+            )
+        self._begin(known_bad)
+
+    def crops_at(self, iteration: int) -> MultiCrop:
+        """The crops of iteration `iteration`, counted from 0."""
+        if self.early_crops is not None and iteration < self.early_iterations:
+            return self.early_crops
+        return self.crops
+
+    def _prepare(self, iteration: int, micro: int) -> tuple[CropBatch, list[Callable[[], None]]]:
+        """An empty micro-batch, and the tasks that fill it."""
+        epoch, indices = self.indices_at(iteration, micro)
+        crops = self.crops_at(iteration)
+        table = draw_batch(crops, self.seed, epoch, indices)
+        tensors = [
+            torch.empty(
+                (count, self.batch_size, size, size, self.source.channels),
+                dtype=torch.uint8,
+                pin_memory=self.pin_memory,
+            )
+            for size, count in crops.groups
+        ]
+        slots = [view for tensor in tensors for view in tensor.numpy()]  # V of [B, size, size, C]
+
+        def fill(first: int, last: int) -> None:
+            self._fill(indices[first:last], table[:, first:last], slots, first)
+
+        return CropBatch(tensors, table, indices, iteration, epoch), self._tasks(fill)
+
+    def _fill(
+        self, indices: np.ndarray, table: np.ndarray, slots: list[np.ndarray], first: int
+    ) -> None:
+        """Read images `indices` [b] and write their crops from column `first` of the slots on."""
+        images = [self._read(int(index))[1] for index in indices]
+        heights, widths = np.array([image.shape[:2] for image in images]).T  # [b] each
+        found = boxes(table, heights, widths, self.crops.ratio).tolist()  # V lists of b boxes
+        for column, (index, image) in enumerate(zip(indices, images, strict=True)):
+            try:
+                for view, slot in enumerate(slots):
+                    box = found[view][column]
+                    crop(image, box, slot.shape[1], slot[first + column])
+            except Exception as error:
+                error.add_note(f"while cropping {self.source.describe(int(index))}")
+                raise

@@ -24,11 +24,11 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xdino import checkpoint
 from xdino import config as configuration
-from xdino.config import Config
+from xdino.config import RunConfig
 from xdino.data.loader import BadImage
 from xdino.errors import RunFailed, UsageError, asked, world
 from xdino.metrics import check_writable, read_rows
@@ -43,6 +43,7 @@ UNREADABLE_FILE = "unreadable.jsonl"
 PREVIOUS = "previous.pt"
 INITIAL_FILE = Path("checkpoints") / "initial.safetensors"
 _WEIGHTS = (checkpoint.BACKBONE_FILE, checkpoint.BEST_FILE)  # only a run that was trained has them
+C = TypeVar("C", bound=RunConfig)
 # What reading a damaged file of JSON raises.
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -57,7 +58,7 @@ class RunDirectory:
     def state_file(self) -> Path:
         return self.path / checkpoint.STATE_FILE
 
-    def resolve(self, config: Config, extend: int | None = None) -> Config:
+    def resolve(self, config: C, extend: int | None = None) -> C:
         """The configuration to go on with; nothing is written.
 
         Of a run that was begun, what it started from stays what it was, and so do the epochs that it
@@ -68,7 +69,7 @@ class RunDirectory:
                 message names the differing keys), or cannot be looked at.
         """
         with asked(f"--run {self.path}"):
-            before = self._begun_with()
+            before = self._begun_with(type(config))
         if before is None:
             if extend is not None:
                 raise UsageError(
@@ -85,17 +86,15 @@ class RunDirectory:
                 f"{', '.join(differing)}. Continue it with its own {CONFIG_FILE}, "
                 "or choose another folder"
             )
-        train = dataclasses.replace(
-            config.train,
-            init=before.train.init,
-            continue_from=before.train.continue_from,
-            extended=extension.extended(self.path, before, config, extend),
-        )
-        return dataclasses.replace(config, train=train)
+        begun = {
+            "init": before.train.init,
+            "continue_from": before.train.continue_from,
+            "extended": extension.extended(self.path, before, config, extend),
+        }
+        own = {key: value for key, value in begun.items() if key in vars(config.train)}
+        return _with_train(config, **own)
 
-    def settle(
-        self, config: Config, iterations: int, steps_per_epoch: int, extend: int | None
-    ) -> Config:
+    def settle(self, config: C, iterations: int, steps_per_epoch: int, extend: int | None) -> C:
         """`config`, which `resolve` gave, if the epochs that it adds to the run may be added.
 
         An extension that was cut off and is asked for again by --extend goes on as it was begun.
@@ -106,19 +105,17 @@ class RunDirectory:
         Raises:
             UsageError: the run is not finished.
         """
-        before = self._begun_with()
+        before = self._begun_with(type(config))
         had = before.train.extended if before is not None else config.train.extended
         added = config.train.extended[len(had) :]
         least = iterations - sum(added) * steps_per_epoch
         if not added or self.reached(least) is not None:
             return config
         if extend is not None and had[-1:] == (extend,):
-            return dataclasses.replace(
-                config, train=dataclasses.replace(config.train, extended=had)
-            )
+            return _with_train(config, extended=had)
         raise UsageError(extension.unfinished(self.path, self.backbone_iteration(), least))
 
-    def _begun_with(self) -> Config | None:
+    def _begun_with(self, schema: type[C]) -> C | None:
         """The configuration in the folder, None for a folder that is empty or not there."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(self.path)  # a name that is too long, a folder that may not be looked into
@@ -136,22 +133,29 @@ class RunDirectory:
                     "choose another folder"
                 )
             return None
+        kind = configuration.kind_of(file) or schema.kind
+        if kind != schema.kind:
+            raise UsageError(
+                f"{self.path} holds a run of xdino {kind}, which xdino {schema.kind} cannot go on "
+                "with: choose another folder"
+            )
         try:
             text = file.read_text(encoding="utf-8")
             if text.strip():
-                return configuration.load(str(file))
+                return configuration.load(str(file), None, schema)
             why = "it is empty"
         except (UsageError, UnicodeDecodeError, OSError) as error:
             why = str(error)
         for kept in [self.state_file, *self.kept_states()]:  # each holds the configuration as well
             with contextlib.suppress(RunFailed, UsageError, KeyError):
-                return configuration.parse(checkpoint.load_state(kept)["config"])
+                tree = checkpoint.load_state(kept)["config"]
+                return configuration.parse(tree, "the configuration", schema)
         raise UsageError(
             f"{file} is damaged ({why}), and no state of the run tells its configuration: "
             "write the file again, or choose another folder"
         )
 
-    def own(self, config: Config, stack: contextlib.ExitStack) -> str | None:
+    def own(self, config: RunConfig, stack: contextlib.ExitStack) -> str | None:
         """Take the folder until `stack` ends, making it if need be.
 
         Returns:
@@ -254,7 +258,7 @@ class RunDirectory:
 
     # --- the rest ---
 
-    def create(self, config: Config) -> None:
+    def create(self, config: RunConfig) -> None:
         """Make the folder and write its configuration, before anything else is put there."""
         check_writable(self.path)
         with world(f"clean up {self.path}"):
@@ -325,6 +329,12 @@ class RunDirectory:
         named = "; ".join(f"{image.where} ({image.why})" for image in bad[:20])
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
         return f"skipped {len(bad)} unreadable images (all are in {UNREADABLE_FILE}): {named}{more}"
+
+
+def _with_train(config: C, **keys: Any) -> C:
+    """`config` with other values below `train`."""
+    whole: Any = config  # a dataclass, which RunConfig itself is not
+    return dataclasses.replace(whole, train=dataclasses.replace(config.train, **keys))
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:

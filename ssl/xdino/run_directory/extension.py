@@ -7,11 +7,13 @@ recipe that began a run still continues it, and an extension that was cut off go
 
 from pathlib import Path
 
-from xdino.config import Config
+from xdino.config import RunConfig
 from xdino.errors import UsageError
 
 
-def extended(path: Path, before: Config, given: Config, further: int | None) -> tuple[int, ...]:
+def extended(
+    path: Path, before: RunConfig, given: RunConfig, further: int | None
+) -> tuple[int, ...]:
     """`train.extended` of a run begun as `before`, started with `given` and --extend `further`.
 
     Raises:
@@ -32,7 +34,7 @@ def extended(path: Path, before: Config, given: Config, further: int | None) -> 
     return (*had, further)
 
 
-def raised(path: Path, before: Config, given: Config) -> str:
+def raised(path: Path, before: RunConfig, given: RunConfig) -> str:
     """A sentence on a run that is started with another `train.epochs` and nothing else new."""
     planned, here = before.train.epochs, given.train.epochs
     advice = "choose another folder for a run of fewer"

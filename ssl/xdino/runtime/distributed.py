@@ -423,9 +423,10 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
                 new.to(reference.dtype)
             new.load_state_dict(child.state_dict())
             new.train(child.training)
-            for target, origin in zip(new.parameters(), child.parameters(), strict=True):
-                target.requires_grad_(origin.requires_grad)
-            setattr(module, name, new.to(device))
+            new.to(device)
+            for key, parameter in child.named_parameters():
+                setattr(new, key, parameter)  # the same one: an optimiser may hold it already
+            setattr(module, name, new)
         else:
             synchronise_batch_norm(child, device)
     return module
