@@ -18,7 +18,7 @@ first cell that has none.
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,10 @@ class Suite:
     columns: dict[str, dict[str, Any]]
 
     @classmethod
-    def read(cls, path: Path, known: Mapping[str, Make]) -> "Suite":
+    def read(cls, path: Path, known: Mapping[str, Make], usual: Sequence[str] = ()) -> "Suite":
         """
         Args:
-            known: the columns that there are; without a section of one, all of them.
+            known: the columns that there are. usual: those that a file without one has; () for all.
 
         Raises:
             UsageError: no such file, no data, an unknown section or key; the message names the nearest.
@@ -92,7 +92,7 @@ class Suite:
             if name != "data" and name not in known:
                 raise UsageError(f"{path}: {name} is no section: {nearest(name, ['data', *known])}")
         data = _data_of(path, tree.get("data") or {})
-        asked_for = [name for name in known if name in tree] or [*known]
+        asked_for = [name for name in known if name in tree] or [*(usual or known)]
         return cls(data, {name: dict(tree.get(name) or {}) for name in asked_for})
 
     def plain(self) -> dict[str, Any]:

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from xdino.backbones import BackboneSpec
+from xdino_transfer.classification.classifier import Classifier
+from xdino_transfer.classification.files import write_classifier
+
+SHAPE = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OFFLINE = "import socket\nsocket.socket.connect = None\n"
@@ -17,7 +22,9 @@ OFFLINE = "import socket\nsocket.socket.connect = None\n"
 def snippets(document: Path) -> list[str]:
     """The blocks that begin with an import of ours; fragments of others' code are none."""
     found = BLOCK.findall(document.read_text(encoding="utf-8"))
-    return [block for block in found if re.search(r"^import xdino\b", block, re.MULTILINE)]
+    return [
+        block for block in found if re.search(r"^import xdino(_transfer)?\b", block, re.MULTILINE)
+    ]
 
 
 DOCUMENTS = [
@@ -27,7 +34,10 @@ DOCUMENTS = [
 
 @pytest.fixture
 def laptop(tmp_path, paint, classes) -> Path:
-    """A folder with photos/ and classes/."""
+    """A folder with photos/ and classes/, and a classifier in runs/tuned/."""
+    spec = BackboneSpec("xcit_nano_12_p8", shape=SHAPE, input_size=32, resize=32)
+    tuned = Classifier(spec.build(), spec, ("cat", "dog"))
+    write_classifier(tmp_path / "runs" / "tuned" / "model.safetensors", tuned, {"iteration": 7})
     for number in range(8):
         paint(tmp_path / "photos" / f"{number}.png", number)
     shutil.copytree(classes, tmp_path / "classes")
@@ -58,6 +68,7 @@ def test_there_are_snippets_and_python_understands_them():
 
 
 def test_importing_xdino_brings_no_torch():
-    code = "import sys, xdino, xdino_eval; print(sorted({'torch', 'numpy', 'timm'} & set(sys.modules)))"
+    code = "import sys, xdino, xdino_eval, xdino_transfer\n"
+    code += "print(sorted({'torch', 'numpy', 'timm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

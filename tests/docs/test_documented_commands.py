@@ -41,6 +41,9 @@ def world(tmp_path_factory):
         for name in ("cat", "dog"):
             for i in range(count):
                 picture(root / "classes" / split / name / f"{i}.png")
+    shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "classify.md").read_text(), re.DOTALL)
+    assert shown is not None
+    (root / "suite.yaml").write_text(shown[1])
     return root
 
 

@@ -167,3 +167,30 @@ def test_inaturalists_rank_is_named_behind_its_set(there):
     assert suite.columns == {"knn": {}}
     with pytest.raises(UsageError, match="there is no suite file"):
         Suite.read(Path("nothing.yaml"), {})
+
+
+def test_networks_that_learn_on_and_from_scratch(xdino, there):
+    """The same recipe and as many steps; what is wrong with it is told before anything learns."""
+    learning = "finetune:\n  train.epochs: 1\n  train.batch_size: 4\n  train.lr: 1\nscratch:\n"
+    Path("suite.yaml").write_text("data:\n  one: one\n" + learning)
+    line = ("transfer", "w.safetensors", "--suite", "suite.yaml", "--run", "out")
+    code, out, error = xdino(*line)
+    assert (code, out) == (2, "")
+    assert "train.lr is not a known key" in error
+    assert not Path("out").exists()
+    Path("suite.yaml").write_text("data:\n  one: one\n" + learning.replace("  train.lr: 1\n", ""))
+    code, out, error = xdino(*line)
+    assert code == 0, error
+    assert "fine-tuned" in out
+    assert "scratch" in out
+    tuned, scratch = load("out/results.json")
+    assert tuned.settings["init"] == "w.safetensors"
+    assert scratch.settings["init"] == "from scratch"
+    assert tuned.settings["epochs"] == scratch.settings["epochs"] == 1
+    assert tuned.settings["arch"] == scratch.settings["arch"]
+    assert tuned.transform == scratch.transform
+    config = Path("out/one/scratch/config.yaml").read_text()
+    assert "embed_dim: 16" in config
+    assert "head_scale: 1.0" in config
+    code, again, error = xdino(*line)
+    assert (code, again, error) == (0, out, "")

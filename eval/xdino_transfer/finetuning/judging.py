@@ -53,16 +53,13 @@ class Judge:
 
     def _score(self, classifier: Classifier) -> list[Row]:
         plan, config = self.job.plan, self.job.config
-        found = score(
-            classifier,
-            plan.val,
-            Options(
-                published_transform(plan.spec, config.evaluate.full_crop),
-                batch_size=config.evaluate.batch_size,
-                workers=max(1, config.runtime.workers),
-            ),
-            train_size=len(plan.train),
+        options = Options(
+            published_transform(plan.spec, config.evaluate.full_crop),
+            batch_size=config.evaluate.batch_size,
+            workers=max(1, config.runtime.workers),
         )
+        bad = config.data.max_bad_share
+        found = score(classifier, plan.val, options, len(plan.train), bad)
         init = self.job.weights_facts(0)["init"]
         told = {
             "init": "from scratch" if init is None else init,

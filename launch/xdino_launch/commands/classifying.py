@@ -139,14 +139,13 @@ def predict(
     IMAGES are image files, folders of images, lists, tars and videos (every frame of them).
     """
     judged.there(*images)
-    from xdino_launch.evaluation.classifiers import gather
     from xdino_transfer.classification import predicting
 
     folder = out is not None and (out.is_dir() or not out.suffix)
     if out is not None and not folder:
         predicting.check_suffix(out)
     opened = judged.open()
-    found = opened.predict(gather(images, opened), top)
+    found = opened.predict(images, top)
     if as_json:
         from xdino_eval.results import as_json as text
 
@@ -180,12 +179,15 @@ def transfer(
 ) -> None:
     """What weights are worth on many data sets: one table, results.json and report.html.
 
-    The suite names data sets below data: (NAME: FOLDER), and a section for each column, knn: and
-    linear:. A suite that was stopped goes on where it was; one that has grown does what is new.
+    The suite names data sets below data: (NAME: FOLDER), and has a section for each column: knn: and
+    linear: of frozen features, finetune: and scratch: for networks that learn as many steps. One that
+    was stopped goes on where it was; one that has grown does what is new.
     """
     judged.there()
     if not suite.is_file():
         raise UsageError(f"there is no suite file {suite}")
+    if judged.role != "teacher":
+        raise UsageError("a suite is of a teacher's weights: leave out --role")
     import json
 
     from xdino.runtime.device import resolve_device
@@ -195,7 +197,7 @@ def transfer(
     from xdino_launch.evaluation.transferring import transfer as go
 
     options = options_for(resolve_device(judged.device), **how)
-    rows = go(judged.backbone(), suite, run_dir, options)
+    rows = go(judged.backbone(), judged.weights, suite, run_dir, options)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
