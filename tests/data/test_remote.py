@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from xdino.augment.multi_crop import multi_crop
 from xdino.data.loader import CropLoader
@@ -28,7 +30,10 @@ CROPS = multi_crop(16, local_count=1, local_size=8)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files with ranges; `server.asked` counts requests, `server.fails` says how many go wrong."""
+    """Files with ranges; `server.asked` counts requests, `server.fails` says how many go wrong.
+
+    All do where `server.gone()`.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -38,8 +43,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         name = os.path.basename(self.path)
         self.server.asked[name] += 1
-        if self.server.fails:
-            self.server.fails -= 1
+        gone = self.server.gone()
+        if self.server.fails or gone:
+            self.server.fails -= not gone
             self.send_response(503)
             self.send_header("Content-Length", "0")
             return self.end_headers()
@@ -88,6 +94,7 @@ def server(shards, tmp_path):
         ("127.0.0.1", 0), partial(Handler, directory=str(served))
     )
     server.asked, server.fails, server.ranges, server.sent = Counter(), 0, True, 0
+    server.gone = lambda: False
     server.folder, server.url = served, f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -188,7 +195,10 @@ def test_a_network_that_fails_stops_the_reading_with_a_sentence(server, monkeypa
     source = open_source(f"{server.url}/train-00000.tar")
     monkeypatch.setenv("XDINO_NETWORK_SECONDS", "0.2")
     server.fails = 10**9
-    with pytest.raises(RunFailed, match=r"train-00000\.tar cannot be read \(503.*tried \d+ times"):
+    with pytest.raises(
+        RunFailed,
+        match=r"train-00000\.tar cannot be read \(its .* 503 .*tried \d+ times",
+    ):
         source.read(0)
     loader = CropLoader(source, CROPS, 4, 3, workers=2)
     with pytest.raises(RunFailed, match="cannot be read"):
@@ -229,6 +239,51 @@ def test_a_damaged_shard_is_refused_by_its_address(server):
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UsageError, match=rf"{server.url}/train-00000\.tar is damaged or cut short"):
         open_source(f"{server.url}/train-00000.tar")
+
+
+TINY = {
+    "--model.arch": "xcit_nano_12_p8",
+    "--model.embed_dim": "16",
+    "--model.depth": "1",
+    "--model.num_heads": "2",
+    "--head.prototypes": "32",
+    "--head.hidden_dim": "16",
+    "--head.bottleneck_dim": "8",
+    "--crops.global_size": "32",
+    "--crops.local_size": "16",
+    "--crops.local_count": "1",
+    "--train.epochs": "3",
+    "--train.batch_size": "6",
+    "--runtime.workers": "2",
+    "--evaluate.every": "0",
+    "--runtime.checkpoint_every": "1",
+    "--runtime.prefetch": "1",
+}
+
+
+def test_a_run_whose_store_is_gone_names_its_checkpoint_and_goes_on_to_the_bit(
+    shards, server, xdino, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDINO_CACHE_GB", "0")
+    data = f"{server.url}/{NAMES}"
+    place = tmp_path / "runs" / "remote"
+    options = [word for pair in TINY.items() for word in pair]
+    command = ["pretrain", "small_data", "--run", place, *options, "--data.path", data]
+    server.gone = lambda: (place / "checkpoints" / "last.pt").exists()
+    monkeypatch.setenv("XDINO_NETWORK_SECONDS", "0.1")
+    code, _, error = xdino(*command)
+    assert code == 1
+    told = error.splitlines()[-1]
+    assert re.search(
+        r"train-0000\d\.tar cannot be read \(its server answers 503 .*tried \d+ times in \d+ s\. "
+        rf"The last good checkpoint is {place}/checkpoint\S*, iteration [1-9]", error.replace("\n", " "),
+    ), told  # fmt: skip
+    server.gone = lambda: False
+    assert xdino(*command)[0] == 0
+    whole = tmp_path / "runs" / "disk"
+    assert xdino("pretrain", "small_data", "--run", whole, *options, "--data.path", shards)[0] == 0
+    ours, theirs = (load_file(run / "backbone.safetensors") for run in (place, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 # S3

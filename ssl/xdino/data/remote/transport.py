@@ -93,21 +93,32 @@ class Transport:
         while True:
             try:
                 return doing()
-            except FileNotFoundError:
-                raise UsageError(f"{address} does not exist") from None
             except PermissionError as error:
                 raise UsageError(f"{address} may not be read: {reason(error)}") from None
-            except Exception as error:  # each library over the network has its own kinds
-                if type(error).__name__ in ("NoCredentialsError", "InvalidURL"):
-                    raise UsageError(f"{address} cannot be read: {reason(error)}") from None
+            except Exception as failed:  # each library over the network has its own kinds
+                # fsspec takes a server that does not answer for a file that is not there.
+                cause = failed.__cause__ or failed
+                if isinstance(failed, FileNotFoundError) and _is_absent(cause):
+                    raise UsageError(f"{address} does not exist") from None
+                if type(cause).__name__ in ("NoCredentialsError", "InvalidURL"):
+                    raise UsageError(f"{address} cannot be read: {reason(cause)}") from None
                 wait = _WAITS[min(count, len(_WAITS) - 1)]
                 if time.monotonic() - began + wait > patience():
                     raise RunFailed(
-                        f"{address} cannot be read ({reason(error)}), tried {count + 1} times in "
+                        f"{address} cannot be read ({_why(cause)}), tried {count + 1} times in "
                         f"{time.monotonic() - began:.0f} s"
-                    ) from error
+                    ) from failed
                 time.sleep(wait)
                 count += 1
+
+
+def _why(error: BaseException) -> str:
+    status, message = getattr(error, "status", None), getattr(error, "message", "")
+    return f"its server answers {status} {message}".strip() if status else reason(error)
+
+
+def _is_absent(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410)
 
 
 def patience() -> float:
