@@ -14,7 +14,7 @@ from xdino.data import listing
 from xdino.data.files import folders, lists, source
 from xdino.data.files import index as files_index
 from xdino.data.sources import fingerprint, open_source, open_splits
-from xdino.data.tars import opening, table_index
+from xdino.data.tars import store
 from xdino.errors import UsageError
 from xdino.runtime import kept
 
@@ -24,7 +24,7 @@ def few(monkeypatch, tmp_path):
     """An index is worth it for three images, and the user's cache is not the user's."""
     monkeypatch.setattr(files_index, "LEAST", 3)
     monkeypatch.setattr(files_index, "_A_FOLDER", 1)
-    monkeypatch.setattr(table_index, "LEAST", 3)
+    monkeypatch.setattr(store.LocalTars, "least", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -238,14 +238,14 @@ def test_shards_are_the_same_from_their_index(shards, monkeypatch):
         ".tars.train.labelled.index",
         ".tars.all.labelled.index",
     }
-    monkeypatch.setattr(opening, "open_index", None)
+    monkeypatch.setattr(store, "open_index", None)
     assert [state(s) for s in open_splits(str(shards))] == first
     monkeypatch.undo()
-    monkeypatch.setattr(table_index, "LEAST", 3)
+    monkeypatch.setattr(store.LocalTars, "least", 3)
     tar = shards / "train-00001.tar"
     os.utime(tar, ns=(1, tar.stat().st_mtime_ns + 1))  # written again
     with monkeypatch.context() as inside:
-        inside.setattr(opening, "open_index", None)
+        inside.setattr(store, "open_index", None)
         with pytest.raises(TypeError):
             open_splits(str(shards))
     assert [state(s)[:4] for s in open_splits(str(shards))] == [s[:4] for s in first]

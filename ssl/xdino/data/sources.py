@@ -21,9 +21,11 @@ from xdino.data.files import (
 )
 from xdino.data.idx import NAMES, ArraySource, open_named
 from xdino.data.listing import shortened
+from xdino.data.remote import open_named_tars, splits_of_named_tars
 from xdino.data.source import Source, fingerprint, limit_pixels
 from xdino.data.tars import TarSource, open_tars, splits_of_tar
 from xdino.errors import UsageError, asked
+from xdino.runtime import places
 from xdino.runtime.places import missing_data
 
 __all__ = [
@@ -54,7 +56,8 @@ def open_source(
     data: "fashion_mnist", "fashion_mnist:FOLDER" (IDX files, plain or .gz),
     "fashion_mnist_sample" (shipped: 10,000 and 2,000 images), "fashion_mnist_scattered" (the same
     garments at random places, see `scattered`), a folder, a tar file, a folder of
-    tar files, or a text file with one path a line. split: "train" or "val"; of a folder or tar,
+    tar files, a text file with one path a line, an address of tars ("s3://bucket/train-{000..127}.tar"),
+    or a pattern of tar files ("shards/train-*.tar"). split: "train" or "val"; of a folder or tar,
     its (sub)folder of that name, or the tars whose names say so ("train" falls back on what does
     not call itself val or test). channels: 1 for Fashion-MNIST and 3 for files unless given.
     labelled: a folder must hold one folder per class, a tar the same or a .cls beside every image.
@@ -73,10 +76,14 @@ def _open(data: str, split: str | None, channels: int | None, labelled: bool) ->
     named = open_named(data, split, channels)
     if named is not None:
         return named
+    if places.is_address(data):
+        return open_named_tars(data, split, channels, labelled)
     path = Path(data).expanduser()
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if places.matching(data):
+            return open_named_tars(data, split, channels, labelled)
         raise UsageError(missing_data(data, path)) from None
     if stat.S_ISDIR(mode):
         return open_folder(data, path, split, channels, labelled)
@@ -113,7 +120,9 @@ def splits_of(data: str) -> tuple[str | None, ...]:
     with asked(f"{shortened(data)} cannot be read"):
         path = Path(data).expanduser()
         found: list[str] = []
-        if path.is_dir():
+        if places.is_address(data) or (not path.exists() and places.matching(data)):
+            found = splits_of_named_tars(data)
+        elif path.is_dir():
             found = splits_of_folder(path)
         elif path.is_file() and _TAR_NAME.search(path.name):
             found = splits_of_tar(path)

@@ -4,7 +4,10 @@ answered at once.
 What is there may still be of the wrong kind; whoever opens it says so.
 """
 
+import glob
+import itertools
 import os
+import re
 from pathlib import Path
 
 from xdino.errors import UsageError, nearest
@@ -20,7 +23,9 @@ def check_data(*named: str | None) -> None:
         UsageError: it is neither a data set's name, a folder nor a file; the message names the nearest.
     """
     for data in named:
-        if data and data.partition(":")[0] not in DATA_SETS and _is_missing(data):
+        if not data or data.partition(":")[0] in DATA_SETS or is_address(data):
+            continue
+        if _is_missing(data) and not matching(data):
             raise UsageError(missing_data(data, Path(data).expanduser()))
 
 
@@ -77,3 +82,60 @@ def _is_missing(place: str | Path) -> bool:
     except (OSError, ValueError, RuntimeError):  # permissions, loops, a zero byte, an unknown ~user
         return False
     return False
+
+
+# Many at once
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_MOST = 1_000_000  # names that braces may stand for
+
+
+def is_address(data: str) -> bool:
+    """Whether it lies in a store over a network: https://..., s3://..."""
+    return _ADDRESS.match(data) is not None
+
+
+def without_braces(pattern: str) -> list[str]:
+    """What {000..099} and {a,b} stand for, in their order, as in a shell.
+
+    Raises:
+        UsageError: more than a million names.
+
+    >>> without_braces("{train,val}-{08..10}.tar")[1:4]
+    ['train-09.tar', 'train-10.tar', 'val-08.tar']
+    """
+    parts: list[list[str]] = []
+    end = 0
+    for found in _BRACES.finditer(pattern):
+        low, high, words = found.groups()
+        if words is None:
+            width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
+            step = 1 if int(low) <= int(high) else -1
+            numbers = range(int(low), int(high) + step, step)
+            if len(numbers) > _MOST:
+                raise UsageError(f"{pattern} stands for more than {_MOST:,} names")
+            words_of = [f"{number:0{width}}" for number in numbers]
+        else:
+            words_of = words.split(",")
+        parts += [[pattern[end : found.start()]], words_of]
+        end = found.end()
+    parts.append([pattern[end:]])
+    count = 1
+    for part in parts:
+        count *= len(part)
+    if count > _MOST:
+        raise UsageError(f"{pattern} stands for more than {_MOST:,} names")
+    return ["".join(each) for each in itertools.product(*parts)]
+
+
+def matching(data: str) -> list[str]:
+    """The paths that a pattern stands for; of braces alone, whether they are there or not.
+
+    Empty where it is no pattern, and where nothing matches.
+    """
+    names = without_braces(os.path.expanduser(data))
+    if len(names) == 1 and names[0] == os.path.expanduser(data) and not glob.has_magic(data):
+        return []
+    found = [sorted(glob.glob(name)) if glob.has_magic(name) else [name] for name in names]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))

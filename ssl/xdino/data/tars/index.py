@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdino.data.listing import ByteStrings
+from xdino.data.listing import ByteStrings, size_and_time
 from xdino.data.tars.scanning import Piece, TarIndex, is_pack, scan
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
@@ -32,29 +32,27 @@ def open_index(path: Path) -> TarIndex:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"{path} is no ordinary file; an index of offsets needs one")
-        index = _kept(path, status)
+        file, facts = path.with_name(f".{path.name}.index.npz"), size_and_time(status)
+        index = kept_index(file, path, facts)
         if index is None:
-            with open(path, "rb", buffering=0) as file:
-                descriptor = file.fileno()
+            with open(path, "rb", buffering=0) as tar:
+                descriptor = tar.fileno()
                 whole = Piece(
                     str(path),
                     lambda size, offset: os.pread(descriptor, size, offset),
                     status.st_size,
                 )
                 index = scan(path, whole)
-            _keep(index, path, status)
+            keep_index(index, file, facts)
     return index
 
 
-def _index_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.index.npz")
-
-
-def _keep(index: TarIndex, path: Path, status: os.stat_result) -> None:
+def keep_index(index: TarIndex, file: Path, facts: tuple[int, int]) -> None:
+    """Write it to `file`; facts: the tar's size in bytes, and a number that changes with it."""
     told = {
         "version": _VERSION,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
+        "size": facts[0],
+        "mtime_ns": facts[1],
         "pack": index.pack,
         "others": index.others,
     }
@@ -70,20 +68,19 @@ def _keep(index: TarIndex, path: Path, status: os.stat_result) -> None:
     # A folder that cannot be written costs the time of another scan, nothing else.
     with (
         contextlib.suppress(RunFailed),
-        written_beside(_index_path(path)) as beside,
-        open(beside, "wb") as file,
+        written_beside(file) as beside,
+        open(beside, "wb") as target,
     ):
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(target, allow_pickle=False, **arrays)
 
 
-def _kept(path: Path, status: os.stat_result) -> TarIndex | None:
-    """The index beside `path`, or None where it is absent, damaged or of another file."""
+def kept_index(file: Path, path: Path | str, facts: tuple[int, int]) -> TarIndex | None:
+    """The index of the tar at `path`; None where `file` is absent, damaged or of another tar."""
     try:
-        with np.load(_index_path(path), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with np.load(file, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
         told = json.loads(arrays["told"].tobytes())
-        now = (_VERSION, status.st_size, status.st_mtime_ns)
-        if (told["version"], told["size"], told["mtime_ns"]) != now:
+        if (told["version"], told["size"], told["mtime_ns"]) != (_VERSION, *facts):
             return None
         index = TarIndex(
             path,
@@ -94,7 +91,7 @@ def _kept(path: Path, status: os.stat_result) -> TarIndex | None:
             told["pack"],
             told["others"],
         )
-        return index if _sound(index, status.st_size) else None
+        return index if _sound(index, facts[0]) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -107,10 +104,7 @@ def _sound(index: TarIndex, size: int) -> bool:
         return False
     if not (len(index.sizes) == len(index.names) == len(index.classes) == n):
         return False
-    for strings in (index.names, index.classes):
-        if strings.ends[0] != 0 or strings.ends[-1] != len(strings.blob):
-            return False
-        if (np.diff(strings.ends) < 0).any():
-            return False
+    if not (index.names.are_whole() and index.classes.are_whole()):
+        return False
     inside = (index.offsets >= 0) & (index.sizes >= 0) & (index.sizes <= size - index.offsets)
     return bool(inside.all()) and is_pack(index.pack) and isinstance(index.others, dict)

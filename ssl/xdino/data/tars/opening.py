@@ -14,24 +14,30 @@ from xdino.data.tars import label_files
 from xdino.data.tars.index import open_index
 from xdino.data.tars.scanning import TarIndex
 from xdino.data.tars.source import TarSource, TarTable
+from xdino.data.tars.store import LocalTars, Store
 from xdino.data.tars.table_index import indexed
 from xdino.errors import UsageError
 
 
 def open_tars(
-    data: str, paths: Sequence[Path], split: str | None, channels: int | None, labelled: bool
+    data: str,
+    tars: Sequence[Path] | Store,
+    split: str | None,
+    channels: int | None,
+    labelled: bool,
 ) -> TarSource:
     """The images of tars, in their order; those below a folder `split` where that is a part."""
     key = f"{split or 'all'}.labelled" if labelled else split or "all"
+    store = LocalTars(tars) if isinstance(tars, Sequence) else tars
     return indexed(
-        data, paths, key, channels, lambda: _put_together(data, paths, split, channels, labelled)
+        data, store, key, channels, lambda: _put_together(data, store, split, channels, labelled)
     )
 
 
 def _put_together(
-    data: str, paths: Sequence[Path], split: str | None, channels: int | None, labelled: bool
+    data: str, store: Store, split: str | None, channels: int | None, labelled: bool
 ) -> TarSource:
-    indexes = [open_index(path) for path in paths]
+    indexes = store.indexes()
     within = _split_folder(indexes, split) if split is not None else b""
     if split == "val" and not within and any(map(len, indexes)):
         tops = sorted({printable(n.split(b"/")[0]) for i in indexes for n in i.names})
@@ -53,12 +59,13 @@ def _put_together(
     if labelled:
         said = [i.classes[row] for i, chosen in pairs for row in chosen]
         known = _packed_classes(indexes, within)
-        if any(said) or (beside := label_files.beside(paths[0].parent, names)) is None:
+        folder = store.folder()
+        if any(said) or folder is None or (found := label_files.beside(folder, names)) is None:
             labels, classes = _labels(data, names, said, known)
         else:
-            labels, classes = numbered(beside.classes)
-            remarks = [f"labels of {data} are those of {beside.file}"]
-    table = TarTable.of(paths, indexes, rows, names)
+            labels, classes = numbered(found.classes)
+            remarks = [f"labels of {data} are those of {found.file}"]
+    table = TarTable.of(store, indexes, rows, names)
     source = TarSource(data, table, channels or packed_channels, labels, classes)
     source.within, source.remarks = printable(within), remarks
     source.packed_channels, source.keeps = packed_channels, not remarks

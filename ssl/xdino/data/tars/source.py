@@ -1,29 +1,27 @@
 """Images inside of tar files as a source: each is read at its offset."""
 
 import os
-import resource
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from xdino.data.listing import ByteStrings, printable, size_and_time, status_of
+from xdino.data.listing import ByteStrings, printable
 from xdino.data.source import StoredSource, names_and_sizes
 from xdino.data.tars.scanning import TarIndex
+from xdino.data.tars.store import HELD_OPEN, LocalTars, Store
 
 
 @dataclass(frozen=True)
 class TarTable:
-    """Where N images lie in `tars`.
+    """Where N images lie in the tars of `store`.
 
     names: below the split. tar: int32 [N], in which of the tars; offsets, sizes: int64 [N], in bytes.
     sides: for each tar the shorter side in pixels that its images were shrunk to, or None.
     others: how many members are no images, by suffix.
     """
 
-    tars: list[Path]
+    store: Store
     names: ByteStrings
     tar: np.ndarray
     offsets: np.ndarray
@@ -33,17 +31,17 @@ class TarTable:
 
     @classmethod
     def of(
-        cls, paths: Sequence[Path], indexes: Sequence[TarIndex], rows: Sequence[np.ndarray],
+        cls, store: Store, indexes: Sequence[TarIndex], rows: Sequence[np.ndarray],
         names: ByteStrings,
     ) -> "TarTable":  # fmt: skip
-        """The images `rows` of each of the tars at `paths`."""
+        """The images `rows` of each of the tars."""
         pairs = list(zip(indexes, rows, strict=True))
         others: dict[str, int] = {}
         for index in indexes:
             for suffix, count in index.others.items():
                 others[suffix] = others.get(suffix, 0) + count
         return cls(
-            list(paths),
+            store,
             names,
             np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows]),
             np.concatenate([index.offsets[chosen] for index, chosen in pairs]),
@@ -52,24 +50,14 @@ class TarTable:
             others,
         )
 
-    @staticmethod
-    def facts_of(paths: Sequence[Path]) -> np.ndarray:
-        """Sizes and times of change of the tars themselves, as they are now: int64 [tars, 2]."""
-        return np.array([size_and_time(status_of(path)) for path in paths], np.int64)
-
 
 class TarSource(StoredSource):
-    """Images inside plain tar files, read at their offsets.
-
-    Reading is a `pread` without shared position, so that threads and forked
-    processes may do it at once.
-    """
+    """Images inside plain tar files, read at their offsets: by threads and forked processes at once."""
 
     within = ""  # the folder inside, "train/", that names are below
     packed_channels = 3  # as the tars say, whatever was asked for
     keeps = True  # whether all of it follows from the tars alone
-    _HELD_OPEN = 256  # with more files than this each read opens its own: descriptors are few
-    _PART = 4  # of the descriptors that the process may have, this part at most is held
+    _HELD_OPEN = HELD_OPEN
 
     def __init__(
         self,
@@ -87,15 +75,10 @@ class TarSource(StoredSource):
         super().__init__(name, channels, labels, classes)
         self.table = table
         self._names, self._offsets, self._sizes = table.names, table.offsets, table.sizes
-        self._tars, self._tar = table.tars, table.tar
+        self._store, self._tar = table.store, table.tar
+        if isinstance(self._store, LocalTars):
+            self._store.hold_open(self._HELD_OPEN)
         self.left_out = dict(table.others)
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        allowed = self._HELD_OPEN if allowed == resource.RLIM_INFINITY else allowed // self._PART
-        self._open: list[int] = []
-        if len(self._tars) <= min(self._HELD_OPEN, allowed):
-            weakref.finalize(self, _close, self._open)
-            for path in self._tars:
-                self._open.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -115,20 +98,16 @@ class TarSource(StoredSource):
 
     def _bytes(self, index: int, start: int, size: int) -> bytes:
         tar, offset = int(self._tar[index]), int(self._offsets[index]) + start
-        if self._open:
-            data = os.pread(self._open[tar], size, offset)
-        else:
-            with open(self._tars[tar], "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
+        data = self._store.read(tar, size, offset)
         if len(data) != size:
-            raise OSError(f"{self._tars[tar]} is shorter than when it was indexed")
+            raise OSError(f"{self._store.names[tar]} is shorter than when it was indexed")
         return data
 
     def member(self, index: int) -> bytes:
         return self._names[index]
 
     def describe(self, index: int) -> str:
-        tar = os.fsencode(self._tars[int(self._tar[index])])
+        tar = os.fsencode(self._store.names[int(self._tar[index])])
         return f"{printable(tar)}: {printable(self._names[index])}"
 
     def _content(self) -> Iterator[bytes]:
@@ -143,9 +122,4 @@ class TarSource(StoredSource):
     def stamps(self) -> bytes:
         names = bytes(self._names.blob) + self._names.ends.tobytes()
         where = self._sizes.tobytes() + self._offsets.tobytes()
-        return names + where + self.table.facts_of(self._tars).tobytes()
-
-
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+        return names + where + self._store.facts().tobytes()

@@ -3,9 +3,8 @@
 It lies beside the tars and counts as long as each has the size and time of change that it tells.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import posixpath
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,34 +12,32 @@ import numpy as np
 from xdino.data.classes import are_labels
 from xdino.data.listing import ByteStrings
 from xdino.data.tars.source import TarSource, TarTable
+from xdino.data.tars.store import Store
 from xdino.runtime.kept import Kept, kept
-
-LEAST = 10_000  # images; fewer are put together in no time
 
 
 def indexed(
-    data: str, paths: Sequence[Path], key: str, channels: int | None, make: Callable[[], TarSource]
+    data: str, store: Store, key: str, channels: int | None, make: Callable[[], TarSource]
 ) -> TarSource:
-    """The source that `make` finds in the tars `paths`, from the index of all where that holds.
+    """The source that `make` finds in the tars of `store`, from the index of all where that holds.
 
     data: what a person called them. key: what else it follows from.
     """
     found: list[TarSource] = []
-    first = Path(os.path.abspath(paths[0]))
-    place = first.with_name(f".{first.name if len(paths) == 1 else 'tars'}.{key}.index")
 
     def fresh(index: Kept) -> bool:
-        source = _from_index(index, data, paths, channels)
+        source = _from_index(index, data, store, channels)
         found.extend([source] if source is not None else [])
         return source is not None
 
     def made() -> Kept | None:
-        before = TarTable.facts_of(paths)
+        before = store.facts()
         source = make()
         found.append(source)
-        return _index_of(source, data, before) if len(source) >= LEAST and source.keeps else None
+        keeps = len(source) >= store.least and source.keeps
+        return _index_of(source, data, before) if keeps else None
 
-    kept(place, fresh, made)
+    kept(store.place(key), fresh, made)
     return found[-1]
 
 
@@ -48,7 +45,7 @@ def _index_of(source: TarSource, data: str, facts: np.ndarray) -> Kept:
     table = source.table
     told: dict[str, Any] = {
         "data": data,
-        "tars": [path.name for path in table.tars],
+        "tars": [_last(name) for name in table.store.names],
         "sides": table.sides,
         "others": table.others,
         "within": source.within,
@@ -68,27 +65,24 @@ def _index_of(source: TarSource, data: str, facts: np.ndarray) -> Kept:
     return Kept(told, arrays if source.labels is None else {**arrays, "labels": source.labels})
 
 
-def _from_index(
-    index: Kept, data: str, paths: Sequence[Path], channels: int | None
-) -> TarSource | None:
+def _from_index(index: Kept, data: str, store: Store, channels: int | None) -> TarSource | None:
     """The source; None where the index is of other tars, or of another state of them."""
     told, arrays = index.told, index.arrays
-    if told["tars"] != [path.name for path in paths] or (told["remarks"] and told["data"] != data):
+    here = [_last(name) for name in store.names]
+    if told["tars"] != here or (told["remarks"] and told["data"] != data):
         return None
-    facts = TarTable.facts_of(paths)
+    facts = store.facts()
     if not np.array_equal(arrays["facts"], facts):
         return None
     names = ByteStrings(arrays["names"].data, arrays["name_ends"])
     tar, offsets, sizes = arrays["tar"], arrays["offsets"], arrays["sizes"]
     if not (names.are_whole() and len(names) == len(tar) == len(offsets) == len(sizes) > 0):
         return None
-    if tar.min() < 0 or tar.max() >= len(paths) or len(told["sides"]) != len(paths):
+    if tar.min() < 0 or tar.max() >= len(here) or len(told["sides"]) != len(here):
         return None
     if ((offsets < 0) | (sizes < 0) | (sizes > facts[tar, 0] - offsets)).any():
         return None
-    table = TarTable(
-        list(paths), names, tar, offsets, sizes, list(told["sides"]), dict(told["others"])
-    )
+    table = TarTable(store, names, tar, offsets, sizes, list(told["sides"]), dict(told["others"]))
     labels = arrays.get("labels")
     classes = tuple(told["classes"]) if labels is not None else None
     if not are_labels(labels, classes, len(names)):
@@ -98,3 +92,8 @@ def _from_index(
     source.packed_channels = told["channels"]
     source.described = bytes.fromhex(told["described"])
     return source
+
+
+def _last(name: str) -> str:
+    """What a tar is called, wherever the data were moved."""
+    return posixpath.basename(name)
