@@ -8,17 +8,25 @@ Steps carry their number, counted from 1; `iteration` counts completed steps.
 """
 
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from xdino.backbone import Origin
+from xdino.checkpoint import STATE_FILE
 from xdino.config import RunConfig
-from xdino.data import BadImage
+from xdino.data import BadImage, fingerprint
+from xdino.data.sources import Source
+from xdino.errors import RunFailed, UsageError, reason
+from xdino.runtime import distributed
+from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.stepping import StepResult
 
 #: What a job gives to be judged -> its scores, for metrics.jsonl; leaves the network as it was.
@@ -146,6 +154,151 @@ class Job(Protocol):
 
     def export(self, path: Path, iteration: int) -> None:
         """Write the weights that others load."""
+
+
+Batch = TypeVar("Batch")
+
+
+class LoaderJob(ABC, Generic[Batch]):
+    """What jobs have in common whose micro-batches come from a `DataLoader` of their own.
+
+    A job sets `learner` in `build` and `loader` in `open`, and has the rest of `Job`'s members. Its plan
+    says device, precision, total_batch, iterations and steps_per_epoch.
+    """
+
+    plan: Any
+    learner: Any
+    loader: Any
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.last_start: Mapping[str, Any] = {}
+        self._batches: Generator[Batch, None, None] | None = None
+
+    @property
+    @abstractmethod
+    def source(self) -> Source:
+        """The images that are learned from."""
+
+    def take_plan(self, config: Any, plan: Callable[[str], Any]) -> None:
+        """`plan(precision)` on every process, the same precision on all."""
+        self.config = config
+        precision = self._precision()
+        self.plan = distributed.together(lambda: plan(precision))
+        self.fingerprint = fingerprint(self.source)
+        self.iterations, self.steps_per_epoch = self.plan.iterations, self.plan.steps_per_epoch
+        self.device = self.plan.device
+
+    def _precision(self) -> str:
+        """ "auto" is bf16 where every process multiplies in it; of a run that goes on, what it was."""
+        train, device = self.config.train, self.config.runtime.device
+        before = self.last_start.get("precision")
+        found = distributed.together(
+            lambda: resolve_precision(train.precision, resolve_device(device), before)
+        )
+        return "fp32" if "fp32" in distributed.gather(found) else found
+
+    def same_everywhere(self) -> dict[str, Any]:
+        return {"the number of images": len(self.source), "the images' names": self.fingerprint}
+
+    def ask_every_step(self) -> None:
+        self.learner.stepping.asks_every_step = True
+
+    # --- steps ---
+
+    def loader_options(self, known_bad: list[BadImage]) -> dict[str, Any]:
+        """What every loader is told besides its images and views."""
+        runtime = self.config.runtime
+        return {
+            "workers": min(runtime.workers, os.cpu_count() or 1) if runtime.workers else 0,
+            "prefetch": runtime.prefetch,
+            "pin_memory": self.device.type == "cuda",
+            "known_bad": known_bad,
+        }
+
+    def start(self, iteration: int) -> None:
+        self.close()
+        self._batches = self.loader.iterate(iteration, self.iterations)
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+    def skip(self, number: int) -> None:
+        for _ in self.next_batches():
+            pass
+
+    def next_batches(self) -> Iterator[Batch]:
+        """The micro-batches of the next step, as they are asked for."""
+        assert self._batches is not None
+        return islice(self._batches, self.config.train.accumulate)
+
+    def check(self) -> None:
+        self.learner.check()
+
+    # --- what is told of them ---
+
+    @property
+    def wait_seconds(self) -> float:
+        return float(self.loader.wait_seconds)
+
+    @property
+    def images_per_step(self) -> int:
+        return int(self.plan.total_batch)
+
+    def take_bad_report(self) -> list[BadImage]:
+        return list(self.loader.take_bad_report())
+
+    # --- what is kept ---
+
+    def sampler_state(self, iteration: int) -> dict[str, Any]:
+        """Which images come next, and of how many, by which a state knows its own run."""
+        return {
+            "seed": self.config.train.seed,
+            "epoch": iteration // self.steps_per_epoch,
+            "step": iteration % self.steps_per_epoch,
+            "images": len(self.source),
+            "fingerprint": self.fingerprint,
+            "total_batch": self.plan.total_batch,
+        }
+
+    def check_sampler(self, state: dict[str, Any], run_dir: Path, parts: Sequence[str]) -> None:
+        """
+        Raises:
+            UsageError: the state was made with other data or other processes.
+            RunFailed: it lacks one of its parts.
+        """
+        for part in parts:
+            if not isinstance(state.get(part), dict):
+                raise RunFailed(
+                    f"{run_dir / STATE_FILE} is the state of a run, but lacks its {part}"
+                )
+        sampler = state["sampler"]
+        for key, now in (("images", len(self.source)), ("total_batch", self.plan.total_batch)):
+            if sampler[key] != now:
+                raise UsageError(
+                    f"{run_dir} was made with {key.replace('_', ' ')} {sampler[key]}, now it "
+                    f"is {now}: continue it with the same data and the same number of processes"
+                )
+        if sampler.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise UsageError(
+                f"{run_dir} was made with other images than those of {self.source.name}: "
+                "as many, but of other names, sizes or content. Continue it with its own images, "
+                "which may lie anywhere, or choose another folder"
+            )
+
+    def load_learner(self, state: dict[str, Any], run_dir: Path) -> None:
+        """
+        Raises:
+            RunFailed: it is not a state of this configuration.
+        """
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise RunFailed(
+                f"{run_dir / STATE_FILE} is not a state of this configuration: {reason(error)}"
+            ) from error
 
 
 class Listener:

@@ -8,9 +8,7 @@ place to remember but the networks.
 """
 
 import dataclasses
-import os
-from collections.abc import Generator, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,13 @@ from xdino.augment import MultiCrop, picture
 from xdino.augment.photometric import photometric
 from xdino.backbone import Backbone
 from xdino.config import Config
-from xdino.data import BadImage, CropBatch, CropLoader, fingerprint
+from xdino.data import BadImage, CropBatch, CropLoader
 from xdino.data.decode import UnreadableImage
-from xdino.errors import RunFailed, UsageError, reason
-from xdino.job import Evaluator, Listener
+from xdino.data.sources import Source
+from xdino.job import Evaluator, Listener, LoaderJob
 from xdino.learner import Learner
 from xdino.plan import Begun, Plan, build_learner, check_disk, continue_published, make_plan
 from xdino.runtime import distributed, transfer
-from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.runtime.stopping import StopSignal
 from xdino.schedules import StepSettings
 from xdino.stepping import StepResult
@@ -90,7 +87,7 @@ def loader_of(plan: Plan, rank: int, world_size: int, **options: Any) -> CropLoa
     )
 
 
-class Pretraining:
+class Pretraining(LoaderJob[CropBatch]):
     """`train.Job` of a student that learns from its teacher on unlabelled images."""
 
     plan: Plan
@@ -98,38 +95,19 @@ class Pretraining:
     loader: CropLoader
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.last_start: Mapping[str, Any] = {}
+        super().__init__(config)
         self.begun: Begun | None = None  # where another trainer's checkpoint goes on
-        self._batches: Generator[CropBatch, None, None] | None = None
+
+    @property
+    def source(self) -> Source:
+        return self.plan.source
 
     # --- before anything is written ---
 
     def make_plan(self, config: Config) -> None:
-        self.config = config
-        precision = self._precision(config)
-        self.plan = distributed.together(
-            lambda: make_plan(config, distributed.world_size(), precision)
+        self.take_plan(
+            config, lambda precision: make_plan(config, distributed.world_size(), precision)
         )
-        self.fingerprint = fingerprint(self.plan.source)
-        self.iterations, self.steps_per_epoch = self.plan.iterations, self.plan.steps_per_epoch
-        self.device = self.plan.device
-
-    def _precision(self, config: Config) -> str:
-        """The same on all processes: "auto" is bf16 where every one of them multiplies in it."""
-        before = self.last_start.get("precision")
-        found = distributed.together(
-            lambda: resolve_precision(
-                config.train.precision, resolve_device(config.runtime.device), before
-            )
-        )
-        return "fp32" if "fp32" in distributed.gather(found) else found
-
-    def same_everywhere(self) -> dict[str, Any]:
-        return {
-            "the number of images": len(self.plan.source),
-            "the images' names": self.fingerprint,
-        }
 
     def check_disk(self, run_dir: Path) -> None:
         check_disk(self.plan, run_dir)
@@ -144,9 +122,6 @@ class Pretraining:
     @property
     def begins_at(self) -> int:
         return self.begun.iteration if self.begun is not None else 0
-
-    def ask_every_step(self) -> None:
-        self.learner.stepping.asks_every_step = True
 
     def notices(self) -> Iterator[str]:
         yield from self.plan.source.notices()
@@ -182,44 +157,25 @@ class Pretraining:
     # --- steps ---
 
     def open(self, known_bad: list[BadImage]) -> None:
-        runtime = self.config.runtime
         self.loader = loader_of(
             self.plan,
             distributed.rank(),
             distributed.world_size(),
-            workers=min(runtime.workers, os.cpu_count() or 1) if runtime.workers else 0,
-            prefetch=runtime.prefetch,
-            pin_memory=self.device.type == "cuda",
-            known_bad=known_bad,
+            **self.loader_options(known_bad),
         )
 
     def start(self, iteration: int) -> None:
-        self.close()
-        self._batches = self.loader.iterate(iteration, self.iterations)
+        super().start(iteration)
         self._alarm = self._new_alarm()
-
-    def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None
 
     def step(self, number: int, lr_factor: float, diagnose: bool, run_dir: Path) -> StepResult:
         self.learner.begin(self._settings(number, lr_factor), self.config.train.accumulate)
-        for batch in self._next_batches():
+        for batch in self.next_batches():
             views = to_device(batch, self.plan.crops, self.device, self.learner.kernels.views)
             if number == self.begins_at + 1:
                 self._draw(batch, views, run_dir)
             self.learner.add(views)
         return self.learner.finish(diagnose)
-
-    def skip(self, number: int) -> None:
-        for _ in self._next_batches():
-            pass
-
-    def _next_batches(self) -> Iterator[CropBatch]:
-        """The micro-batches of the next step, as they are asked for."""
-        assert self._batches is not None
-        return islice(self._batches, self.config.train.accumulate)
 
     def _settings(self, number: int, lr_factor: float) -> StepSettings:
         settings = self.plan.schedules.at(number - 1)
@@ -240,18 +196,7 @@ class Pretraining:
         spec, crops = self.plan.spec, self.plan.crops
         picture.save_views(path, views, spec.mean, spec.std, original, batch.table, crops.ratio)
 
-    def check(self) -> None:
-        self.learner.check()
-
     # --- what is told of them ---
-
-    @property
-    def wait_seconds(self) -> float:
-        return self.loader.wait_seconds
-
-    @property
-    def images_per_step(self) -> int:
-        return self.plan.total_batch
 
     def columns(self, number: int, lr_factor: float) -> dict[str, float]:
         settings = self._settings(number, lr_factor)
@@ -275,9 +220,6 @@ class Pretraining:
         if objective != "dino":
             return metrics.EmbeddingAlarm(objective, after)
         return metrics.CollapseAlarm(self.config.head.prototypes, after)
-
-    def take_bad_report(self) -> list[BadImage]:
-        return self.loader.take_bad_report()
 
     def images_of(self, number: int) -> dict[str, Any]:
         loader = self.loader
@@ -303,41 +245,13 @@ class Pretraining:
     def state_dict(self, iteration: int) -> dict[str, Any]:
         return {
             "learner": self.learner.state_dict(),
-            "sampler": {
-                "seed": self.config.train.seed,
-                "epoch": iteration // self.steps_per_epoch,
-                "step": iteration % self.steps_per_epoch,
-                "images": len(self.plan.source),
-                "fingerprint": self.fingerprint,
-                "total_batch": self.plan.total_batch,
-            },
+            "sampler": self.sampler_state(iteration),
             "spec": self.plan.spec.to_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], run_dir: Path) -> None:
-        file = run_dir / checkpoint.STATE_FILE
-        for part in ("learner", "sampler", "spec"):
-            if not isinstance(state.get(part), dict):
-                raise RunFailed(f"{file} is the state of a run, but lacks its {part}")
-        sampler = state["sampler"]
-        for key, now in (("images", len(self.plan.source)), ("total_batch", self.plan.total_batch)):
-            if sampler[key] != now:
-                raise UsageError(
-                    f"{run_dir} was made with {key.replace('_', ' ')} {sampler[key]}, now it "
-                    f"is {now}: continue it with the same data and the same number of processes"
-                )
-        if sampler.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise UsageError(
-                f"{run_dir} was made with other images than those of {self.plan.source.name}: "
-                "as many, but of other names, sizes or content. Continue it with its own images, "
-                "which may lie anywhere, or choose another folder"
-            )
-        try:
-            self.learner.load_state_dict(state["learner"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise RunFailed(
-                f"{file} is not a state of this configuration: {reason(error)}"
-            ) from error
+        self.check_sampler(state, run_dir, ("learner", "sampler", "spec"))
+        self.load_learner(state, run_dir)
 
     def export(self, path: Path, iteration: int) -> None:
         checkpoint.save_backbone(

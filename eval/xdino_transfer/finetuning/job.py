@@ -8,9 +8,7 @@ Which images a step takes and what happens to them follows from the seed and its
 Letters: B images, K classes.
 """
 
-import os
-from collections.abc import Generator, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,12 @@ from torch import Tensor
 from xdino import checkpoint
 from xdino.augment.picture import save_views
 from xdino.backbones import compile_backbone
-from xdino.data import BadImage, fingerprint
-from xdino.errors import RunFailed, UsageError, reason
+from xdino.data import BadImage
+from xdino.data.sources import Source
+from xdino.errors import UsageError
+from xdino.job import LoaderJob
 from xdino.plan.feasibility import gigabytes
 from xdino.runtime import distributed, transfer
-from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.stepping import StepResult
 from xdino_transfer.classification import optim
 from xdino_transfer.classification.classifier import Classifier
@@ -42,7 +41,7 @@ LARGE = 2**31  # bytes of a step, from which on they are told before it
 VIEWS_FILE = "views.png"
 
 
-class ClassificationJob:
+class ClassificationJob(LoaderJob[LabelledBatch]):
     """`xdino.job.Job` of a classifier on labelled images."""
 
     plan: Plan
@@ -51,45 +50,29 @@ class ClassificationJob:
     begins_at = 0
 
     def __init__(self, config: FineTuning) -> None:
-        self.config = config
-        self.last_start: Mapping[str, Any] = {}
+        super().__init__(config)
         self._notices: list[str] = []
         self._init: dict[str, Any] = {}
-        self._batches: Generator[LabelledBatch, None, None] | None = None
+
+    @property
+    def source(self) -> Source:
+        return self.plan.train
 
     # --- before anything is written ---
 
     def make_plan(self, config: FineTuning) -> None:
-        self.config = config
         self._init = {  # of a run that is continued
             "init": self.last_start.get("init", config.train.init),
             "init_sha256": self.last_start.get("init_sha256"),
         }
-        precision = self._precision(config)
         spec = self.last_start.get("spec")
-        self.plan = distributed.together(
-            lambda: planning.make_plan(config, distributed.world_size(), precision, spec)
+        self.take_plan(
+            config,
+            lambda precision: planning.make_plan(config, distributed.world_size(), precision, spec),
         )
-        self.fingerprint = fingerprint(self.plan.train)
-        self.iterations, self.steps_per_epoch = self.plan.iterations, self.plan.steps_per_epoch
-        self.device = self.plan.device
-
-    def _precision(self, config: FineTuning) -> str:
-        """The same on all processes, as in pretraining."""
-        before = self.last_start.get("precision")
-        found = distributed.together(
-            lambda: resolve_precision(
-                config.train.precision, resolve_device(config.runtime.device), before
-            )
-        )
-        return "fp32" if "fp32" in distributed.gather(found) else found
 
     def same_everywhere(self) -> dict[str, Any]:
-        return {
-            "the number of images": len(self.plan.train),
-            "the images' names": self.fingerprint,
-            "the classes": list(self.plan.classes),
-        }
+        return super().same_everywhere() | {"the classes": list(self.plan.classes)}
 
     def check_disk(self, run_dir: Path) -> None:
         planning.check_disk(self.plan, run_dir)
@@ -122,9 +105,6 @@ class ClassificationJob:
             compile_backbone(classifier.backbone)  # type: ignore[arg-type]
         # Processes drop different paths; the first is as it would be alone.
         torch.manual_seed(config.train.seed + distributed.rank())
-
-    def ask_every_step(self) -> None:
-        self.learner.stepping.asks_every_step = True
 
     def notices(self) -> Iterator[str]:
         yield from self.plan.train.notices()
@@ -159,32 +139,19 @@ class ClassificationJob:
     # --- steps ---
 
     def open(self, known_bad: list[BadImage]) -> None:
-        runtime = self.config.runtime
         self.loader = planning.loader_of(
             self.config,
             self.plan.train,
             self.plan.view,
             distributed.rank(),
             distributed.world_size(),
-            workers=min(runtime.workers, os.cpu_count() or 1) if runtime.workers else 0,
-            prefetch=runtime.prefetch,
-            pin_memory=self.device.type == "cuda",
-            known_bad=known_bad,
+            **self.loader_options(known_bad),
         )
-
-    def start(self, iteration: int) -> None:
-        self.close()
-        self._batches = self.loader.iterate(iteration, self.iterations)
-
-    def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None
 
     def step(self, number: int, lr_factor: float, diagnose: bool, run_dir: Path) -> StepResult:
         settings = StepSettings(self.lr(number) * lr_factor)
         self.learner.begin(settings, self.config.train.accumulate)
-        for batch in self._next_batches():
+        for batch in self.next_batches():
             images, targets = self._mixed(batch)
             if number == 1:
                 self._draw(images, run_dir)
@@ -200,14 +167,6 @@ class ClassificationJob:
         mix = plan.mixup.draw(seed, batch.iteration, batch.part, *images.shape[2:])
         return plan.mixup(images, labels, len(plan.classes), mix)
 
-    def skip(self, number: int) -> None:
-        for _ in self._next_batches():
-            pass
-
-    def _next_batches(self) -> Iterator[LabelledBatch]:
-        assert self._batches is not None
-        return islice(self._batches, self.config.train.accumulate)
-
     def _draw(self, images: Tensor, run_dir: Path) -> None:
         """The first batch as the network sees it."""
         path, spec = run_dir / VIEWS_FILE, self.plan.spec
@@ -218,27 +177,13 @@ class ClassificationJob:
         sheet = images[: rows * columns].unflatten(0, (columns, rows))
         save_views(path, [sheet.float().cpu()], spec.mean, spec.std)
 
-    def check(self) -> None:
-        self.learner.check()
-
     # --- what is told of them ---
-
-    @property
-    def wait_seconds(self) -> float:
-        return self.loader.wait_seconds
-
-    @property
-    def images_per_step(self) -> int:
-        return self.plan.total_batch
 
     def columns(self, number: int, lr_factor: float) -> dict[str, float]:
         return {"lr": self.lr(number) * lr_factor}
 
     def warning(self, number: int, result: StepResult) -> str | None:
         return None
-
-    def take_bad_report(self) -> list[BadImage]:
-        return self.loader.take_bad_report()
 
     def images_of(self, number: int) -> dict[str, Any]:
         loader = self.loader
@@ -270,42 +215,19 @@ class ClassificationJob:
         return {
             "kind": FineTuning.kind,
             "learner": self.learner.state_dict(),
-            "sampler": {
-                "seed": self.config.train.seed,
-                "epoch": iteration // self.steps_per_epoch,
-                "step": iteration % self.steps_per_epoch,
-                "images": len(self.plan.train),
-                "fingerprint": self.fingerprint,
-                "total_batch": self.plan.total_batch,
-            },
+            "sampler": self.sampler_state(iteration),
             "spec": self.plan.spec.to_dict(),
             "classes": list(self.plan.classes),
         }
 
     def load_state_dict(self, state: dict[str, Any], run_dir: Path) -> None:
-        file = run_dir / checkpoint.STATE_FILE
-        for part in ("learner", "sampler"):
-            if not isinstance(state.get(part), dict):
-                raise RunFailed(f"{file} is the state of a run, but lacks its {part}")
-        sampler = state["sampler"]
-        for key, now in (("images", len(self.plan.train)), ("total_batch", self.plan.total_batch)):
-            if sampler[key] != now:
-                raise UsageError(
-                    f"{run_dir} was made with {key.replace('_', ' ')} {sampler[key]}, now it "
-                    f"is {now}: continue it with the same data and the same number of processes"
-                )
-        if sampler["fingerprint"] != self.fingerprint or state["classes"] != [*self.plan.classes]:
+        self.check_sampler(state, run_dir, ("learner", "sampler"))
+        if state.get("classes") != [*self.plan.classes]:
             raise UsageError(
-                f"{run_dir} was made with other images or classes than those of "
-                f"{self.plan.train.name}. Continue it with its own, which may lie anywhere, or "
-                "choose another folder"
+                f"{run_dir} was made with other classes than those of {self.source.name}. Continue "
+                "it with its own images, which may lie anywhere, or choose another folder"
             )
-        try:
-            self.learner.load_state_dict(state["learner"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise RunFailed(
-                f"{file} is not a state of this configuration: {reason(error)}"
-            ) from error
+        self.load_learner(state, run_dir)
 
     def weights_facts(self, iteration: int) -> dict[str, Any]:
         """What the header of a file of weights says besides the network."""
