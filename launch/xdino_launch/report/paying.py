@@ -1,7 +1,8 @@
 """Did pretraining pay? Classifiers side by side: from scratch, on frozen features, from weights.
 
 Their val scores stand over steps and over minutes of training, since frozen features make a step
-cheaper. Minutes are worked out from the logged images a second; evaluations are left out.
+cheaper. Minutes are worked out from the logged images a second; evaluations are left out. Where a run
+has logged no speed, there are steps alone.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Comparison:
 
     lines: list[Line]
     step: int
-    minute: float
+    minute: float | None
     curves: str
 
 
@@ -54,14 +55,16 @@ def images_of(run: Run) -> str:
     return "all" if share in (ABSENT, "1.0", "1") else f"share {share}"
 
 
-def minutes(run: Run, iterations: np.ndarray) -> np.ndarray:
-    """Minutes of training up to each of the iterations [N], by the speed that was logged."""
-    steps, speeds = series(run.metrics, "images_per_second")
+def minutes(run: Run, iterations: np.ndarray) -> np.ndarray | None:
+    """Minutes of training up to each of the iterations [N], by the middle of the logged speeds.
+
+    None where no speed was logged: a row right after a saved state has none.
+    """
+    _, speeds = series(run.metrics, "images_per_second")
     batch = images_a_step(run)
-    if not len(steps) or batch is None:
-        return np.zeros(len(iterations))
-    spent = np.cumsum(np.diff(steps, prepend=0) * batch / np.maximum(speeds, 1e-9)) / 60
-    return np.interp(iterations, np.append(0, steps), np.append(0, spent))
+    if not len(speeds) or batch is None:
+        return None
+    return iterations * batch / max(float(np.median(speeds)), 1e-9) / 60
 
 
 def images_a_step(run: Run) -> float | None:
@@ -79,34 +82,36 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
     scored = [(run, x, y) for run, x, y in scored if len(x)]
     if len(scored) < 2:
         return None
-    spent = [minutes(run, x) for run, x, _ in scored]
+    found = [minutes(run, x) for run, x, _ in scored]
+    spent = [m for m in found if m is not None]
+    timed = len(spent) == len(scored)
     step = min(x[-1] for _, x, _ in scored)
-    minute = min(m[-1] for m in spent)
+    minute = min(m[-1] for m in spent) if timed else None
     names = names_of([run for run, _, _ in scored])
-    lines, labels = [], []
-    for name, (run, x, y), m in zip(names, scored, spent, strict=True):
-        later = y[x > 0]
-        lines.append(
-            Line(
-                name,
-                start_of(run),
-                images_of(run),
-                _upto(x, y, step),
-                _upto(m, y, minute),
-                float(later.max()) if len(later) else None,
-            )
+    lines = [
+        Line(
+            name,
+            start_of(run),
+            images_of(run),
+            _upto(x, y, step),
+            None if minute is None else _upto(spent[place], y, minute),
+            max(y[x > 0], default=None),
         )
-        labels.append(f"{name}: {start_of(run)}")
+        for place, (name, (run, x, y)) in enumerate(zip(names, scored, strict=True))
+    ]
+    labels = [f"{line.name}: {line.start}" for line in lines]
     curves = draw_lines(
         "top-1 over steps, per cent",
         "iteration",
         [(label, x, y) for label, (_, x, y) in zip(labels, scored, strict=True)],
-    ) + draw_lines(
-        "top-1 over minutes of training, per cent",
-        "minutes",
-        [(label, m, y) for label, (_, _, y), m in zip(labels, scored, spent, strict=True)],
     )
-    return Comparison(lines, int(step), float(minute), curves)
+    if timed:
+        curves += draw_lines(
+            "top-1 over minutes of training, per cent",
+            "minutes",
+            [(label, m, y) for label, (_, _, y), m in zip(labels, scored, spent, strict=True)],
+        )
+    return Comparison(lines, int(step), minute, curves)
 
 
 def _upto(x: np.ndarray, y: np.ndarray, end: float) -> float | None:

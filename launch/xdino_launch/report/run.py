@@ -172,12 +172,21 @@ class Run:
         return "not begun"
 
     @property
+    def network(self) -> str:
+        """Its name; of a fine-tuned run that names none, that of the weights it began with."""
+        named = self.value("model.arch")
+        spec = self.starts[-1].get("spec") if self.starts else None
+        if named in ("null", "~") and isinstance(spec, dict):
+            return str(spec.get("arch", named))
+        return named
+
+    @property
     def summary(self) -> dict[str, Any]:
         """What it is, in the words of its configuration and its first start."""
         first = self.starts[0] if self.starts else {}
         device = f"{first['device']}, {first.get('precision', '')}" if "device" in first else ABSENT
         return {
-            "network": self.value("model.arch"),
+            "network": self.network,
             "trained on" if self.fine_tuned else "pretrained on": self.value("data.path"),
             **({"from": self.value("train.init")} if self.fine_tuned else {}),
             "epochs": self.value("train.epochs"),
