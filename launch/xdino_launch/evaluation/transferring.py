@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from xdino import checkpoint, config
 from xdino.backbone import Backbone, Spec
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
 from xdino_eval import results
 from xdino_eval.extraction import Options
 from xdino_eval.results import Row
 from xdino_launch.local import run_finetuning
+from xdino_launch.report.paying import minutes
+from xdino_launch.report.run import Run
 from xdino_launch.report.transfer import write_transfer
 from xdino_transfer.finetuning.recipe import FineTuning
 from xdino_transfer.suite import (
@@ -95,7 +98,11 @@ def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
             path = run_finetuning(of(cell.data), cell.folder)
             digest = checkpoint.sha256(path)
             rows = results.load(cell.folder / "results.json")
-            return [row for row in rows if row.checkpoint == digest][-1:]
+            spent = {"minutes of training": _minutes(cell.folder)}
+            own = [row for row in rows if row.checkpoint == digest][-1:]
+            if not own:
+                raise RunFailed(f"{cell.folder} has no score of its classifier")
+            return [replace(row, settings={**row.settings, **spent}) for row in own]
 
         return column
 
@@ -115,6 +122,13 @@ def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
         return make({**FROM_SCRATCH, "model.arch": spec.arch, **shape, **view}, told)
 
     return {"finetune": finetune, "scratch": scratch}
+
+
+def _minutes(run: Path) -> float:
+    """Of training, without what was scored and drawn."""
+    told = Run.open(run)
+    last = max((row["iteration"] for row in told.metrics if "loss" in row), default=0)
+    return round(float(minutes(told, np.array([last]))[-1]), 2)
 
 
 def table(rows: Sequence[Row]) -> Table:
