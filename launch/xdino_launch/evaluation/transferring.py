@@ -47,21 +47,26 @@ USUAL = (("mlp_ratio", 4.0), ("class_attention_layers", 2), ("in_chans", 3))  # 
 
 
 def transfer(
-    backbone: Backbone, weights: str, file: Path, folder: Path, options: Options
+    backbone: Backbone,
+    weights: str,
+    file: Path,
+    folder: Path,
+    options: Options,
+    arch: str | None = None,
 ) -> list[Row]:
     """Go through the suite in `file`, in `folder`; the rows of all cells, in its order.
 
     The report of what there is lies in folder/report.html, also where cells failed.
 
     Args:
-        weights: what `backbone` was loaded from.
+        weights, arch: what `backbone` was loaded from, and as what.
 
     Raises:
         UsageError: a suite that is not as it must be; a folder of something else.
         RunFailed: a cell failed; the others are done.
     """
     spec, device = backbone.spec, str(options.device or "auto")
-    makes = frozen_columns(backbone, options) | learned_columns(weights, spec, device)
+    makes = frozen_columns(backbone, options) | learned_columns(weights, arch, spec, device)
     suite = Suite.read(file, makes, FROZEN)
     if "scratch" in suite.columns:  # what is compared has the same recipe
         mine = suite.columns.get("finetune", {}) | suite.columns["scratch"]
@@ -76,11 +81,12 @@ def transfer(
             write_transfer(folder, rows, TITLES)
 
 
-def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
+def learned_columns(weights: str, arch: str | None, spec: Spec, device: str) -> dict[str, Make]:
     """Networks that learn as `xdino finetune` does: keys are `recipe` and whatever it can be told.
 
     Args:
-        spec: of the network in `weights`, which is what learns from scratch, too.
+        arch: of files that do not say. spec: of the network in `weights`, which is what learns from
+            scratch, too.
     """
     both = {"model.in_chans": str(spec.in_chans), "runtime.device": device, "evaluate.every": "0"}
 
@@ -107,7 +113,7 @@ def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
         return column
 
     def finetune(told: Mapping[str, Any]) -> Column:
-        return make({"train.init": weights}, told)
+        return make({"train.init": weights, **({"model.arch": arch} if arch else {})}, told)
 
     def scratch(told: Mapping[str, Any]) -> Column:
         unlike = {k: v for k, v in spec.shape.items() if k not in SHAPES and (k, v) not in USUAL}
