@@ -22,13 +22,13 @@ from xdino_transfer.classification.scoring import ALLOWED, FULL_CROP
 from xdino_transfer.datasets import open_scored
 from xdino_transfer.inputs import Film, gather
 
-Path = str | os.PathLike[str]
+Place = str | os.PathLike[str]
 TOLD = ("init", "recipe")  # facts of a file that its rows name
 
 
 def score(
-    weights: Path | LoadedClassifier,
-    data: Path,
+    weights: Place | LoadedClassifier,
+    data: Place,
     *,
     arch: str | None = None,
     split: str = "val",
@@ -61,8 +61,8 @@ def score(
 
 
 def predict(
-    weights: Path | LoadedClassifier,
-    images: Path | Iterable[Path],
+    weights: Place | LoadedClassifier,
+    images: Place | Iterable[Place],
     *,
     top: int = 5,
     arch: str | None = None,
@@ -86,7 +86,7 @@ def predict(
 
 
 def _ready(
-    weights: Path | LoadedClassifier,
+    weights: Place | LoadedClassifier,
     arch: str | None,
     size: int | None,
     crop_ratio: float | None,

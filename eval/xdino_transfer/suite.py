@@ -29,6 +29,7 @@ from xdino.config import sections
 from xdino.data import Source
 from xdino.errors import RunFailed, UsageError, nearest, world
 from xdino.runtime.atomic import write_text
+from xdino.runtime.lock import Lock
 from xdino_eval import results
 from xdino_eval.evaluators import KNN, PROBES, Linear
 from xdino_eval.extraction import Options
@@ -218,9 +219,16 @@ class Going:
         """The rows of all cells, those of before included, in the order of the suite.
 
         Raises:
+            UsageError: as `begin`; another process is at it.
             RunFailed: a cell failed; the others are done.
         """
         self.begin()
+        with Lock(self.folder):
+            self._fill()
+        return self.done()
+
+    def _fill(self) -> None:
+        """Every cell that has no row. Raises RunFailed at the end where one failed."""
         failed = []
         for name, data in self.suite.data.items():
             left = [column for column in self.columns if not self.rows(name, column)]
@@ -244,7 +252,6 @@ class Going:
                 f"{len(failed)} of the suite's cells failed ({'; '.join(failed)}); the others are in "
                 f"{self.folder / RESULTS}, and the same command tries these again"
             )
-        return self.done()
 
     def done(self) -> list[Row]:
         """The rows of the cells that are done, in the order of the suite; of any other folder none."""

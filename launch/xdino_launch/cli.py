@@ -42,11 +42,10 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
-    "Learn on": ("finetune",),
+    "Learn on": ("finetune", "score", "predict", "transfer"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
     ),
-    "Classify": ("score", "predict", "transfer"),
     "Look": ("attention", "neighbours"),
     "Use elsewhere": ("features", "export", "pack", "bench"),
 }  # fmt: skip

@@ -133,7 +133,7 @@ def test_published_and_timms_classifiers_are_scored(xdino, there):
         (["score", "run", "--data", "classes", "--batch-size", "1000000", "--size", "8000"],
          "the images of a batch take about"),
         (["predict", "run", "classes", "--out", "p.txt"], "a .csv or a .json file, not to p.txt"),
-        (["predict", "run", "nothing.png"], "nothing.png"),
+        (["predict", "run", "nothing.png"], "there is no image, folder or video nothing.png"),
         (["predict", "run", "run"], "run holds no image"),
         (["predict", "run"], "Missing argument 'IMAGES...'"),
     ],

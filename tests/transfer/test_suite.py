@@ -10,6 +10,7 @@ from PIL import Image
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone, save_backbone
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime.lock import Lock
 from xdino_eval.extraction import Options
 from xdino_eval.results import load
 from xdino_transfer import suite as suites
@@ -96,6 +97,16 @@ def test_a_stopped_suite_goes_on(there, monkeypatch):
     said: list[str] = []
     assert len(going(there / "out", said).run()) == 4
     assert [line.split(",")[0] for line in said] == ["two: knn", "two: linear"]
+
+
+def test_two_processes_do_not_fill_one_table(xdino, there):
+    going(there / "out").begin()
+    with Lock(there / "out"):
+        line = ("transfer", "w.safetensors", "--suite", "suite.yaml", "--run", "out")
+        code, out, error = xdino(*line)
+    assert (code, out) == (2, "")
+    assert "process" in error
+    assert not Path("out/results.json").exists()
 
 
 def test_one_cell_that_fails_costs_no_other(there, xdino):

@@ -41,10 +41,14 @@ def display_names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """What the outputs of a head are called to a person: ImageNet's in words, unknown ones by number."""
     if classes is not None:
         return tuple(classes)
-    if count == IMAGENET_CLASSES:
-        told = ImageNetInfo()
-        return tuple(f"{s} {told.label_name_to_description(s).split(',')[0]}" for s in synsets())
-    return tuple(map(str, range(count)))
+    return _in_words() if count == IMAGENET_CLASSES else tuple(map(str, range(count)))
+
+
+@cache
+def _in_words() -> tuple[str, ...]:
+    """ "n01440764 tench" and so on."""
+    told = ImageNetInfo()
+    return tuple(f"{s} {told.label_name_to_description(s).split(',')[0]}" for s in synsets())
 
 
 def match(classes: Sequence[str] | None, count: int, source: Source) -> Matching:

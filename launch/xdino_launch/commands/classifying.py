@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xdino.errors import UsageError
+from xdino.runtime import places
 from xdino_launch.commands.options import (
     LIMIT,
     PIXELS,
@@ -72,8 +73,6 @@ class ClassifierOptions:
         Raises:
             UsageError: nothing is there, or the crop is asked for in two ways.
         """
-        from xdino.runtime import places
-
         if self.full_crop and self.crop_ratio not in (None, 1.0):
             raise UsageError(
                 f"--full-crop is --crop-ratio 1, and --crop-ratio is {self.crop_ratio:g}"
@@ -138,7 +137,9 @@ def predict(
 
     IMAGES are image files, folders of images, lists, tars and videos (every frame of them).
     """
-    judged.there(*images)
+    judged.there()
+    named = [name for name in images if name.partition(":")[0] not in places.DATA_SETS]
+    places.check_files("image, folder or video", *named)
     from xdino_transfer.classification import predicting
 
     folder = out is not None and (out.is_dir() or not out.suffix)
@@ -197,7 +198,7 @@ def transfer(
     from xdino_launch.evaluation.transferring import transfer as go
 
     options = options_for(resolve_device(judged.device), **how)
-    rows = go(judged.backbone(), judged.weights, suite, run_dir, options)
+    rows = go(judged.backbone(), judged.weights, suite, run_dir, options, judged.arch)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return

@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from xdino import checkpoint, config
 from xdino.backbone import Backbone, Spec
-from xdino.errors import UsageError
+from xdino.errors import RunFailed, UsageError
 from xdino_eval import results
 from xdino_eval.extraction import Options
 from xdino_eval.results import Row
 from xdino_launch.local import run_finetuning
+from xdino_launch.report.paying import minutes
+from xdino_launch.report.run import Run
 from xdino_launch.report.transfer import write_transfer
 from xdino_transfer.finetuning.recipe import FineTuning
 from xdino_transfer.suite import (
@@ -44,21 +47,26 @@ USUAL = (("mlp_ratio", 4.0), ("class_attention_layers", 2), ("in_chans", 3))  # 
 
 
 def transfer(
-    backbone: Backbone, weights: str, file: Path, folder: Path, options: Options
+    backbone: Backbone,
+    weights: str,
+    file: Path,
+    folder: Path,
+    options: Options,
+    arch: str | None = None,
 ) -> list[Row]:
     """Go through the suite in `file`, in `folder`; the rows of all cells, in its order.
 
     The report of what there is lies in folder/report.html, also where cells failed.
 
     Args:
-        weights: what `backbone` was loaded from.
+        weights, arch: what `backbone` was loaded from, and as what.
 
     Raises:
         UsageError: a suite that is not as it must be; a folder of something else.
         RunFailed: a cell failed; the others are done.
     """
     spec, device = backbone.spec, str(options.device or "auto")
-    makes = frozen_columns(backbone, options) | learned_columns(weights, spec, device)
+    makes = frozen_columns(backbone, options) | learned_columns(weights, arch, spec, device)
     suite = Suite.read(file, makes, FROZEN)
     if "scratch" in suite.columns:  # what is compared has the same recipe
         mine = suite.columns.get("finetune", {}) | suite.columns["scratch"]
@@ -73,11 +81,12 @@ def transfer(
             write_transfer(folder, rows, TITLES)
 
 
-def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
+def learned_columns(weights: str, arch: str | None, spec: Spec, device: str) -> dict[str, Make]:
     """Networks that learn as `xdino finetune` does: keys are `recipe` and whatever it can be told.
 
     Args:
-        spec: of the network in `weights`, which is what learns from scratch, too.
+        arch: of files that do not say. spec: of the network in `weights`, which is what learns from
+            scratch, too.
     """
     both = {"model.in_chans": str(spec.in_chans), "runtime.device": device, "evaluate.every": "0"}
 
@@ -95,12 +104,16 @@ def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
             path = run_finetuning(of(cell.data), cell.folder)
             digest = checkpoint.sha256(path)
             rows = results.load(cell.folder / "results.json")
-            return [row for row in rows if row.checkpoint == digest][-1:]
+            spent = {"minutes of training": _minutes(cell.folder)}
+            own = [row for row in rows if row.checkpoint == digest][-1:]
+            if not own:
+                raise RunFailed(f"{cell.folder} has no score of its classifier")
+            return [replace(row, settings={**row.settings, **spent}) for row in own]
 
         return column
 
     def finetune(told: Mapping[str, Any]) -> Column:
-        return make({"train.init": weights}, told)
+        return make({"train.init": weights, **({"model.arch": arch} if arch else {})}, told)
 
     def scratch(told: Mapping[str, Any]) -> Column:
         unlike = {k: v for k, v in spec.shape.items() if k not in SHAPES and (k, v) not in USUAL}
@@ -115,6 +128,13 @@ def learned_columns(weights: str, spec: Spec, device: str) -> dict[str, Make]:
         return make({**FROM_SCRATCH, "model.arch": spec.arch, **shape, **view}, told)
 
     return {"finetune": finetune, "scratch": scratch}
+
+
+def _minutes(run: Path) -> float:
+    """Of training, without what was scored and drawn."""
+    told = Run.open(run)
+    last = max((row["iteration"] for row in told.metrics if "loss" in row), default=0)
+    return round(float(minutes(told, np.array([last]))[-1]), 2)
 
 
 def table(rows: Sequence[Row]) -> Table:
