@@ -54,7 +54,7 @@ def test_a_stop_changes_nothing(tiny, tmp_path, name):
         assert any("last_layer" in key for key in one[role]) == (name == "sinkhorn")
         for key, value in one[role].items():
             assert torch.equal(value, two[role][key]), key
-    machine = {"images_per_second", "wait_share", "resident_mb"}
+    machine = {"images_per_second", "tokens_per_second", "wait_share", "resident_mb"}
     told = [
         [{k: v for k, v in row.items() if k not in machine} for row in rows(run)]
         for run in (whole, broken)
