@@ -61,7 +61,7 @@ def test_a_stop_changes_nothing(tiny, tmp_path, name):
     ]
     assert told[0] == told[1]
     common = {"iteration", "epoch", "loss", "lr", "weight_decay", "momentum", "global_size",
-              "local_size"}  # fmt: skip
+              "local_size", "gradient_norm"}  # fmt: skip
     assert set(told[0][0]) - common == COLUMNS[name]
     assert checkpoint.load_backbone(whole).origin.facts["iteration"] == 6
     step = replay.replay(broken, 5)
