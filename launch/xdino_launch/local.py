@@ -12,9 +12,10 @@ from xdino.backbone import Backbone
 from xdino.config import QUALITY_VIEWS, Config, RunConfig
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
+from xdino.forecast.machines import capacity
 from xdino.job import Evaluator, Listener
 from xdino.metrics import MetricsLog
-from xdino.pretraining import pretrain
+from xdino.pretraining import Watching, pretrain
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
@@ -40,10 +41,12 @@ def run_pretraining(
     command: list[str] | None = None,
     stop: StopSignal | None = None,
     extend: int | None = None,
+    profile: int = 0,
 ) -> Path:
     """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
 
     `stop`: who listens to signals already; None to listen from here on. `extend`: as `train.run`.
+    `profile`: of so many steps a trace.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -57,7 +60,10 @@ def run_pretraining(
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
             evaluator = evaluator_of(config, splits, best, watcher.look)
-            path = pretrain(config, run_dir, evaluator, watcher, command, stop, extend)
+            path = pretrain(
+                config, run_dir, evaluator, watcher, command, stop, extend,
+                Watching(profile, capacity),
+            )  # fmt: skip
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)

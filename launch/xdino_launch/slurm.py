@@ -1,4 +1,4 @@
-"""`xdino submit`: a pretraining run on a SLURM cluster, as a small script that sbatch takes.
+"""`xdino submit`: a run or another command on a SLURM cluster, as a small script that sbatch takes.
 
 One task a GPU; the tasks find each other by what SLURM tells each (`rendezvous.from_slurm`). Before
 its time is up, or when another job takes its place, they are asked to stop: they save the run and
@@ -14,8 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from xdino import config as configuration
@@ -31,6 +31,10 @@ SCRIPT = """\
 #   {command}
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:={threads}}}" PYTHONUNBUFFERED=1
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR  # of the shell that submitted; SLURM tells each task
+{setup}
+# Of an array, the number of its first job stands for all of them.
+job=$SLURM_JOB_ID
+[ -z "${{SLURM_ARRAY_TASK_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 
 # Where the tasks meet: a port that nobody listens at, at every start another.
 for try in {{0..99}}; do
@@ -54,12 +58,12 @@ step=$!
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
 
 # 75: stopped, and the run is saved. Killed by a signal: asked to stop before it could listen.
-facts=" $(scontrol --oneliner show job "$SLURM_JOB_ID") "
+facts=" $(scontrol --oneliner show job "$job") "
 [[ $facts =~ " PreemptTime="[0-9] || $facts == *" Reason=TimeLimit "* ]] && asked=yes
 [ $code -eq 75 ] || [[ $code -gt 128 && $asked = yes ]] || exit $code
 # What was cancelled stays so, and what was requeued by others is in the queue already.
 [[ $facts == *" JobState=RUNNING "* || $facts == *" Reason=TimeLimit "* ]] || exit $code
-{bound}scontrol requeue "$SLURM_JOB_ID" || echo "could not be queued again: submit the run again" >&2
+{bound}scontrol requeue "$job" || echo "could not be queued again: submit the run again" >&2
 exit $code
 """
 BOUND = """\
@@ -68,6 +72,7 @@ if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {most} ]; then
     exit $code
 fi
 """
+_TASK = "\0"  # in a word: the number of an array's task
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Resources:
         minutes: of one start; the job is queued again until the run is done.
         warning: seconds before the end of its time at which the run is asked to save; None for two
             minutes, or a sixth of a time that is short.
+        setup: lines of shell that the job's script runs first: modules, an environment.
         max_requeues: how often the script queues the job again at most; None for as often as it takes.
         extra: more of sbatch's options, {"account": "..."}; they win.
     """
@@ -90,6 +96,7 @@ class Resources:
     minutes: int = 24 * 60
     warning: int | None = None
     max_requeues: int | None = None
+    setup: tuple[str, ...] = ()
     partition: str | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,9 +117,22 @@ class Resources:
                     f'"{key}" is no option of sbatch: --slurm account=NAME and the like'
                 )
             if key == "array":
-                raise UsageError("a run is one job: submit every run by itself instead of an array")
+                raise UsageError(
+                    "a run is one job: submit every run by itself instead of an array, or one recipe "
+                    "with several seeds by --seeds 0-4"
+                )
             if not value.isprintable():
                 raise UsageError(f"--slurm {key} holds characters that do not print")
+        for line in self.setup:
+            if not line.replace("\t", " ").isprintable():
+                raise UsageError(
+                    "--setup takes one line of shell; say it again for each further line"
+                )
+
+    @property
+    def tasks(self) -> int:
+        """Processes of the job."""
+        return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
 
     @property
     def seconds_to_save(self) -> int:
@@ -122,7 +142,7 @@ class Resources:
         """As sbatch takes them."""
         asked = {
             "nodes": self.nodes,
-            "ntasks-per-node": self.tasks_per_node or max(self.gpus_per_node, 1),
+            "ntasks-per-node": self.tasks // self.nodes,
             "cpus-per-task": self.cpus_per_task,
             "time": self.minutes,
             "signal": f"B:USR1@{self.seconds_to_save}",
@@ -146,16 +166,57 @@ def whole_minutes(hours: float) -> int:
     return math.ceil(minutes - 1e-9)
 
 
-def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
+def submit(
+    config: Config, run_dir: str | Path, resources: Resources, seeds: Sequence[int] = ()
+) -> str:
     """Queue the run; returns the job's number.
 
     Script, configuration and logs go to `RUN-slurm/` beside the run. The job reads the
     configuration as it is now, whatever becomes of the recipe.
 
+    Args:
+        seeds: instead of one run in `run_dir` one for each, in its folders seed0, seed1, ...: an array.
+
     Raises:
         UsageError: there is no SLURM here, SLURM refuses the job, or the folder holds another run.
         RunFailed: SLURM does not answer, or the files cannot be written.
     """
+    run = _checked(run_dir)
+    if not config.data.path:
+        raise UsageError("data.path is not set: name the images with --data.path FOLDER")
+    wanted = {"": config}
+    if seeds:
+        wanted = {
+            f"seed{seed}": replace(config, train=replace(config.train, seed=seed)) for seed in seeds
+        }
+    texts = {
+        name: configuration.to_yaml(RunDirectory(run / name).resolve(each))
+        for name, each in wanted.items()
+    }
+    # By its content: a job that waits in the queue keeps its own when the run is submitted anew.
+    digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:12]
+    logs, part = logs_of(run), "-" if seeds else ""
+    recipes = {logs / f"{digest}{part}{name}.yaml": text for name, text in texts.items()}
+    if seeds:
+        place, recipe = f"{run}/seed{_TASK}", f"{logs}/{digest}-seed{_TASK}.yaml"
+    else:
+        place, (recipe,) = str(run), map(str, recipes)
+    words = ["pretrain", recipe, "--run-dir", place]
+    return _queue(run, digest, recipes, words, resources, seeds)
+
+
+def submit_command(words: Sequence[str], run_dir: str | Path, resources: Resources) -> str:
+    """Queue `xdino WORDS` as one task; returns the job's number. Log and script go to `RUN-slurm/`.
+
+    Raises:
+        UsageError, RunFailed: as `submit`.
+    """
+    run = _checked(run_dir)
+    digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
+    return _queue(run, digest, {}, words, resources)
+
+
+def _checked(run_dir: str | Path) -> Path:
     run = Path(os.path.abspath(run_dir))
     if not str(run).isprintable():
         raise UsageError(f"--run {str(run)!r} holds characters that a script cannot")
@@ -164,21 +225,47 @@ def submit(config: Config, run_dir: str | Path, resources: Resources) -> str:
             "there is no SLURM here (no sbatch on the PATH): `xdino pretrain` trains on this machine, "
             "and `--cluster local` tries out what would be submitted, as one process"
         )
-    if not config.data.path:
-        raise UsageError("data.path is not set: name the images with --data.path FOLDER")
-    text = configuration.to_yaml(RunDirectory(run).resolve(config))
+    return run
+
+
+def _queue(
+    run: Path,
+    name: str,
+    files: Mapping[Path, str],
+    words: Sequence[str],
+    resources: Resources,
+    seeds: Sequence[int] = (),
+) -> str:
+    """Write the files and the script `name` that runs `xdino WORDS`, and hand it over."""
     logs = logs_of(run)
-    # By its content: a job that waits in the queue keeps its own when the run is submitted anew.
-    name = hashlib.sha256(text.encode()).hexdigest()[:12]
-    recipe, script = logs / f"{name}.yaml", logs / f"{name}.sh"
+    script, log = logs / f"{name}.sh", "%A_%a.log" if seeds else "%j.log"
     command = ["sbatch", "--parsable", *resources.options(), f"--job-name={run.name}"]
-    command += [f"--output={str(logs).replace('%', '%%')}/%j.log", f"--chdir={os.getcwd()}"]
-    with _removed_where_refused(*reversed(logs.parents), logs, recipe, script):
+    command += [f"--array={','.join(map(str, seeds))}"] if seeds else []
+    command += [f"--output={str(logs).replace('%', '%%')}/{log}", f"--chdir={os.getcwd()}"]
+    with _removed_where_refused(*reversed(logs.parents), logs, *files, script):
         with world(f"write {logs}"):
             logs.mkdir(parents=True, exist_ok=True)
-        write_text(recipe, text)
-        write_text(script, job_script([*command, str(script)], recipe, run, resources))
+        for path, text in files.items():
+            write_text(path, text)
+        write_text(script, job_script([*command, str(script)], words, resources))
         return _handed_over([*command, str(script)])
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """ "0-2,7" -> (0, 1, 2, 7), as SLURM writes arrays.
+
+    Raises:
+        UsageError: no such list, or more than a thousand.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if found is None or int(found[2] or found[1]) - int(found[1]) not in range(1_000):
+            raise UsageError(f'--seeds takes numbers as in 0-4 or 0,3,7, got "{text}"')
+        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+    if len(set(seeds)) != len(seeds) or len(seeds) > 1_000:
+        raise UsageError(f"--seeds {text}: a thousand different ones at most")
+    return tuple(seeds)
 
 
 def logs_of(run_dir: str | Path) -> Path:
@@ -187,13 +274,16 @@ def logs_of(run_dir: str | Path) -> Path:
     return run.with_name(f"{run.name}-slurm")
 
 
-def how_to_go_on(job: str, run_dir: str | Path, cluster: str | None = None) -> str:
+def how_to_go_on(
+    job: str, run_dir: str | Path, cluster: str | None = None, array: bool = False
+) -> str:
     """What a person types next: to look, to follow, to cancel; `cluster`: of several, which."""
     logs = logs_of(run_dir)
     where = f" --clusters={shlex.quote(cluster)}" if cluster else ""
+    log = f"{shlex.quote(f'{logs}/{job}')}_*.log" if array else shlex.quote(f"{logs}/{job}.log")
     lines = [
         ("logs", str(logs)),
-        ("follow", f"tail -F {shlex.quote(f'{logs}/{job}.log')}"),
+        ("follow", f"tail -F {log}"),
         ("state", f"squeue{where} --job={job}"),
         ("cancel", f"scancel{where} {job}"),
     ]
@@ -217,16 +307,23 @@ def _removed_where_refused(*paths: Path) -> Iterator[None]:
         raise
 
 
-def job_script(command: list[str], recipe: Path, run: Path, resources: Resources) -> str:
-    """What the first node runs."""
-    program = [sys.executable, "-m", "xdino_launch", "pretrain", str(recipe), "--run-dir", str(run)]
+def job_script(command: list[str], words: Sequence[str], resources: Resources) -> str:
+    """What the first node runs: `xdino WORDS` on all."""
+    program = [sys.executable, "-m", "xdino_launch", *words]
     most = resources.max_requeues
     return SCRIPT.format(
         command=shlex.join(command),
         threads=resources.cpus_per_task,
-        program=shlex.join(program),
+        setup="".join(f"{line}\n" for line in resources.setup),
+        program=" ".join(map(_quoted, program)),
         bound="" if most is None else BOUND.format(most=most),
     )
+
+
+def _quoted(word: str) -> str:
+    """For the shell; the number of an array's task is filled in there."""
+    around = [shlex.quote(part) if part else "" for part in word.split(_TASK)]
+    return '"$SLURM_ARRAY_TASK_ID"'.join(around) if len(around) > 1 else shlex.quote(word)
 
 
 def _handed_over(command: list[str]) -> str:

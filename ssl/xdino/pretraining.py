@@ -8,7 +8,7 @@ place to remember but the networks.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
 from xdino.job import Evaluator, Listener, LoaderJob
 from xdino.learner import Learner
+from xdino.metrics.profiling import Profile
 from xdino.plan import Begun, Plan, build_learner, check_disk, continue_published, make_plan
 from xdino.runtime import distributed, transfer
 from xdino.runtime.stopping import StopSignal
 from xdino.schedules import StepSettings
-from xdino.stepping import StepResult
+from xdino.stepping import StepResult, Work
 
 
 def pretrain(
@@ -41,16 +42,29 @@ def pretrain(
     command: list[str] | None = None,
     stop: StopSignal | None = None,
     extend: int | None = None,
+    watching: "Watching | None" = None,
 ) -> Path:
     """Pretrain, or continue the unfinished run in `run_dir`; arguments and errors as `train.run`.
 
-    `evaluator` is given the teacher's backbone.
+    `evaluator` is given the teacher's backbone. watching: what else is told of the steps.
 
     Returns:
         The path of the pretrained backbone.
     """
-    train.run(Pretraining(config), run_dir, evaluator, listener, command, stop, extend)
+    train.run(Pretraining(config, watching), run_dir, evaluator, listener, command, stop, extend)
     return Path(run_dir) / checkpoint.BACKBONE_FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """What is told of the steps besides what every run tells.
+
+    profile: of so many steps a trace of the profiler's. capacity: a plan -> the operations of one of
+    its steps on a process, and how many its device can do in a second; None where nobody knows.
+    """
+
+    profile: int = 0
+    capacity: Callable[[Plan], tuple[float, float] | None] | None = None
 
 
 def to_device(
@@ -94,8 +108,11 @@ class Pretraining(LoaderJob[CropBatch]):
     learner: Learner
     loader: CropLoader
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, watching: Watching | None = None) -> None:
         super().__init__(config)
+        self.watching = watching or Watching()
+        self._profile, self._written = Profile(0), ""
+        self._capacity: tuple[float, float] = (0.0, 0.0)
         self.begun: Begun | None = None  # where another trainer's checkpoint goes on
 
     @property
@@ -157,6 +174,10 @@ class Pretraining(LoaderJob[CropBatch]):
     # --- steps ---
 
     def open(self, known_bad: list[BadImage]) -> None:
+        capacity, first = self.watching.capacity, distributed.rank() == 0
+        self._profile = Profile(self.watching.profile if first else 0)
+        known = capacity(self.plan) if capacity is not None and first else None
+        self._capacity = known or (0.0, 0.0)
         self.loader = loader_of(
             self.plan,
             distributed.rank(),
@@ -168,14 +189,36 @@ class Pretraining(LoaderJob[CropBatch]):
         super().start(iteration)
         self._alarm = self._new_alarm()
 
+    def close(self) -> None:
+        self._profile.close()
+        super().close()
+
     def step(self, number: int, lr_factor: float, diagnose: bool, run_dir: Path) -> StepResult:
+        self._profile.before_step()
         self.learner.begin(self._settings(number, lr_factor), self.config.train.accumulate)
         for batch in self.next_batches():
             views = to_device(batch, self.plan.crops, self.device, self.learner.kernels.views)
             if number == self.begins_at + 1:
                 self._draw(batch, views, run_dir)
             self.learner.add(views)
-        return self.learner.finish(diagnose)
+        result = self.learner.finish(diagnose)
+        self._written = self._profile.after_step(run_dir) or self._written
+        return self._with_speed(result, number) if diagnose else result
+
+    def _with_speed(self, result: StepResult, number: int) -> StepResult:
+        """What is told of a step's gradient, and what its speed is worked out from."""
+        told, norm = dict(result.diagnostics), self.learner.stepping.gradient_norm()
+        if norm is not None:
+            told["gradient_norm"] = norm
+        patch = self.judged.patch_size
+        if not patch:
+            return dataclasses.replace(result, diagnostics=told)
+        views = self.loader.crops_at(number - 1).views
+        tokens = self.plan.total_batch * sum((view.size // patch) ** 2 for view in views)
+        # The curriculum's smaller crops take fewer operations than were counted.
+        early = number <= self.plan.early_iterations
+        work = Work(tokens, *((0.0, 0.0) if early else self._capacity))
+        return dataclasses.replace(result, diagnostics=told, work=work)
 
     def _settings(self, number: int, lr_factor: float) -> StepSettings:
         settings = self.plan.schedules.at(number - 1)
@@ -213,7 +256,9 @@ class Pretraining(LoaderJob[CropBatch]):
         }
 
     def warning(self, number: int, result: StepResult) -> str | None:
-        return self._alarm.look(number, result.loss, result.diagnostics)
+        alarm = self._alarm.look(number, result.loss, result.diagnostics)
+        said, self._written = [alarm or "", self._written], ""
+        return "; ".join(filter(None, said)) or None
 
     def _new_alarm(self) -> metrics.CollapseAlarm | metrics.EmbeddingAlarm:
         after, objective = self.steps_per_epoch, self.config.loss.objective

@@ -34,6 +34,19 @@ SMALLEST_SCALE = 2.0**-16  # of fp16 losses: gradients that are infinite below i
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a step does, to say how fast it is.
+
+    tokens: patches of all views of all images, over all processes. operations: of products and
+    convolutions, on one process, and `peak`, how many its device can do in a second; 0 if unknown.
+    """
+
+    tokens: float
+    operations: float = 0.0
+    peak: float = 0.0
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The loss of a step, and what was asked to be diagnosed (names as in metrics.jsonl).
 
@@ -42,6 +55,7 @@ class StepResult:
 
     tensor: Tensor
     diagnostics: dict[str, float] = field(default_factory=dict)
+    work: Work | None = None
 
     @property
     def loss(self) -> float:
@@ -151,6 +165,7 @@ class Stepping:
         self.trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         self.statistics = RunningStatistics(self.networks)
         self.network: nn.Module = _over_processes(network)  # what the forward pass goes through
+        self._norms: Tensor | None = None  # of the last step's gradients
         self._first: _Evidence | None = None  # of the first broken step; the others until then
         self._broken = torch.zeros((), dtype=torch.bool, device=device)
         self._standing = torch.zeros((), dtype=torch.int64, device=device)
@@ -190,7 +205,7 @@ class Stepping:
         Raises:
             NonFinite: the device was asked, and something is not; nothing has moved on any process.
         """
-        norms = self._gradient_norms()
+        norms = self._norms = self._gradient_norms()
         evidence = self._evidence(loss, norms, others)
         broken = distributed.any_of(~evidence.finite())
         if self._asks:
@@ -219,6 +234,11 @@ class Stepping:
             optim.drop_gradients(still)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+
+    def gradient_norm(self) -> float | None:
+        """Of the last step's gradient before clipping; None under a scaler. Waits for the device."""
+        norms = self._norms
+        return None if norms is None else float(torch.linalg.vector_norm(norms.double()))
 
     # --- numbers that are none ---
 

@@ -292,7 +292,8 @@ class _Loop:
     # --- what is told ---
 
     def _row(self, result: StepResult, clock: metrics.Clock) -> dict[str, Any]:
-        measured = clock.measured(self.iteration, self.job.images_per_step, self.job.device)
+        images, device = self.job.images_per_step, self.job.device
+        measured = clock.measured(self.iteration, images, device, result.work)
         return {
             "iteration": self.iteration,
             "epoch": self._epoch(self.iteration),

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"images_per_second", "wait_share", "resident_mb", "peak_memory_mb"}
+MACHINE = {"images_per_second", "tokens_per_second", "wait_share", "resident_mb", "peak_memory_mb"}
 
 
 def train(checkout: Path, run: Path, iterations: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -225,10 +226,10 @@ def test_tasks_without_gpus():
 # --- what the script does with how the tasks ended ---
 
 
-def start_script(tmp_path, most=None, **environment):
-    resources = Resources(max_requeues=most, cpus_per_task=1)
+def start_script(tmp_path, most=None, setup=(), **environment):
+    resources = Resources(max_requeues=most, cpus_per_task=1, setup=tuple(setup))
     script = tmp_path / "job.sh"
-    script.write_text(job_script(["sbatch"], tmp_path / "c.yaml", tmp_path / "run", resources))
+    script.write_text(job_script(["sbatch"], ["pretrain", "c.yaml"], resources))
     return subprocess.Popen(
         ["bash", script],
         env=os.environ | {"SLURM_JOB_ID": "7"} | environment,
@@ -324,6 +325,97 @@ def test_the_script_takes_another_port_at_every_start_and_where_one_is_taken(com
         listener.bind(("127.0.0.1", first))
         listener.listen()
         assert port(0) not in (first, second)
+
+
+def test_the_script_begins_with_what_it_was_given(commands, tmp_path):
+    commands("srun", 'echo "$MODULES $*"')
+    script = start_script(tmp_path, setup=["MODULES='cuda 13'", "export MODULES  # 100 %{x}"])
+    assert script.communicate()[0].startswith("cuda 13 --kill-on-bad-exit=1")
+
+
+def test_a_job_of_an_array_speaks_of_itself_alone(commands, tmp_path):
+    """SLURM takes the number of an array's last job for all of them."""
+    commands("srun", "exit 75")
+    commands("scontrol", f'echo "$@" >> {tmp_path}/told; echo "{RUNNING}"')
+    script = start_script(tmp_path, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    assert script.wait(timeout=20) == 75
+    assert (tmp_path / "told").read_text() == "--oneliner show job 7_3\nrequeue 7_3\n"
+
+
+def test_scripts_are_what_a_shell_and_a_linter_take(commands, tmp_path, xdino):
+    told = sbatch_arguments(commands, tmp_path)
+    for words in ((), ("--seeds", "1-3"), ("--max-requeues", "2", "--setup", "module load cuda")):
+        assert xdino("submit", "debug", "--run", tmp_path / "it's a run", *words)[0] == 0
+        script = told.read_text().splitlines()[-1]
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+        if shutil.which("shellcheck"):
+            assert subprocess.run(["shellcheck", "--severity=warning", script]).returncode == 0
+
+
+# --- seeds, and other commands ---
+
+
+def test_seeds_are_an_array_of_runs(commands, tmp_path, xdino):
+    told = sbatch_arguments(commands, tmp_path)
+    run = tmp_path / "a run"
+    code, out, err = xdino("submit", "debug", "--run", run, "--seeds", "0-1,7")
+    assert (code, out) == (0, "42\n"), err
+    assert f"follow  tail -F '{run}-slurm/42'_*.log" in err.splitlines()
+    given = told.read_text().splitlines()
+    assert "--array=0,1,7" in given
+    assert f"--output={run}-slurm/%A_%a.log" in given
+    (line,) = [x for x in Path(given[-1]).read_text().splitlines() if x.startswith("srun")]
+    done = subprocess.run(
+        ["bash", "-c", f"srun() {{ printf '%s\\n' \"$@\"; }}; {line.removesuffix('&')}"],
+        env=os.environ | {"SLURM_ARRAY_TASK_ID": "7", "SLURM_CPUS_PER_TASK": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    *_, program, recipe, option, place = done.stdout.splitlines()
+    assert (program, option, place) == ("pretrain", "--run-dir", f"{run}/seed7")
+    assert config.load(recipe).train.seed == 7
+    kept = sorted(path.name[12:] for path in Path(recipe).parent.glob("*.yaml"))
+    assert kept == ["-seed0.yaml", "-seed1.yaml", "-seed7.yaml"]
+
+
+def test_any_command_is_one_task(commands, tmp_path, xdino, monkeypatch):
+    told = sbatch_arguments(commands, tmp_path)
+    (tmp_path / "classes").mkdir()
+    command = ("knn", "runs/s 12", "--data", str(tmp_path / "classes"), "--k", "10,20")
+    code, out, err = xdino("submit", "--run", tmp_path / "run", "--hours", 2, "--", *command)
+    assert (code, out) == (0, "42\n"), err
+    given = told.read_text().splitlines()
+    assert {"--ntasks-per-node=1", "--gres=gpu:1", "--nodes=1", "--time=120"} <= set(given)
+    script = Path(given[-1]).read_text()
+    (line,) = [x for x in script.splitlines() if x.startswith("srun")]
+    assert tuple(shlex.split(line)[-len(command) - 1 : -1]) == command
+    assert "started 0 times again" in script, "it would begin anew each time"
+    assert xdino("submit", "--run", tmp_path / "run", "--gpus-per-node", 0, "--", *command)[0] == 0
+    assert not [x for x in told.read_text().splitlines() if "gres" in x]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--", "knn", "runs/a", "--daat", "x"], "--daat"),
+        (["--", "knn"], "WEIGHTS"),
+        (["--seeds", "0-2", "--", "knn", "a", "--data", "b"], "for pretraining"),
+        (["--gpus-per-node", "4", "--", "knn", "a", "--data", "b"], "knn is one process"),
+        (["--", "pretrain", "debug"], "xdino submit RECIPE"),
+        (["--", "submit", "debug"], "xdino submit RECIPE"),
+        (["--", "knm"], "knm"),
+        (["debug", "--seeds", "3-1"], "0-4 or 0,3,7"),
+        (["debug", "--seeds", "a"], "0-4 or 0,3,7"),
+        (["debug", "--seeds", "1,1"], "different"),
+        (["debug", "--seeds", "0-5000"], "0-4 or 0,3,7"),
+        (["debug", "--setup", "a\nb"], "one line of shell"),
+    ],
+)
+def test_mistakes_about_seeds_and_commands(commands, tmp_path, xdino, words, sentence):
+    told = sbatch_arguments(commands, tmp_path)
+    code, _, err = xdino("submit", "--run", tmp_path / "run", *words)
+    assert code == 2, err
+    assert sentence in err
+    assert not told.exists()
 
 
 # --- how tasks find each other ---

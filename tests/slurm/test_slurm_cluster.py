@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +98,13 @@ class Runs:
             "OMP_NUM_THREADS": "1",  # as `submit` has it: sums in the same order
         }
 
-    def submit(self, run: Path, step_seconds: float, hours: float = 1) -> str:
+    def submit(
+        self, run: Path, step_seconds: float, hours: float = 1, more: Sequence[str] = ()
+    ) -> str:
         """A job of `normal` by `xdino submit`; its number."""
         command = [sys.executable, "-m", "xdino_launch", "submit", "debug", "--run", str(run)]
         command += ["--gpus-per-node", "0", "--tasks-per-node", str(self.tasks)]
-        command += ["--cpus-per-task", "1", "--hours", str(hours), *self.options]
+        command += ["--cpus-per-task", "1", "--hours", str(hours), *more, *self.options]
         done = subprocess.run(
             command, env=self.environment(step_seconds), capture_output=True, text=True, timeout=120
         )
@@ -194,6 +197,39 @@ def test_the_time_limit(runs, left_alone):
     assert int(runs.fact(job, "Restarts")) >= len(resumed_at(run)) - 1
     if runs.cluster.accounted:
         assert set(runs.starts(job)[:-1]) == {"REQUEUED"}
+
+
+@pytest.mark.parametrize("runs", [1], ids=["one task"], indirect=True)
+def test_seeds_are_an_array_whose_jobs_go_back_by_themselves(runs, left_alone):
+    run = runs.folder / "seeds"
+    more = ["--seeds", "0-1", "--setup", 'echo "set up: $SLURM_ARRAY_TASK_ID"']
+    job = runs.submit(run, 0.5, more=more)
+    until(lambda: rows(run / "seed1")[-1:] >= [3], f"iteration 3 of job {job}_1", 120)
+    runs.cluster.ask("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    over = ("COMPLETED", "FAILED", "CANCELLED")
+    for seed in (0, 1):
+        until(lambda s=seed: runs.state(f"{job}_{s}") in over, f"the end of {job}_{seed}", 200)
+        assert runs.state(f"{job}_{seed}") == "COMPLETED", runs.log(run)
+        assert rows(run / f"seed{seed}") == list(range(1, STEPS + 1))
+        assert f"set up: {seed}" in runs.log(run)
+    # Seed 0 is the run of the recipe as it stands; its neighbour alone was stopped and went on.
+    assert checkpoint.sha256(run / "seed0" / "backbone.safetensors") == left_alone
+    assert checkpoint.sha256(run / "seed1" / "backbone.safetensors") != left_alone
+    assert resumed_at(run / "seed0") == [0]
+    assert len(resumed_at(run / "seed1")) == 2
+
+
+@pytest.mark.parametrize("runs", [1], ids=["one task"], indirect=True)
+def test_another_command_is_a_job(runs, left_alone, tmp_path):
+    run, out = runs.folder / "left-alone", tmp_path / "features.npz"
+    images = runs.options[runs.options.index("--data.path") + 1]
+    words = ["features", str(run), "--data", images, "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-m", "xdino_launch", "submit", "--run", str(run), "--hours", "1"]
+    command += ["--gpus-per-node", "0", "--cpus-per-task", "1", "--", *words]
+    done = subprocess.run(command, env=runs.environment(0), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert runs.until_over(done.stdout.strip(), run) == "COMPLETED", runs.log(run)
+    assert out.exists()
 
 
 def test_requeued_by_hand(runs, left_alone):

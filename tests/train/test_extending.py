@@ -22,7 +22,7 @@ from .listening import Ear, rows
 
 def told(run):
     """What metrics.jsonl says, but for clocks and memory."""
-    clocks = ("images_per_second", "wait_share", "resident_mb")
+    clocks = ("images_per_second", "tokens_per_second", "wait_share", "resident_mb")
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows(run)]
 
 

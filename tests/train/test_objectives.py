@@ -54,14 +54,14 @@ def test_a_stop_changes_nothing(tiny, tmp_path, name):
         assert any("last_layer" in key for key in one[role]) == (name == "sinkhorn")
         for key, value in one[role].items():
             assert torch.equal(value, two[role][key]), key
-    machine = {"images_per_second", "wait_share", "resident_mb"}
+    machine = {"images_per_second", "tokens_per_second", "wait_share", "resident_mb"}
     told = [
         [{k: v for k, v in row.items() if k not in machine} for row in rows(run)]
         for run in (whole, broken)
     ]
     assert told[0] == told[1]
     common = {"iteration", "epoch", "loss", "lr", "weight_decay", "momentum", "global_size",
-              "local_size"}  # fmt: skip
+              "local_size", "gradient_norm"}  # fmt: skip
     assert set(told[0][0]) - common == COLUMNS[name]
     assert checkpoint.load_backbone(whole).origin.facts["iteration"] == 6
     step = replay.replay(broken, 5)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from xdino_launch.commands.overrides import (
 )
 
 if TYPE_CHECKING:
+    from xdino.config import Config
     from xdino.runtime.stopping import StopSignal
 
 AUTO = "auto"  # instead of a recipe
@@ -59,6 +60,9 @@ HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no li
 )
 @click.option("--minutes", type=MINUTES, help="With CONFIG auto: how long all of it may take.")
 @click.option("--epochs", type=Whole(1), help="With CONFIG auto: instead of minutes.")
+@click.option(
+    "--profile", type=Whole(1, 1_000), metavar="N", help="A trace of N steps: RUN/profile.json.gz."
+)
 @click.pass_context
 def pretrain(
     ctx: click.Context,
@@ -72,6 +76,7 @@ def pretrain(
     print_config: bool,
     minutes: float | None,
     epochs: int | None,
+    profile: int | None,
 ) -> None:
     """Pretrain by a recipe's name or a YAML file; continue the run that --run holds.
 
@@ -102,10 +107,13 @@ def pretrain(
         length = {"--minutes": minutes, "--epochs": epochs}
         if config == AUTO and extend is not None:
             raise UsageError(f"auto begins a run: pretrain --run RUN --extend {extend} extends one")
+        if config == AUTO and profile is not None:
+            raise UsageError("--profile is for a recipe, or for a run that was begun")
         if config == AUTO:
             show, train = _by_choices(overrides, run_dir, length, stop, began)
         else:
-            show, train = _by_recipe(config, overrides, run_dir, {**length}, extend, stop)
+            more = {"extend": extend, "profile": profile or 0}
+            show, train = _by_recipe(config, overrides, run_dir, {**length}, more, stop)
         if print_config:
             click.echo(show(), nl=False)
             return
@@ -118,7 +126,7 @@ def pretrain(
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    told = words({**length, "--extend": extend}, overrides)
+    told = words({**length, "--extend": extend, "--profile": profile}, overrides)
     sys.exit(launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *told]))
 
 
@@ -188,7 +196,7 @@ def _by_recipe(
     overrides: Mapping[str, str],
     run_dir: str | None,
     length: Mapping[str, float | None],
-    extend: int | None,
+    more: Mapping[str, Any],
     stop: "StopSignal",
 ) -> Ways:
     from xdino import config as configuration
@@ -215,7 +223,7 @@ def _by_recipe(
             places.check_weights(resolved.train.init)
         with stop.abandoning("before it began"):
             from xdino_launch.local import run_pretraining
-        return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop, extend=extend)
+        return run_pretraining(resolved, run_dir, command=sys.argv[1:], stop=stop, **more)
 
     return show, train
 
@@ -242,7 +250,7 @@ def _by_choices(
 @click.argument("config", shell_complete=complete_recipe)
 @click.option("--run", "run_dir", required=True, type=click.Path(), help="The run's folder.")
 @click.option("--nodes", default=1, show_default=True, type=Whole(1, 10_000))
-@click.option("--gpus-per-node", default=8, show_default=True, type=Whole(0, 1024))
+@click.option("--gpus-per-node", type=Whole(0, 1024), help="[8; 1 for a command]")
 @click.option(
     "--tasks-per-node", type=Whole(1, 10_000), help="Processes, where there are no GPUs. [1]"
 )
@@ -263,13 +271,23 @@ def _by_choices(
 )
 @click.option(
     "--warning",
+    "--signal-delay",
     type=Whole(1, 1_000_000),
     help="Seconds before the end at which the run saves. [120, less for short times]",
 )
 @click.option(
     "--max-requeues",
     type=Whole(0, 1_000_000),
-    help="Queue it again so often at most. [no bound]",
+    help="Queue it again so often at most. [no bound; 0 for a command]",
+)
+@click.option(
+    "--seeds", metavar="0-4", help="One run for each, in RUN/seed0, RUN/seed1, ...: a job array."
+)
+@click.option(
+    "--setup",
+    multiple=True,
+    metavar="LINE",
+    help="A line of shell for the job to begin with, 'module load cuda'; again for more.",
 )
 @click.option("--partition", help="SLURM partition.")
 @click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="More SLURM parameters.")
@@ -286,6 +304,7 @@ def submit(
     config: str,
     run_dir: str,
     hours: float,
+    seeds: str | None,
     slurm: tuple[str, ...],
     cluster: str,
     **asked: Any,
@@ -294,23 +313,60 @@ def submit(
 
     Script, configuration and logs are in RUN-slurm/. Where there is no SLURM it refuses; --cluster
     local starts one process here instead.
-    """
-    from xdino import config as configuration
 
-    resolved = configuration.load(config, parse_overrides(ctx.args))
+    Another command goes behind two dashes, and runs as one task:
+    xdino submit --run RUN --hours 2 -- knn RUN --data DATA
+    """
+    from xdino_launch import slurm as queue
+
     extra = {key.replace("_", "-"): v for key, _, v in (pair.partition("=") for pair in slurm)}
     if not all(extra.values()):
         raise UsageError(f"--slurm takes KEY=VALUE, got {' '.join(slurm)}")
-    from xdino_launch import slurm as queue
-
+    other = _another_command(ctx, config)
+    if asked["gpus_per_node"] is None:
+        asked["gpus_per_node"] = 1 if other else 8
+    if other and asked["max_requeues"] is None:
+        asked["max_requeues"] = 0  # it begins anew each time
     resources = queue.Resources(minutes=queue.whole_minutes(hours), extra=extra, **asked)
-    if cluster == "local":
-        from xdino_launch.local import run_pretraining
+    several = queue.parse_seeds(seeds) if seeds is not None else ()
+    if other:
+        if several or cluster == "local":
+            raise UsageError(f"--seeds and --cluster local are for pretraining, not for {config}")
+        if resources.tasks > 1:
+            raise UsageError(f"{config} is one process: --nodes 1 and --gpus-per-node 0 or 1")
+        job = queue.submit_command([config, *ctx.args], run_dir, resources)
+    else:
+        from xdino import config as configuration
 
-        click.echo("no cluster: one process on this machine, in the foreground", err=True)
-        click.echo(str(run_pretraining(resolved, run_dir, command=sys.argv[1:])))
-        return
-    job = queue.submit(resolved, run_dir, resources)
+        resolved = configuration.load(config, parse_overrides(ctx.args))
+        if cluster == "local":
+            return _here(resolved, run_dir, several)
+        job = queue.submit(resolved, run_dir, resources, several)
     click.echo(job)
     sys.stdout.flush()  # the number comes first, wherever both go
-    click.echo(queue.how_to_go_on(job, run_dir, cluster=extra.get("clusters")), err=True)
+    told = queue.how_to_go_on(job, run_dir, extra.get("clusters"), array=bool(several))
+    click.echo(told, err=True)
+
+
+def _another_command(ctx: click.Context, name: str) -> bool:
+    """Whether `name`, with the words behind it, is a command instead of a recipe.
+
+    Raises:
+        click.UsageError: the command would refuse its words.
+    """
+    group = ctx.find_root().command
+    if not isinstance(group, click.Group) or name not in group.commands or Path(name).is_file():
+        return False
+    if name in (ctx.info_name, "pretrain"):
+        raise UsageError(f"{name} RECIPE is submitted as `xdino submit RECIPE --run RUN`")
+    group.commands[name].make_context(name, list(ctx.args), parent=ctx.parent)
+    return True
+
+
+def _here(resolved: "Config", run_dir: str, seeds: Sequence[int]) -> None:
+    from xdino_launch.local import run_pretraining
+
+    if seeds:
+        raise UsageError("--seeds is a job array; without a cluster, start a run for each seed")
+    click.echo("no cluster: one process on this machine, in the foreground", err=True)
+    click.echo(str(run_pretraining(resolved, run_dir, command=sys.argv[1:])))

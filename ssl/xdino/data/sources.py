@@ -21,6 +21,7 @@ from xdino.data.files import (
 )
 from xdino.data.idx import NAMES, ArraySource, open_named
 from xdino.data.listing import shortened
+from xdino.data.parquet import open_parquet, parquet_in, splits_of_parquet
 from xdino.data.remote import open_named_tars, splits_of_named_tars
 from xdino.data.source import Source, fingerprint, limit_pixels
 from xdino.data.tars import TarSource, open_tars, splits_of_tar
@@ -86,9 +87,16 @@ def _open(data: str, split: str | None, channels: int | None, labelled: bool) ->
             return open_named_tars(data, split, channels, labelled)
         raise UsageError(missing_data(data, path)) from None
     if stat.S_ISDIR(mode):
-        return open_folder(data, path, split, channels, labelled)
+        try:
+            return open_folder(data, path, split, channels, labelled)
+        except UsageError:  # looked for last: it costs a listing
+            if tables := parquet_in(path):
+                return open_parquet(data, tables, split, channels, labelled)
+            raise
     if not stat.S_ISREG(mode):
         raise UsageError(f"{data} is neither a folder nor a regular file")
+    if path.suffix.lower() == ".parquet":
+        return open_parquet(data, [path], None if split == "train" else split, channels, labelled)
     if _TAR_NAME.search(path.name):
         return open_tars(data, [path], split, channels, labelled)
     if labelled:
@@ -105,7 +113,7 @@ def open_splits(
     """
     with asked(f"{shortened(data)} cannot be read"):
         path = Path(data).expanduser()
-        if path.is_dir():
+        if path.is_dir() and not parquet_in(path):
             check_both_splits(data, path)
     train = open_source(data, "train", channels, labelled=True, max_pixels=max_pixels)
     val = open_source(data, "val", channels, labelled=True, max_pixels=max_pixels)
@@ -123,7 +131,7 @@ def splits_of(data: str) -> tuple[str | None, ...]:
         if places.is_address(data) or (not path.exists() and places.matching(data)):
             found = splits_of_named_tars(data)
         elif path.is_dir():
-            found = splits_of_folder(path)
+            found = splits_of_folder(path) or splits_of_parquet(parquet_in(path))
         elif path.is_file() and _TAR_NAME.search(path.name):
             found = splits_of_tar(path)
     return tuple(found) or (None,)

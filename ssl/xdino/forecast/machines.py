@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from xdino.errors import UsageError, nearest
-from xdino.forecast.costs import StepCost
+from xdino.forecast.costs import StepCost, Workload, count_step
+from xdino.plan import Plan
 from xdino.plan.feasibility import free_memory
 from xdino.runtime.device import cuda_devices, multiplies_bf16, resolve_precision
 
@@ -131,9 +132,36 @@ def machine_of(name: str) -> tuple[Machine, bool]:
 def _own_gpu() -> Machine:
     """This machine's GPU: by its name in the table, else as a card of the middle."""
     told = torch.cuda.get_device_properties(0)
-    flat = re.sub(r"[^a-z0-9]", "", told.name.lower())
-    known = next((gpu for key, gpu in GPUS.items() if key.replace("-", "") in flat), GPUS["a10"])
+    known = known_gpu(told.name) or GPUS["a10"]
     return dataclasses.replace(known, name=told.name, memory=told.total_memory)
+
+
+def known_gpu(name: str) -> Machine | None:
+    """The GPU of the table that a driver's name for one speaks of."""
+    flat = re.sub(r"[^a-z0-9]", "", name.lower())
+    return next((gpu for key, gpu in GPUS.items() if key.replace("-", "") in flat), None)
+
+
+def capacity(plan: Plan) -> tuple[float, float] | None:
+    """The counted operations of a step of `plan` on a process, and its GPU's peak a second.
+
+    None where the device is no GPU of the table, or the network is none that can be counted.
+    """
+    if plan.device.type != "cuda":
+        return None
+    gpu = known_gpu(torch.cuda.get_device_properties(plan.device).name)
+    train = plan.config.train
+    processes = plan.total_batch // (train.batch_size * train.accumulate)
+    work = Workload(
+        plan.config, len(plan.source), processes, plan.precision, plan.spec, plan.crops, None
+    )
+    if gpu is None:
+        return None
+    try:
+        flops = count_step(work).flops
+    except (RuntimeError, ValueError, NotImplementedError):  # a column less
+        return None
+    return flops, gpu.single if plan.precision == "fp32" else gpu.half
 
 
 def measured_cpu() -> Machine:

@@ -1,11 +1,13 @@
 """Numbers of a run as they appear: metrics.jsonl always, pages on request.
 
 Names in metrics.jsonl: iteration (completed updates), epoch, loss, lr, weight_decay, momentum,
-global_size and local_size (of the crops, in pixels), images_per_second (over all processes),
-wait_share (of the time, for data), resident_mb (Linux: what this process holds now), peak_memory_mb
-(CUDA), and knn_* and linear_* (per cent) where they were evaluated, with val_images (that were
-scored) and chance_top1 (per cent that always answering the commonest class scores). Iteration 0 is the
-network before its first step.
+global_size and local_size (of the crops, in pixels), gradient_norm (of all parameters, before clipping;
+not with fp16), images_per_second and tokens_per_second (patches of all views; both over all
+processes), mfu (of what the device's maker says it can do, the share that the model's counted
+operations are; on GPUs that `forecast.machines` knows), wait_share (of the time, for data),
+resident_mb (Linux: what this process holds now), peak_memory_mb (CUDA), and knn_* and linear_* (per
+cent) where they were evaluated, with val_images (that were scored) and chance_top1 (per cent that
+always answering the commonest class scores). Iteration 0 is the network before its first step.
 
 Of the objective: teacher_temp, teacher_entropy and kl (nats; with koleo, of the rest of the loss) and
 centre_norm of DINO, the last not with Sinkhorn-Knopp; koleo (the sum over the global views, before its
@@ -27,6 +29,7 @@ import torch
 from xdino.errors import RunFailed, world
 from xdino.metrics.pages import Page, TensorBoardPage, WandbPage
 from xdino.runtime.atomic import write_text
+from xdino.stepping import Work
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -293,13 +296,17 @@ class Clock:
         return lap
 
     def measured(
-        self, iteration: int, images_per_step: int, device: torch.device
+        self, iteration: int, images_per_step: int, device: torch.device, work: Work | None = None
     ) -> dict[str, float]:
         """What metrics.jsonl tells of speed and memory at this iteration, which ends a lap."""
         steps, seconds, waited = self.lap(iteration)
         found: dict[str, float] = {}
         if steps:
             found["images_per_second"] = steps * images_per_step / seconds
+            if work is not None:
+                found["tokens_per_second"] = steps * work.tokens / seconds
+                if work.peak and work.operations:
+                    found["mfu"] = steps * work.operations / (seconds * work.peak)
             found["wait_share"] = waited / seconds
         resident = resident_megabytes()
         if resident is not None:

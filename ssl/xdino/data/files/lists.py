@@ -20,7 +20,7 @@ _NO_LIST = [
     (b"PK\x05\x06", "a zip archive; unpack it"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it"),
     (b"Rar!", "a rar archive; unpack it"),
-    (b"PAR1", "a Parquet file; write its images into a folder"),
+    (b"PAR1", "a Parquet file, but not called so: its name must end in .parquet"),
     (b"\x89HDF", "an HDF5 file; write its images into a folder"),
     (b"%PDF", "a PDF document; write its images into a folder"),
 ]
