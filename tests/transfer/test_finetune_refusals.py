@@ -14,7 +14,7 @@ from xdino.backbones import BackboneSpec
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import feasibility
 from xdino_transfer.classification.classifier import Classifier
-from xdino_transfer.classification.files import write_classifier
+from xdino_transfer.classification.files import read_classifier, write_classifier
 from xdino_transfer.finetuning import plan as planning
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.recipe import FineTuning
@@ -182,6 +182,20 @@ def test_from_weights_with_another_head(data, finetune, tmp_path):
     code, error, _ = finetune(data, "--init", start, **keys)
     assert code == 0, error
     assert "left alone" in error
+
+
+def test_a_head_for_the_same_classes_stays_at_another_size(data, finetune, tmp_path):
+    """224 to 384 pixels goes on so: positions are Fourier features of the grid."""
+    start = tmp_path / "start.safetensors"
+    network = Classifier(SPEC.build(), SPEC, ["cat", "dog"])
+    write_classifier(start, network, {})
+    code, error, run = finetune(data, "--init", start, view__size=24, train__epochs=1,
+                                optim__lr=0, model__embed_dim="null")  # fmt: skip
+    assert code == 0, error
+    assert "a new one is trained" not in error
+    found = read_classifier(run)
+    assert found.size == 24
+    assert torch.equal(found.classifier.head.weight, network.head.weight)
 
 
 def test_weights_that_are_not_there_or_of_another_network(data, finetune, tmp_path):
