@@ -18,6 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 _PUBLISHED = re.compile(r"(neck\.|)(lateral|fpn)_convs\.(\d+)\.conv\.")
+_OURS = re.compile(r"(neck\.|)net\.(inner_blocks|layer_blocks)\.(\d+)\.0\.")
 _OWN = {"lateral": "inner_blocks", "fpn": "layer_blocks"}
 
 
@@ -51,6 +52,19 @@ def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (
             f"{match[1]}net.{_OWN[match[2]]}.{match[3]}.0.{name[match.end() :]}"
             if (match := _PUBLISHED.match(name))
+            else name
+        ): value
+        for name, value in tensors.items()
+    }
+
+
+def to_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back."""
+    kinds = {own: theirs for theirs, own in _OWN.items()}
+    return {
+        (
+            f"{match[1]}{kinds[match[2]]}_convs.{match[3]}.conv.{name[match.end() :]}"
+            if (match := _OURS.match(name))
             else name
         ): value
         for name, value in tensors.items()

@@ -71,7 +71,8 @@ def only_norms(model: nn.Module, weight_decay: float) -> list[dict[str, object]]
     As published: LayerNorms are spared, while BatchNorms, biases, LayerScale and XCA's temperature
     are decayed.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if "norm" in name else decayed).append(parameter)

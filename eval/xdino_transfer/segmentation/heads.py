@@ -41,7 +41,8 @@ class Head(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        if self.conv_seg.bias is not None:
+            nn.init.zeros_(self.conv_seg.bias)
 
     def classified(self, x: Tensor) -> Tensor:
         return self.conv_seg(self.dropout(x))
