@@ -1,5 +1,11 @@
 """The published heads, losses, test mode and scores of segmentation, and our own around them."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +18,8 @@ from xdino_transfer.pyramid import Pyramid
 from xdino_transfer.segmentation import heads, segmenter
 from xdino_transfer.segmentation.confusion import ConfusionMatrix, zero_is_void
 from xdino_transfer.segmentation.segmenter import Segmenter, View, averaged, probabilities, total
+
+from . import two_processes_confusion
 
 NAMES = ("semantic_fpn", "upernet")
 
@@ -196,6 +204,24 @@ def test_scores_are_those_of_a_loop_over_pixels():
     assert scores.miou == pytest.approx(np.mean(iou), rel=1e-15)
     assert scores.macc == np.mean([h / a for h, a in zip(hits, seen, strict=True) if a])
     assert scores.aacc == sum(hits) / sum(seen)
+
+
+def test_two_processes_score_as_one(tmp_path):
+    out, worker = tmp_path / "scores.json", Path(__file__).with_name("two_processes_confusion.py")
+    port = str(20_000 + os.getpid() % 20_000)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(out)],
+            env=os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    alone = two_processes_confusion.scores()
+    assert json.loads(out.read_text()) == [
+        alone.miou, alone.macc, alone.aacc, *alone.accuracy[:5]
+    ]  # fmt: skip
 
 
 def test_scores_refuse_what_is_no_class():

@@ -8,11 +8,13 @@ Letters: K classes.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from xdino_transfer import fpn
+from xdino_transfer import fpn, published_files
+from xdino_transfer.detection.detector import Detector, Shape, build
 
 _NAMES = {
     "rpn_head.rpn_conv.": "rpn.head.conv.0.0.",
@@ -64,3 +66,24 @@ def to_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 theirs = other + theirs.removeprefix(ours)
         found[theirs] = value
     return found
+
+
+def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...] | None]:
+    """The detector in a published Mask R-CNN file, in evaluation mode, and its classes' names.
+
+    Raises:
+        UsageError, RunFailed: as `published_files.read`; names or shapes that are not all there.
+    """
+    file = published_files.read(path)
+    fc, classes, mask, lateral = published_files.sizes(
+        file.tensors,
+        file.path,
+        "roi_head.bbox_head.shared_fcs.0.weight",
+        "roi_head.bbox_head.fc_cls.weight",
+        "roi_head.mask_head.upsample.weight",
+        "neck.lateral_convs.0.conv.weight",
+    )
+    pyramid = published_files.pyramid_of(file.tensors, file.path)
+    model = build(pyramid, classes[0] - 1, Shape(lateral[0], fc[0], mask[0]))
+    published_files.load_into(model, from_published(file.tensors), file.path)
+    return model, file.classes
