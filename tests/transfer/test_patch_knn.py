@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from xdino import checkpoint
 from xdino.backbone import Backbone
+from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
 from xdino.xcit import XCiT
 from xdino_eval import results
@@ -122,3 +124,37 @@ def test_votes_are_weighted_by_similarity():
     found = bank.votes(query, 2, 0.2)
     expected = 1 / (1 + np.exp(-1))
     np.testing.assert_allclose(found, [[expected, 1 - expected, 0]], atol=1e-5)
+
+
+def test_the_command(tmp_path, xdino):
+    made(tmp_path / "data", 2)
+    weights, out = tmp_path / "w.safetensors", tmp_path / "results.json"
+    backbone = XCiT(8, 32, 2, 2)
+    shape = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    spec = BackboneSpec("xcit_nano_12_p8", shape=shape, input_size=24, resize=24)
+    checkpoint.save_backbone(weights, backbone, spec)
+    command = (
+        "patch-knn",
+        weights,
+        "--data",
+        tmp_path / "data",
+        "--device",
+        "cpu",
+        "--results",
+        out,
+    )
+    code, told, _ = xdino(*command, "--shots", "1,2", "--draws", "2")
+    assert code == 0
+    assert "dense k-NN" in told
+    assert [row.settings["shots"] for row in results.load(out)] == [1, 2]
+    assert all(len(row.checkpoint) == 64 for row in results.load(out))
+    assert xdino(*command, "--json")[0] == 0
+    assert results.load(out)[2].train_size == 2
+    code, _, said = xdino(*command, "--shots", "3")
+    assert (code, said) == (2, "xdino: shots must be 1 to the 2 pictures of train, got 3\n")
+    code, _, said = xdino(*command[:3], tmp_path, "--device", "cpu")
+    assert code == 2
+    assert "holds no pictures with masks: expected images/ and masks/" in said
+    code, _, said = xdino(*command[:3], tmp_path / "slip")
+    assert code == 2
+    assert "slip" in said

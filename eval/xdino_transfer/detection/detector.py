@@ -21,8 +21,6 @@ from xdino_transfer.detection.rpn import RegionProposals
 from xdino_transfer.fpn import FPN
 from xdino_transfer.pyramid import STRIDES, Pyramid
 
-MULTIPLE = 32  # pixels: images are padded to it
-
 
 @dataclass(frozen=True)
 class Shape:
