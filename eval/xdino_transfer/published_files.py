@@ -46,7 +46,7 @@ def read(path: str | Path) -> DenseFile:
     with reading(path):
         tree = load_plain(path)
         size = path.stat().st_size
-        inner = tree.get("state_dict", tree) if isinstance(tree, dict) else None
+        inner: Any = tree.get("state_dict", tree) if isinstance(tree, dict) else None
         if not is_network(inner, size):
             raise UsageError(f"{path} is no detection or segmentation file: it has no state_dict")
         tensors = {name.removeprefix("module."): value for name, value in inner.items()}

@@ -44,7 +44,7 @@ CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
-        "patch-knn",
+        "patch-probe",
     ),
     "Look": ("attention", "neighbours"),
     "Use elsewhere": ("features", "export", "pack", "bench"),
@@ -68,7 +68,7 @@ for command in (
     forecasting.plan,
     replaying.replay,
     knn.knn,
-    knn.patch_knn,
+    knn.patch_probe,
     neighbours.neighbours,
     linear.linear,
     features.features,

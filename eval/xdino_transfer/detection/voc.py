@@ -77,7 +77,7 @@ def read(
     return collected(where, pictures, classes, range(1, len(classes) + 1), missing_share)
 
 
-Parsed = tuple[Path, tuple[int, int], list[tuple[str, tuple[float, ...], bool]]]
+Parsed = tuple[Path, tuple[int, int], list[tuple[str, tuple[float, float, float, float], bool]]]
 
 
 def _parsed(folder: Path, stem: str) -> Parsed:

@@ -25,8 +25,8 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, tuple[str, ...] | None]
     D = pyramid.embed_dim
     widths = [D] * len(STRIDES)
     neck: nn.Module | None = None
-    auxiliary: nn.Module | None = None
-    decode: nn.Module
+    auxiliary: heads.Head | None = None
+    decode: heads.Head
     if "decode_head.bottleneck.conv.weight" in file.tensors:
         (other,) = published_files.sizes(file.tensors, file.path, "auxiliary_head.conv_seg.weight")
         decode = heads.UperNet(widths, classes, channels)

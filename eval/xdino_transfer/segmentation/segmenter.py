@@ -57,8 +57,8 @@ class Segmenter(nn.Module):
         self,
         backbone: nn.Module,
         neck: nn.Module | None,
-        decode_head: nn.Module,
-        auxiliary_head: nn.Module | None = None,
+        decode_head: heads.Head,
+        auxiliary_head: heads.Head | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.neck = backbone, neck

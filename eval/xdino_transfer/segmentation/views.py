@@ -67,7 +67,8 @@ class TrainViews:
         low, high = self.scales
         factor = low + (high - low) * drawn[0]
         # Whole numbers, as the published code makes them before it fits.
-        size = fitted(*labels.shape, int(self.longer * factor), int(self.shorter * factor))
+        height, width = labels.shape
+        size = fitted(height, width, int(self.longer * factor), int(self.shorter * factor))
         shown = resized_image(torch.from_numpy(image).permute(2, 0, 1), size)
         wanted = resized_labels(torch.from_numpy(labels), size)
         top, left = self._corner(wanted, drawn[2 : 2 + 2 * _BOXES].reshape(_BOXES, 2))
@@ -138,7 +139,8 @@ class TestViews:
 
     def __call__(self, image: np.ndarray, scale: float = 1.0, flipped: bool = False) -> Tensor:
         """uint8 [H, W, 3] -> float32 [1, 3, h, w]."""
-        size = fitted(*image.shape[:2], int(self.longer * scale), int(self.shorter * scale))
+        height, width = image.shape[:2]
+        size = fitted(height, width, int(self.longer * scale), int(self.shorter * scale))
         shown = resized_image(torch.from_numpy(image).permute(2, 0, 1), size)
         shown = shown.flip(2) if flipped else shown
         return padded([normalised(shown, self.mean, self.std)])

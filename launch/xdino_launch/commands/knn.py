@@ -1,4 +1,4 @@
-"""`xdino knn` and `xdino patch-knn`."""
+"""`xdino knn` and `xdino patch-probe`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,6 @@ import click
 from xdino import values
 from xdino.errors import UsageError
 from xdino_launch.commands.options import (
-    ABOVE_0,
     SEED,
     BackboneOptions,
     Numbers,
@@ -148,15 +147,20 @@ def _score(
 @click.command()
 @takes(judged=BackboneOptions, output=OutputOptions)
 @click.option("--data", required=True, type=Place(), help="Folder of pictures with masks.")
-@click.option("--k", default=30, show_default=True, type=Whole(1, 10_000), help="Patches voting.")
-@click.option("--temperature", default=0.02, show_default=True, type=ABOVE_0)
+@click.option(
+    "--protocol",
+    default="knn",
+    show_default=True,
+    type=click.Choice(["knn", "linear"]),
+    help="Patches vote, or a linear map is fitted to them.",
+)
 @shorter_side_option()
 @click.option(
     "--bank",
     default=200_000,
     show_default=True,
     type=Whole(1, 2**28),
-    help="Patches that vote at most, as many of each picture.",
+    help="Patches that are learned from at most, as many of each picture.",
 )
 @click.option(
     "--shots",
@@ -167,12 +171,11 @@ def _score(
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Of --shots and --bank.")
 @click.option("--zero-is-void", is_flag=True, help="Labels begin at 1, and 0 is none.")
 @on_one_process
-def patch_knn(
+def patch_probe(
     judged: BackboneOptions,
     output: OutputOptions,
     data: str,
-    k: int,
-    temperature: float,
+    protocol: str,
     size: int | None,
     bank: int,
     shots: tuple[int, ...] | None,
@@ -180,7 +183,7 @@ def patch_knn(
     seed: int,
     zero_is_void: bool,
 ) -> None:
-    """Segmentation without training: patches of train/ vote on the patches of val/. mIoU.
+    """Segmentation by frozen patches: those of train/ answer for those of val/. mIoU.
 
     \b
     --data FOLDER holds one of
@@ -192,7 +195,7 @@ def patch_knn(
     judged.there(folders=[data])
     from xdino_launch.console import counter, stderr_console
     from xdino_transfer.segmentation.maps import open_maps
-    from xdino_transfer.segmentation.patch_knn import PatchKNN
+    from xdino_transfer.segmentation.patch_probe import METHODS, PatchProbe
 
     train, val = open_maps(data, zero_is_void)
     for notice in (*train.notices, *val.notices):
@@ -201,6 +204,7 @@ def patch_knn(
     progress = counter(stderr_console(), "pictures")
     rows = []
     for number in shots or (None,):
-        probe = PatchKNN(k, temperature, size, bank, number, draws if number else 1, seed, progress)
+        repeats = draws if number else 1
+        probe = PatchProbe(METHODS[protocol](), size, bank, number, repeats, seed, progress)
         rows += probe(backbone, train, val)
     output.tell(rows, judged.weights)

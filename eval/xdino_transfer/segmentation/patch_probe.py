@@ -1,19 +1,23 @@
-"""How much of a segmentation frozen patch tokens hold, without any training: k-NN over patches.
+"""How much of a segmentation frozen patch tokens hold, in minutes: k-NN or a linear map over patches.
 
-Every patch of the training pictures is kept with the shares of classes among its pixels. A patch of
-another picture asks for its nearest ones by cosine similarity; their shares, weighted by
-exp(similarity / temperature), are its own, and pixels take theirs from the four patches around them
-(dense nearest neighbours as in Hummingbird, arXiv 2306.01667, but exact and with the pictures as
-they are). With `shots` it learns from that few pictures, in several draws.
+Every patch of the training pictures is kept with the shares of classes among its pixels. Of another
+picture each patch gets a number for each class, from its nearest ones by cosine similarity (dense
+nearest neighbours as in Hummingbird, arXiv 2306.01667, but exact and with the pictures as they are)
+or from a linear map that was fitted to them; pixels take theirs from the four patches around them.
+With `shots` that few pictures are learned from, in several draws.
 
-Letters: N patches of a picture, M of the bank, K classes, D width, (h, w) patch grid, H x W pixels.
+The linear map is fitted to patches, to its minimum; DINOv3's probe, which trains on pixels of crops
+with BatchNorm and dropped channels, is `heads.LinearMap`.
+
+Letters: N patches of a picture, M of the bank, K classes, D width.
 """
 
 import hashlib
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,91 +30,118 @@ from xdino.runtime import rng
 from xdino_eval.knn.search import nearest_neighbours
 from xdino_eval.results import Row, signed
 from xdino_transfer.segmentation.confusion import ConfusionMatrix, Scores
-from xdino_transfer.segmentation.losses import VOID
 from xdino_transfer.segmentation.maps import Maps
+from xdino_transfer.segmentation.patches import patches_of
 
-PROTOCOL = "dense k-NN"
-_STRIP = 1 << 24  # numbers of a strip of pixels' votes
 _UNREADABLE = (UnreadableImage, OSError)
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Of one picture: unit tokens float32 [N, D] on their grid, and where it lies in the picture.
-
-    scale: patches a pixel of the original, down and across. start: of the first patch, in patches
-    from the picture's edge.
-    """
-
-    tokens: np.ndarray
-    grid: tuple[int, int]
-    scale: tuple[float, float]
-    start: float
-
-    def places(self, axis: int, side: int) -> np.ndarray:
-        """Where the centres of `side` pixels lie on the grid: patch i reaches from i to i + 1."""
-        return (np.arange(side) + 0.5) * self.scale[axis] - self.start
-
-    def shares(self, labels: np.ndarray, classes: int) -> np.ndarray:
-        """Shares of classes among the labelled pixels of each patch, float32 [N, K]; 0 without any."""
-        h, w = self.grid
-        rows, columns = (
-            np.clip(np.floor(self.places(axis, side)).astype(int), 0, cells - 1)
-            for axis, (side, cells) in enumerate(zip(labels.shape, self.grid, strict=True))
-        )
-        patch = rows[:, None] * w + columns[None]
-        there = labels != VOID
-        flat = patch[there] * classes + labels[there]
-        counts = np.bincount(flat, minlength=h * w * classes).reshape(h * w, classes)
-        return (counts / np.maximum(counts.sum(1, keepdims=True), 1)).astype(np.float32)
-
-    def pixels(self, votes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Votes [N, K] -> the class of each pixel of the original picture, int64 [H, W]."""
-        (h, w), (H, W) = self.grid, size
-        maps = torch.from_numpy(votes).T.reshape(1, -1, h, w)
-        y, x = (
-            torch.from_numpy(self.places(axis, side) / cells * 2 - 1).float()
-            for axis, (side, cells) in enumerate(zip(size, self.grid, strict=True))
-        )
-        strip = max(1, _STRIP // (maps.shape[1] * W))
-        found = []
-        for rows in y.split(strip):
-            grid = torch.stack(torch.meshgrid(rows, x, indexing="ij")[::-1], dim=-1)[None]
-            sampled = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
-            found.append(sampled[0].argmax(0))
-        return torch.cat(found).numpy().reshape(H, W)
-
-
-@dataclass(frozen=True)
 class Bank:
-    """What votes: unit tokens float32 [M, D], and shares of classes [M, K]."""
+    """What is learned from: unit tokens float32 [M, D], and shares of classes [M, K]."""
 
     tokens: np.ndarray
     shares: np.ndarray
 
-    def votes(self, tokens: np.ndarray, k: int, temperature: float) -> np.ndarray:
-        """Unit tokens [N, D] -> shares of classes [N, K]."""
-        near, rows = nearest_neighbours(self.tokens, tokens, min(k, len(self.tokens)))
-        weights = np.exp((near - near[:, :1]) / temperature)
-        weights /= weights.sum(1, keepdims=True)
-        return np.einsum("nk,nkc->nc", weights, self.shares[rows]).astype(np.float32)
+
+#: Unit tokens float32 [N, D] -> a number for each class float32 [N, K], the larger the likelier.
+Votes = Callable[[np.ndarray], np.ndarray]
+
+
+class Method(Protocol):
+    """How a bank answers. protocol: what its rows are called."""
+
+    protocol: ClassVar[str]
+
+    def fitted(self, bank: Bank) -> Votes: ...
+
+    def settings(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class PatchKNN:
+class KNN:
+    """The k nearest patches vote, with the weights exp(similarity / temperature)."""
+
+    k: int = 30
+    temperature: float = 0.02
+    protocol: ClassVar[str] = "dense k-NN"
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.temperature <= 0:
+            raise UsageError("k must be at least 1, and the temperature above 0")
+
+    def fitted(self, bank: Bank) -> Votes:
+        def votes(tokens: np.ndarray) -> np.ndarray:
+            near, rows = nearest_neighbours(bank.tokens, tokens, min(self.k, len(bank.tokens)))
+            weights = np.exp((near - near[:, :1]) / self.temperature)
+            weights /= weights.sum(1, keepdims=True)
+            return np.einsum("nk,nkc->nc", weights, bank.shares[rows]).astype(np.float32)
+
+        return votes
+
+    def settings(self) -> dict[str, Any]:
+        return {"k": self.k, "temperature": self.temperature}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map of standardised tokens, by cross-entropy to the shares, to its minimum (L-BFGS).
+
+    weight_decay: of the sum of squared weights, beside the mean loss. The same minimum whatever the
+    order: no random number, no learning rate.
+    """
+
+    weight_decay: float = 1e-4
+    iterations: int = 200
+    protocol: ClassVar[str] = "dense linear"
+
+    def fitted(self, bank: Bank) -> Votes:
+        x, shares = torch.from_numpy(bank.tokens), torch.from_numpy(bank.shares)
+        mean, spread = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+        x = (x - mean) / spread
+        weight = torch.zeros(shares.shape[1], x.shape[1], requires_grad=True)
+        bias = torch.zeros(shares.shape[1], requires_grad=True)
+        optimiser = torch.optim.LBFGS(
+            [weight, bias], max_iter=self.iterations, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> float:
+            optimiser.zero_grad()
+            loss = F.cross_entropy(F.linear(x, weight, bias), shares)
+            loss = loss + self.weight_decay * weight.square().sum()
+            loss.backward()
+            return loss.item()
+
+        with torch.enable_grad():
+            optimiser.step(closure)
+
+        def votes(tokens: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return F.linear((torch.from_numpy(tokens) - mean) / spread, weight, bias).numpy()
+
+        return votes
+
+    def settings(self) -> dict[str, Any]:
+        return {"weight_decay": self.weight_decay}
+
+
+METHODS: dict[str, Callable[[], Method]] = {"knn": KNN, "linear": Linear}
+
+
+@dataclass(frozen=True)
+class PatchProbe:
     """The protocol: give it a frozen backbone and two splits, and it gives one row.
 
     Args:
-        k, temperature: of the vote.
+        method: how the patches of train answer for those of val.
         size: shorter side of the pictures in pixels; None = the backbone's own.
-        bank: patches at most that vote, the same number from each picture.
+        bank: patches at most that are learned from, the same number of each picture.
         shots: pictures that are learned from; None = all. draws: how often they are drawn anew.
         seed: which pictures and which patches those are.
         progress: is told how many pictures of how many are done.
     """
 
-    k: int = 30
-    temperature: float = 0.02
+    method: Method = field(default_factory=KNN)
     size: int | None = None
     bank: int = 200_000
     shots: int | None = None
@@ -127,20 +158,22 @@ class PatchKNN:
         self._check(backbone, train, val)
         begun, skipped = time.perf_counter(), list[str]()
         with evaluating(backbone), torch.no_grad():
-            banks = [
-                self._bank(backbone, train, self._chosen(len(train), draw), skipped)
+            answers = [
+                self.method.fitted(
+                    self._bank(backbone, train, self._chosen(len(train), draw), skipped)
+                )
                 for draw in range(self.draws)
             ]
-            matrices = [ConfusionMatrix(len(train.classes)) for _ in banks]
-            count = self._score(backbone, val, banks, matrices, skipped)
+            matrices = [ConfusionMatrix(len(train.classes)) for _ in answers]
+            count = self._score(backbone, val, answers, matrices, skipped)
         scores = [matrix.scores() for matrix in matrices]
-        settings = {"k": self.k, "temperature": self.temperature, "classes": len(train.classes)}
+        settings = {**self.method.settings(), "classes": len(train.classes)}
         if self.shots is not None:
             settings |= {"shots": self.shots, "draws": self.draws, "seed": self.seed}
         notes = [f"{len(skipped)} pictures could not be read ({skipped[0]})"] if skipped else []
         side = backbone.preprocessing.at(self.size).input_size
         row = Row(
-            protocol=PROTOCOL,
+            protocol=self.method.protocol,
             settings=settings,
             top1=None,
             top5=None,
@@ -158,8 +191,8 @@ class PatchKNN:
         backbone.require_patches()
         if train.classes != val.classes:
             raise UsageError("the classes of train and val differ")
-        if min(self.k, self.bank, self.draws) < 1 or self.temperature <= 0:
-            raise UsageError("k, bank and draws must be at least 1, and the temperature above 0")
+        if min(self.bank, self.draws) < 1:
+            raise UsageError("bank and draws must be at least 1")
         if self.shots is not None and not 1 <= self.shots <= len(train):
             raise UsageError(
                 f"shots must be 1 to the {len(train):,} pictures of train, got {self.shots}"
@@ -199,7 +232,7 @@ class PatchKNN:
         self,
         backbone: Backbone,
         val: Maps,
-        banks: list[Bank],
+        answers: list[Votes],
         matrices: list[ConfusionMatrix],
         skipped: list[str],
     ) -> int:
@@ -211,10 +244,10 @@ class PatchKNN:
                 skipped.append(val.describe(index))
                 continue
             patches = patches_of(backbone, image, self.size)
-            for bank, matrix in zip(banks, matrices, strict=True):
-                votes = bank.votes(patches.tokens, self.k, self.temperature)
+            for answer, matrix in zip(answers, matrices, strict=True):
                 height, width = labels.shape
-                matrix.add(patches.pixels(votes, (height, width)), labels)
+                found = patches.pixels(answer(patches.tokens), (height, width))
+                matrix.add(found, labels)
             count += 1
             self._tell(index + 1, len(val))
         if not count:
@@ -224,24 +257,6 @@ class PatchKNN:
     def _tell(self, done: int, of: int) -> None:
         if self.progress is not None:
             self.progress(done, of)
-
-
-def patches_of(backbone: Backbone, image: np.ndarray, size: int | None = None) -> Patches:
-    """The patch tokens of a picture uint8 [H, W, C] as a frozen backbone gives them last.
-
-    Raises:
-        RunFailed: they are not finite.
-    """
-    patch = backbone.require_patches()
-    shown = backbone.whole(image, size)
-    (found, _), *_ = backbone.forward_intermediates(backbone.fitting(shown))
-    if not found.isfinite().all():
-        raise RunFailed("the features are not finite: the weights are damaged")
-    tokens = F.normalize(found[0].float().flatten(1).T, dim=1)
-    (H, W), (h, w) = image.shape[:2], found.shape[2:]
-    scale = (shown.shape[2] / H / patch, shown.shape[3] / W / patch)
-    start = backbone.patch_start / patch
-    return Patches(tokens.cpu().contiguous().numpy(), (h, w), scale, start)
 
 
 def _metrics(scores: list[Scores]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Dense k-NN on patch tokens: cases whose score is known, and what is told of it."""
+"""Probes of patch tokens: cases whose score is known, and what is told of it."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from xdino.errors import UsageError
 from xdino.xcit import XCiT
 from xdino_eval import results
 from xdino_transfer.segmentation.maps import open_maps
-from xdino_transfer.segmentation.patch_knn import Bank, Patches, PatchKNN
+from xdino_transfer.segmentation.patch_probe import KNN, Bank, Linear, PatchProbe
+from xdino_transfer.segmentation.patches import Patches
 
 SIDE = 32
 
@@ -50,7 +51,7 @@ def made(root, count=6):
 
 def test_colours_are_told_apart(tmp_path):
     train, val = made(tmp_path)
-    probe = PatchKNN(k=3, size=SIDE)
+    probe = PatchProbe(KNN(3), SIDE)
     (row,) = probe(Colours(), train, val)
     assert row.metrics["aAcc"] > 93  # all but the pixels between two patches of the border
     assert row.metrics["mIoU"] > 85
@@ -59,12 +60,16 @@ def test_colours_are_told_apart(tmp_path):
     assert row.transform == "whole pictures, shorter side 32"
     (again,) = probe(Colours(), train, val)
     assert again.metrics == row.metrics
-    (few,) = PatchKNN(k=3, size=SIDE, shots=1, draws=4)(Colours(), train, val)
+    (few,) = PatchProbe(KNN(3), SIDE, shots=1, draws=4)(Colours(), train, val)
     assert few.settings["shots"] == 1
     assert few.metrics["mIoU"] < row.metrics["mIoU"]  # of one picture a class is missing
     assert few.metrics["mIoU sd"] >= 0
-    (small,) = PatchKNN(k=3, size=SIDE, bank=12)(Colours(), train, val)
+    (small,) = PatchProbe(KNN(3), SIDE, bank=12)(Colours(), train, val)
     assert small.metrics["mIoU"] > 60
+    (linear,) = PatchProbe(Linear(), SIDE)(Colours(), train, val)
+    assert linear.protocol == "dense linear"
+    assert linear.metrics["mIoU"] > 85
+    assert linear.settings == {"weight_decay": 1e-4, "classes": 3}
 
 
 def test_an_xcit_is_left_as_it_was_and_rows_are_kept(tmp_path):
@@ -72,7 +77,7 @@ def test_an_xcit_is_left_as_it_was_and_rows_are_kept(tmp_path):
     backbone = XCiT(8, 32, 2, 2).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     told = []
-    probe = PatchKNN(k=2, size=24, progress=lambda done, of: told.append((done, of)))
+    probe = PatchProbe(KNN(2), 24, progress=lambda done, of: told.append((done, of)))
     rows = probe(backbone, train, val)
     assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
@@ -88,15 +93,17 @@ def test_an_xcit_is_left_as_it_was_and_rows_are_kept(tmp_path):
 def test_what_cannot_be_asked(tmp_path):
     train, val = made(tmp_path, 2)
     with pytest.raises(UsageError, match="has no class attention and no patch tokens"):
-        PatchKNN()(Backbone(), train, val)
+        PatchProbe()(Backbone(), train, val)
     with pytest.raises(UsageError, match="shots must be 1 to the 2 pictures of train, got 3"):
-        PatchKNN(shots=3)(Colours(), train, val)
-    with pytest.raises(UsageError, match="k, bank and draws must be at least 1"):
-        PatchKNN(k=0)(Colours(), train, val)
+        PatchProbe(shots=3)(Colours(), train, val)
+    with pytest.raises(UsageError, match="bank and draws must be at least 1"):
+        PatchProbe(draws=0)(Colours(), train, val)
+    with pytest.raises(UsageError, match="k must be at least 1"):
+        KNN(0)
     for path in train.masks:
         Image.fromarray(np.full((SIDE, SIDE), 255, np.uint8)).save(path)
     with pytest.raises(UsageError, match=r"no pixel of the pictures of train of .* has a label"):
-        PatchKNN(size=SIDE)(Colours(), train, val)
+        PatchProbe(size=SIDE)(Colours(), train, val)
 
 
 def test_patches_share_pixels_as_they_lie():
@@ -121,7 +128,7 @@ def test_patches_share_pixels_as_they_lie():
 def test_votes_are_weighted_by_similarity():
     bank = Bank(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32))
     query = np.array([[0.8, 0.6, 0.0]], np.float32)
-    found = bank.votes(query, 2, 0.2)
+    found = KNN(2, 0.2).fitted(bank)(query)
     expected = 1 / (1 + np.exp(-1))
     np.testing.assert_allclose(found, [[expected, 1 - expected, 0]], atol=1e-5)
 
@@ -134,7 +141,7 @@ def test_the_command(tmp_path, xdino):
     spec = BackboneSpec("xcit_nano_12_p8", shape=shape, input_size=24, resize=24)
     checkpoint.save_backbone(weights, backbone, spec)
     command = (
-        "patch-knn",
+        "patch-probe",
         weights,
         "--data",
         tmp_path / "data",
@@ -143,13 +150,15 @@ def test_the_command(tmp_path, xdino):
         "--results",
         out,
     )
-    code, told, _ = xdino(*command, "--shots", "1,2", "--draws", "2")
-    assert code == 0
+    code, told, said = xdino(*command, "--shots", "1,2", "--draws", "2")
+    assert code == 0, said
     assert "dense k-NN" in told
     assert [row.settings["shots"] for row in results.load(out)] == [1, 2]
     assert all(len(row.checkpoint) == 64 for row in results.load(out))
     assert xdino(*command, "--json")[0] == 0
     assert results.load(out)[2].train_size == 2
+    assert xdino(*command, "--protocol", "linear")[0] == 0
+    assert results.load(out)[3].protocol == "dense linear"
     code, _, said = xdino(*command, "--shots", "3")
     assert (code, said) == (2, "xdino: shots must be 1 to the 2 pictures of train, got 3\n")
     code, _, said = xdino(*command[:3], tmp_path, "--device", "cpu")
@@ -158,3 +167,14 @@ def test_the_command(tmp_path, xdino):
     code, _, said = xdino(*command[:3], tmp_path / "slip")
     assert code == 2
     assert "slip" in said
+
+
+def test_a_linear_map_ends_at_its_minimum():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.nn.functional.normalize(torch.randn(60, 5, generator=generator), dim=1)
+    shares = torch.rand(60, 3, generator=generator)
+    shares = shares / shares.sum(1, keepdim=True)
+    bank = Bank(tokens.numpy(), shares.numpy())
+    logits = torch.from_numpy(Linear(1e-2, 500).fitted(bank)(bank.tokens))
+    # Of the bias the gradient is zero there: each class has its share of the whole.
+    np.testing.assert_allclose(logits.softmax(1).mean(0), shares.mean(0), atol=2e-4)
