@@ -11,9 +11,9 @@ from torch import nn
 from xdino.errors import RunFailed, UsageError
 from xdino.xcit import XCiT
 from xdino_transfer.detection import detector, scoring
+from xdino_transfer.detection.layouts.opening import open_annotated
 from xdino_transfer.detection.objects import Detections, Objects
-from xdino_transfer.detection.opening import open_annotated
-from xdino_transfer.detection.views import Views, cut_out
+from xdino_transfer.detection.views import Views, cut_out, oriented_order, together
 from xdino_transfer.pyramid import Pyramid
 from xdino_transfer.segmentation import scoring as segmentation
 from xdino_transfer.segmentation.maps import open_maps
@@ -169,3 +169,25 @@ def test_what_is_cut_off():
     assert left.labels.tolist() == [2]
     assert left.boxes.tolist() == [[0, 0, 5, 5]]
     assert left.masks.shape == (1, 5, 5)
+
+
+def test_a_batch_of_pictures():
+    own = Objects(torch.tensor([[1.0, 1, 5, 5]]), torch.tensor([0]), torch.ones(1, 33, 40))
+    none = Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 20, 70))
+    images, shown, objects = together([(torch.ones(3, 33, 40), own), (torch.ones(3, 20, 70), none)])
+    assert images.shape == (2, 3, 64, 96)
+    assert [each.padded for each in shown] == [(64, 64), (32, 96)]
+    assert objects[0].masks.shape == (1, 64, 64)
+    assert objects[0].masks.sum() == images[0, 0].sum() == 33 * 40
+    assert objects[1].masks.shape == (0, 32, 96)
+
+
+def test_batches_hold_one_orientation():
+    portrait = np.arange(23) % 3 == 0  # 8 of 23
+    first, second = (oriented_order(portrait, 4, 0, epoch).reshape(-1, 4) for epoch in (0, 1))
+    assert len(first) == 5
+    assert all(len(set(portrait[rows])) == 1 for rows in first)
+    assert len(set(first.ravel())) == 20
+    assert not np.array_equal(first, second)
+    assert np.array_equal(oriented_order(portrait, 4, 0, 0).reshape(-1, 4), first)
+    assert oriented_order(portrait[:3], 4, 0, 0).size == 0

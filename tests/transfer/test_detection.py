@@ -324,7 +324,10 @@ def test_names_go_there_and_back(downstream):
     assert all(torch.equal(value, back[name]) for name, value in state.items())
 
 
-def test_a_box_without_an_area_has_no_mask():
-    boxes = torch.tensor([[2.0, 2.0, 2.0, 6.0], [1.0, 3.0, 6.0, 3.0], [0.0, 0.0, 8.0, 8.0]])
-    found = pasted(torch.ones(3, 28, 28), boxes, (8, 8))
-    assert found.flatten(1).sum(1).tolist() == [0, 0, 64]
+def test_a_box_without_an_area_is_a_stripe_as_published():
+    boxes = torch.tensor([[2.5, 2.0, 2.5, 6.0], [1.0, 0.0, 6.0, 0.0], [0.0, 0.0, 8.0, 8.0]])
+    upright, lying, whole = pasted(torch.ones(3, 28, 28), boxes, (8, 8))
+    assert upright.nonzero()[:, 0].unique().tolist() == [2, 3, 4, 5]
+    assert upright.nonzero()[:, 1].unique().tolist() == [1, 2, 3]
+    assert lying.nonzero()[:, 0].unique().tolist() == [0]
+    assert whole.all()

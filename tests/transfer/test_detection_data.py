@@ -8,9 +8,10 @@ from PIL import Image
 
 from xdino.data.decode import UnreadableImage
 from xdino.errors import UsageError
-from xdino_transfer.detection import coco, outlines
+from xdino_transfer.detection import outlines
 from xdino_transfer.detection.average_precision import score
-from xdino_transfer.detection.opening import open_annotated
+from xdino_transfer.detection.layouts import coco
+from xdino_transfer.detection.layouts.opening import open_annotated
 
 H, W = 20, 30
 SQUARE = [[5, 4, 15, 4, 15, 12, 5, 12]]

@@ -13,6 +13,7 @@ from torchvision import ops
 from xdino_transfer.detection.boxes import Size, clipped
 
 _AT_ONCE = 1 << 24  # pixels of masks that are pasted together
+_OUTSIDE = 4.0  # in halves of a mask's side from its middle: where nothing has a value any more
 
 
 def mask_targets(
@@ -43,7 +44,7 @@ def mask_targets(
 def pasted(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> Tensor:
     """Probabilities [R, S, S] in boxes [R, 4] -> bool [R, H, W], sampled between the cells' centres.
 
-    What lies around a box is false. A box without an area gives an empty mask.
+    What lies around a box is false.
     """
     H, W = size
     out = torch.zeros(len(masks), H, W, dtype=torch.bool, device=masks.device)
@@ -55,13 +56,20 @@ def pasted(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> 
 
 
 def _pasted(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
-    H, W = size
     left, top, right, bottom = boxes.to(masks.dtype).split(1, dim=1)  # [R, 1] each
-    y = torch.arange(H, device=masks.device, dtype=masks.dtype) + 0.5
-    x = torch.arange(W, device=masks.device, dtype=masks.dtype) + 0.5
-    y, x = (y - top) / (bottom - top) * 2 - 1, (x - left) / (right - left) * 2 - 1  # [R, H], [R, W]
-    outside = 4.0  # beyond the last cell, whose half has no value any more
-    y, x = (torch.nan_to_num(each, outside, outside, outside) for each in (y, x))
-    R = len(masks)
-    grid = torch.stack([x[:, None].expand(R, H, W), y[:, :, None].expand(R, H, W)], dim=3)
+    y, x = _along(top, bottom, size[0]), _along(left, right, size[1])  # [R, H], [R, W]
+    shape = (len(masks), *size)
+    grid = torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], dim=3)
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+
+
+def _along(low: Tensor, high: Tensor, side: int) -> Tensor:
+    """Where pixels lie between two edges [R, 1]: -1 to 1 inside, [R, side].
+
+    Where the edges are one, pixels up to one beyond it lie in the middle, as published.
+    """
+    pixel = torch.arange(side, device=low.device, dtype=low.dtype)
+    found = (pixel + 0.5 - low) / (high - low) * 2 - 1
+    near = (pixel >= low.floor() - 1) & (pixel < high.ceil() + 1)
+    flat = torch.where(near, 0.0, _OUTSIDE).to(found.dtype)
+    return torch.where(found.isfinite(), found, flat)

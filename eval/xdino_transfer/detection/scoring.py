@@ -13,10 +13,10 @@ from xdino.data.listing import printable
 from xdino.errors import RunFailed, UsageError
 from xdino.runtime.device import device_of
 from xdino_eval.results import Row
-from xdino_transfer.detection.annotations import Annotations
 from xdino_transfer.detection.average_precision import KINDS, AveragePrecision, results_of
 from xdino_transfer.detection.average_precision import score as average_precision
 from xdino_transfer.detection.detector import Detector
+from xdino_transfer.detection.layouts.annotations import Annotations
 from xdino_transfer.detection.objects import Detections
 from xdino_transfer.detection.views import Views
 

@@ -11,6 +11,7 @@ Letters: M objects, H x W pixels.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as colours
 
+from xdino.data import epoch_order
 from xdino.runtime.rng import Stream
 from xdino_transfer.detection.boxes import Size, clipped
 from xdino_transfer.detection.objects import Objects, Shown
@@ -92,6 +94,43 @@ class Views:
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return colours.normalize(pixels.float() / 255, [*self.mean], [*self.std])
+
+
+def together(
+    pictures: Sequence[tuple[Tensor, Objects]],
+) -> tuple[Tensor, list[Shown], list[Objects]]:
+    """Pictures [3, h_i, w_i] and their objects as one batch: [B, 3, H, W], padded with the mean.
+
+    Masks are padded to their own picture's multiples, as boxes may reach there.
+    """
+    shown, objects = [], []
+    for pixels, own in pictures:
+        h, w = pixels.shape[1:]
+        around = (-(-h // MULTIPLE) * MULTIPLE, -(-w // MULTIPLE) * MULTIPLE)
+        masks = own.masks.new_zeros(len(own), *around)
+        masks[:, :h, :w] = own.masks
+        shown.append(Shown((h, w), around))
+        objects.append(dataclasses.replace(own, masks=masks))
+    return padded([pixels for pixels, _ in pictures], MULTIPLE), shown, objects
+
+
+def oriented_order(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's order of pictures where each batch holds one orientation: int64 [n * batch].
+
+    `portrait`: bool [N]. What does not fill a batch is left out for this epoch.
+    """
+    order = epoch_order(len(portrait), seed, epoch)
+    batches = []
+    for kind in (False, True):
+        own = order[portrait[order] == kind]
+        whole = own[: len(own) // batch * batch].reshape(-1, batch)
+        # As a batch comes where its first picture stood in the order.
+        place = np.empty(len(portrait), np.int64)
+        place[order] = np.arange(len(order))
+        batches += [(int(place[rows[0]]), rows) for rows in whole]
+    batches.sort(key=lambda pair: pair[0])
+    rows = [rows for _, rows in batches]
+    return np.concatenate(rows) if rows else np.empty(0, np.int64)
 
 
 def _one(values: tuple[int, ...], drawn: float) -> int:

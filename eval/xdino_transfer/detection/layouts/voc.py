@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xdino.errors import UsageError, asked
-from xdino_transfer.detection.annotations import (
+from xdino_transfer.detection.layouts.annotations import (
     MISSING_SHARE,
     Annotations,
     Found,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xdino.errors import UsageError, asked
-from xdino_transfer.detection.annotations import (
+from xdino_transfer.detection.layouts.annotations import (
     MISSING_SHARE,
     Annotations,
     Found,

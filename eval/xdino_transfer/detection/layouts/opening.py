@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from xdino.errors import UsageError, asked
-from xdino_transfer.detection import coco, voc
-from xdino_transfer.detection.annotations import MISSING_SHARE, Annotations
+from xdino_transfer.detection.layouts import coco, voc
+from xdino_transfer.detection.layouts.annotations import MISSING_SHARE, Annotations
 
 BESIDE = "_annotations.coco.json"  # among the images of a split, as Roboflow exports it
 _FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
