@@ -88,6 +88,8 @@ def test_an_xcit_is_left_as_it_was_and_rows_are_kept(tmp_path):
     (train.images[0]).write_bytes(b"nothing")
     (row,) = probe(backbone, train, val)
     assert "1 pictures could not be read" in row.notes[0]
+    (gray,) = PatchProbe(KNN(2), 24)(XCiT(8, 32, 2, 2, in_chans=1), val, val)
+    assert gray.metrics["aAcc"] > 0
 
 
 def test_what_cannot_be_asked(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from xdino.backbone import Backbone
@@ -64,12 +65,14 @@ class Patches:
 
 
 def patches_of(backbone: Backbone, image: np.ndarray, size: int | None = None) -> Patches:
-    """The patch tokens of a picture uint8 [H, W, C] as a frozen backbone gives them last.
+    """The patch tokens of a picture uint8 [H, W, 3] as a frozen backbone gives them last.
 
     Raises:
         RunFailed: they are not finite.
     """
     patch = backbone.require_patches()
+    if backbone.in_chans == 1:  # luma, as decoding gives it
+        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
     shown = backbone.whole(image, size)
     (found, _), *_ = backbone.forward_intermediates(backbone.fitting(shown))
     if not found.isfinite().all():
