@@ -57,6 +57,7 @@ class Pyramid(nn.Module):
         self.patch_embed, self.pos_embeder = network.patch_embed, network.pos_embeder
         self.blocks = network.blocks
         self.fused, self.grad_checkpointing = False, False
+        self.statistics_rest = False
         D = network.embed_dim
         if network.patch_size == 16:
             # A convolution before a BatchNorm: its bias has no effect, and is there as published.
@@ -73,6 +74,22 @@ class Pyramid(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: keep the blocks' inputs only."""
         self.grad_checkpointing = enable
+
+    def rest_statistics(self) -> None:
+        """From now on BatchNorms use their running statistics in training, too, and leave them.
+
+        For batches of one or two pictures without other processes; their weights go on learning.
+        """
+        self.statistics_rest = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Pyramid":
+        super().train(mode)
+        if self.statistics_rest:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = False
+        return self
 
     def tokens(self, images: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> the patch tokens after the four blocks, each [B, D, h, w]."""

@@ -94,3 +94,15 @@ def test_the_blocks_that_are_read():
     assert published_blocks(1) == (0, 0, 0, 0)
     with pytest.raises(UsageError, match="a pyramid needs patches of 16 or 8 pixels"):
         Pyramid(XCiT(4, 32, 2, 2))
+
+
+def test_statistics_may_rest():
+    pyramid = Pyramid(XCiT(16, 32, 2, 2))
+    pyramid.rest_statistics()
+    pyramid.train()
+    before = {name: value.clone() for name, value in pyramid.named_buffers()}
+    levels = pyramid(torch.randn(2, 3, 32, 32))
+    sum(level.square().sum() for level in levels).backward()
+    assert pyramid.blocks[0].training
+    assert all(torch.equal(value, before[name]) for name, value in pyramid.named_buffers())
+    assert pyramid.blocks[0].local_mp.bn.weight.grad.abs().sum() > 0
