@@ -45,6 +45,7 @@ CHAPTERS = {  # of the help; what is in none comes last
     "Learn on": ("finetune", "score", "predict", "transfer"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
+        "patch-probe",
     ),
     "Look": ("attention", "neighbours"),
     "Use elsewhere": ("features", "export", "pack", "bench"),
@@ -69,6 +70,7 @@ for command in (
     forecasting.plan,
     showing.replay,
     knn.knn,
+    knn.patch_probe,
     neighbours.neighbours,
     linear.linear,
     features.features,

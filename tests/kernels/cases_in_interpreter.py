@@ -250,6 +250,13 @@ def test_network(embed_dim, heads, agree):
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         agree(name, found[name], value, 3e-5)
+    torch.manual_seed(6)
+    (first, last), *grid = fused.tokens_after(images, [0, 1])
+    torch.manual_seed(6)
+    (theirs, other), *same = plain.tokens_after(images, [0, 1])
+    assert grid == same
+    agree("after the first block", first, theirs, 3e-5)
+    agree("after the last block", last, other, 3e-5)
     for ours, theirs in zip(fused.eval()(images), plain.eval()(images), strict=True):
         agree("evaluation, with the statistics of training", ours, theirs, 1e-4)
 
@@ -272,7 +279,7 @@ def test_what_the_kernels_do_not_take_stays_plain(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("fused")
 
-    monkeypatch.setattr(blocks, "patch_tokens", refuse)
+    monkeypatch.setattr(blocks, "tokens_after", refuse)
     model = network(32, 2)
     model.fused = True
     images = torch.randn(2, 3, 8, 8)

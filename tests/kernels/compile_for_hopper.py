@@ -73,7 +73,7 @@ def train(embed_dim: int, heads: int, patch: int, size: int, autocast: bool) -> 
 
     model = XCiT(patch, embed_dim, 2, heads, drop_path_rate=0.1).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        tokens, _, _ = blocks.patch_tokens(model, torch.randn(2, 3, size, size), NORM_EPS)
+        (tokens,), _, _ = blocks.tokens_after(model, torch.randn(2, 3, size, size), [1], NORM_EPS)
     tokens.float().sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""`xdino knn`."""
+"""`xdino knn` and `xdino patch-probe`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +6,18 @@ import click
 
 from xdino import values
 from xdino.errors import UsageError
-from xdino_launch.commands.options import SEED, Numbers, OutputOptions, SubjectOptions, Whole, takes
+from xdino_launch.commands.options import (
+    SEED,
+    BackboneOptions,
+    Numbers,
+    OutputOptions,
+    Place,
+    SubjectOptions,
+    Whole,
+    on_one_process,
+    shorter_side_option,
+    takes,
+)
 
 if TYPE_CHECKING:
     from xdino_eval.knn import Draws
@@ -131,3 +142,69 @@ def _score(
         if draws:
             return subject.sign(knn.few_shot(train, val, draws, **how, classes=classes))
         return subject.sign(knn.evaluate(train, val, **how))
+
+
+@click.command()
+@takes(judged=BackboneOptions, output=OutputOptions)
+@click.option("--data", required=True, type=Place(), help="Folder of pictures with masks.")
+@click.option(
+    "--protocol",
+    default="knn",
+    show_default=True,
+    type=click.Choice(["knn", "linear"]),
+    help="Patches vote, or a linear map is fitted to them.",
+)
+@shorter_side_option()
+@click.option(
+    "--bank",
+    default=200_000,
+    show_default=True,
+    type=Whole(1, 2**28),
+    help="Patches that are learned from at most, as many of each picture.",
+)
+@click.option(
+    "--shots",
+    type=Numbers(values.whole, least=1, what="numbers of pictures"),
+    help="Learn from so many pictures, e.g. 1,5,10: means over draws.",
+)
+@click.option("--draws", default=10, show_default=True, type=Whole(1, 10_000), help="Of --shots.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of --shots and --bank.")
+@click.option("--zero-is-void", is_flag=True, help="Labels begin at 1, and 0 is none.")
+@on_one_process
+def patch_probe(
+    judged: BackboneOptions,
+    output: OutputOptions,
+    data: str,
+    protocol: str,
+    size: int | None,
+    bank: int,
+    shots: tuple[int, ...] | None,
+    draws: int,
+    seed: int,
+    zero_is_void: bool,
+) -> None:
+    """Segmentation by frozen patches: those of train/ answer for those of val/. mIoU.
+
+    \b
+    --data FOLDER holds one of
+      FOLDER/images/{train,val}/, FOLDER/masks/{train,val}/, FOLDER/classes.txt
+      FOLDER/ADEChallengeData2016/{images,annotations}/{training,validation}/
+      FOLDER/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets}/
+    A mask has one number a pixel, gray or by a palette; 255 is void.
+    """
+    judged.there(folders=[data])
+    from xdino_launch.console import counter, stderr_console
+    from xdino_transfer.segmentation.maps import open_maps
+    from xdino_transfer.segmentation.patch_probe import METHODS, PatchProbe
+
+    train, val = open_maps(data, zero_is_void)
+    for notice in (*train.notices, *val.notices):
+        click.echo(notice, err=True)
+    backbone = judged.backbone()
+    progress = counter(stderr_console(), "pictures")
+    rows = []
+    for number in shots or (None,):
+        repeats = draws if number else 1
+        probe = PatchProbe(METHODS[protocol](), size, bank, number, repeats, seed, progress)
+        rows += probe(backbone, train, val)
+    output.tell(rows, judged.weights)

@@ -6,6 +6,7 @@ computed together with the LayerNorm that reads it, so a block hands on the stre
 Letters: B images, N tokens, D width, (h, w) patch grid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,10 +45,13 @@ def _attend(attn: Any, x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     return attn.proj(xca.attend(attn.qkv(x), attn.temperature, attn.num_heads, eps))
 
 
-def patch_tokens(model: Any, images: Tensor, norm_eps: float) -> tuple[Tensor, int, int]:
-    """What `XCiT.patch_tokens` returns, in training mode.
+def tokens_after(
+    model: Any, images: Tensor, after: Sequence[int], norm_eps: float
+) -> tuple[list[Tensor], int, int]:
+    """What `XCiT.tokens_after` returns, in training mode.
 
     Args:
+        after: numbers of blocks, from 0.
         norm_eps: the least l2 norm of a channel of queries or keys.
     """
     x, h, w = stem(model.patch_embed, images)
@@ -59,10 +63,13 @@ def patch_tokens(model: Any, images: Tensor, norm_eps: float) -> tuple[Tensor, i
         x, first.normalized_shape, first.weight, first.bias, first.eps
     )
     following = [block.norm1 for block in model.blocks[1:]] + [None]
-    for block, next_norm in zip(model.blocks, following, strict=True):
+    kept: dict[int, Tensor] = {}
+    for i, (block, next_norm) in enumerate(zip(model.blocks, following, strict=True)):
         assert normed is not None
         x, normed = _block(block, x, normed, next_norm, (h, w), dtype, norm_eps)
-    return x, h, w
+        if i in after:
+            kept[i] = x
+    return [kept[i] for i in after], h, w
 
 
 def _block(

@@ -30,6 +30,8 @@ class Stream(IntEnum):
     MIXING = 18  # of a batch
     CROPPING = 19
     SUBSETS = 20  # which images of a class are learned from
+    SEGMENTING = 24  # of a picture with a mask: its scale, crop, flip and colours
+    DETECTING = 25  # of a picture with objects: its flip, sizes and crop
 
 
 def raw(stream: Stream, seed: int, epoch: int, count: int) -> np.ndarray:

@@ -5,22 +5,17 @@ Letters: B images, N patch tokens, D width, H heads, (h, w) patch grid.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xdino import kernels
 from xdino.backbone import Backbone, Intermediate, chosen_layers
 from xdino.errors import UsageError
-from xdino.xcit.layers import LAYER_NORM_EPS, NORM_EPS, ClassAttentionBlock, XCABlock
-from xdino.xcit.recompute import recomputed
+from xdino.xcit import trunk
+from xdino.xcit.layers import LAYER_NORM_EPS, ClassAttentionBlock, XCABlock
 from xdino.xcit.stem import ConvPatchEmbed, FourierPositionalEncoding
-
-
-def _run(module: nn.Module, *inputs: object) -> Any:
-    return module(*inputs)
 
 
 def _keep_mixing(block: Any, found: list[Tensor], _: nn.Module, __: Any, out: Tensor) -> None:
@@ -100,29 +95,21 @@ class XCiT(Backbone):
 
     def patch_tokens(self, images: Tensor) -> tuple[Tensor, int, int]:
         """Patch tokens before class attention `[B, N, D]` (those for dense tasks), and the grid."""
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
-        if self.fused and self.training and not self._recomputes() and kernels.takes(images):
-            from xdino.kernels import blocks  # imports triton, which not every machine has
-
-            return blocks.patch_tokens(self, images, NORM_EPS)
-        for x, h, w in self._after_each_block(images):  # noqa: B007
-            pass
+        self._check(images)
+        (x,), h, w = trunk.tokens_after(self, images, [len(self.blocks) - 1])
         return x, h, w
 
-    def _recomputes(self) -> bool:
-        return self.grad_checkpointing and self.training and torch.is_grad_enabled()
+    def tokens_after(self, images: Tensor, after: Sequence[int]) -> tuple[list[Tensor], int, int]:
+        """Patch tokens `[B, N, D]` after the blocks of these numbers, from 0, and the grid.
 
-    def _after_each_block(self, images: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-        """Patch tokens `[B, N, D]` and the grid, after one block and the next."""
-        run = recomputed if self._recomputes() else _run
-        x, h, w = run(self.patch_embed, images)
-        # Under autocast both are half; the tokens' sum stays in the weights' own precision.
-        x = x + self.pos_embeder(h, w)
-        x = x.to(torch.promote_types(x.dtype, self.cls_token.dtype))
-        for block in self.blocks:
-            x = run(block, x, h, w)
-            yield x, h, w
+        Those after the last block are `patch_tokens`. They have no norm behind them.
+        """
+        self._check(images)
+        return trunk.tokens_after(self, images, after)
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
 
     def gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Patch tokens `[B, N, D]` -> class token `[B, D]`, weights of each class-attention layer."""
@@ -152,7 +139,7 @@ class XCiT(Backbone):
         chosen = range(depth)[-indices:] if isinstance(indices, int) else indices
         wanted = [range(depth)[i] for i in chosen]
         kept: dict[int, Tensor] = {}
-        for i, (x, h, w) in enumerate(self._after_each_block(images)):
+        for i, (x, h, w) in enumerate(trunk.after_each_block(self, images)):
             if i in wanted:
                 kept[i] = x.transpose(1, 2).unflatten(2, (h, w))
         return [(kept[i], kept[i].new_empty(len(images), 0, self.embed_dim)) for i in wanted]

@@ -1,0 +1,92 @@
+"""COCO's layout: one JSON file for all pictures of a split, category numbers with gaps.
+
+Letters: K classes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xdino.errors import UsageError, asked
+from xdino_transfer.detection.layouts.annotations import (
+    MISSING_SHARE,
+    Annotations,
+    Found,
+    Picture,
+    collected,
+)
+
+
+def read(path: Path, images: Path, missing_share: float = MISSING_SHARE) -> Annotations:
+    """A JSON file of annotations and the folder that its pictures lie in.
+
+    Labels are the ranks of the sorted category numbers, 0 to K - 1.
+
+    Raises:
+        UsageError: not there, no such file, entries that contradict each other, too many pictures
+            that are not there.
+    """
+    with asked(f"{path} cannot be read"):
+        text = path.read_bytes()
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is no JSON file, or cut short") from None
+    if not isinstance(tree, dict):
+        tree = {}
+    missing = [key for key in ("images", "annotations", "categories") if key not in tree]
+    if missing:
+        raise UsageError(f"{path} is no COCO file: it has no {' and no '.join(missing)}")
+    try:
+        return _columns(path, images, tree, missing_share)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else "one of another kind"
+        raise UsageError(
+            f"{path} is no COCO file: where an entry is expected it has {what}"
+        ) from None
+
+
+def _columns(
+    path: Path, images: Path, tree: Mapping[str, Any], missing_share: float
+) -> Annotations:
+    names = {int(category["id"]): str(category["name"]) for category in tree["categories"]}
+    ids = sorted(names)
+    label = {number: rank for rank, number in enumerate(ids)}
+    of_picture: dict[int, list[Found]] = {int(image["id"]): [] for image in tree["images"]}
+    if len(of_picture) < len(tree["images"]):
+        raise UsageError(f"{path} has two pictures of one number")
+    for told in tree["annotations"]:
+        number = told.get("id", "without a number")
+        category, picture = int(told["category_id"]), int(told["image_id"])
+        if category not in label:
+            listed = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+            raise UsageError(
+                f"annotation {number} of {path} has category {category}, and there are {listed}"
+            )
+        if picture not in of_picture:
+            raise UsageError(
+                f"annotation {number} of {path} is on image {picture}, which is not listed"
+            )
+        left, top, width, height = (float(value) for value in told["bbox"])
+        outline = told.get("segmentation") or None
+        of_picture[picture].append(
+            Found(
+                number,
+                label[category],
+                (left, top, left + width, top + height),
+                outline,
+                bool(told.get("iscrowd", 0)),
+                float(told["area"]) if "area" in told else None,
+            )
+        )
+    pictures = [
+        Picture(
+            int(image["id"]),
+            images / str(image["file_name"]),
+            (int(image["height"]), int(image["width"])),
+            of_picture[int(image["id"])],
+        )
+        for image in tree["images"]
+    ]
+    return collected(str(path), pictures, [names[i] for i in ids], ids, missing_share)

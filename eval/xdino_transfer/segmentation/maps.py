@@ -1,0 +1,247 @@
+"""Pictures with a class for every pixel, in the layouts that data sets come in.
+
+- ADE20K: ADEChallengeData2016/{images,annotations}/{training,validation} and objectInfo150.txt; label
+  0 is "other" and counts as void, 1 to 150 become 0 to 149.
+- Pascal VOC: JPEGImages, SegmentationClass, ImageSets/Segmentation/{train,val}.txt; 0 is background,
+  255 void.
+- Any other: images/{train,val} and masks/{train,val}, equal names but for the suffix, and
+  classes.txt with a name a line; 255 is void, and 0 too if wanted.
+
+A mask is a picture of one number a pixel: gray, or a palette's indices, of the size of its picture.
+
+Letters: N pictures, K classes, H x W pixels.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xdino.data.decode import SUFFIXES, decode
+from xdino.data.image_files import DAMAGED, listed, why
+from xdino.data.listing import printable
+from xdino.errors import UsageError, asked
+from xdino_transfer.segmentation.confusion import zero_is_void
+from xdino_transfer.segmentation.losses import VOID
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+ADE = "ADEChallengeData2016"
+MISSING_SHARE = 0.05  # of the pictures that may lack a file
+_ONE_NUMBER = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes
+
+
+@dataclass(frozen=True)
+class Maps:
+    """N pictures and their masks. zero_is_void: labels begin at 1, and 0 is none."""
+
+    where: str
+    classes: tuple[str, ...]
+    images: list[Path]
+    masks: list[Path]
+    zero_is_void: bool = False
+    notices: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self, index: int) -> str:
+        return printable(bytes(self.images[index]))
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A picture uint8 [H, W, 3] and its labels uint8 [H, W], VOID where there is none.
+
+        Raises:
+            UnreadableImage, OSError: the picture cannot be read.
+            UsageError: its mask cannot, is of another size, or has labels that are no classes.
+        """
+        image = decode(self.images[index].read_bytes(), 3)
+        path = self.masks[index]
+        labels = read_mask(path)
+        if labels.shape != image.shape[:2]:
+            raise UsageError(
+                f"{path} has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
+                f"{image.shape[1]} x {image.shape[0]} (upright)"
+            )
+        return image, self._checked(labels, path)
+
+    def _checked(self, labels: np.ndarray, path: Path) -> np.ndarray:
+        K = len(self.classes)
+        first = 1 if self.zero_is_void else 0
+        void = (labels == VOID) | (labels == 0) if self.zero_is_void else labels == VOID
+        outside = labels[~void & ((labels >= K + first) | (labels < first))]
+        if len(outside):
+            raise UsageError(
+                f"{path} has label {outside[0]}, and the classes of {self.where} are {first} to "
+                f"{K - 1 + first}, with {VOID} for none"
+            )
+        labels = labels.astype(np.uint8)
+        return zero_is_void(labels) if self.zero_is_void else labels
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """[H, W] of whole numbers: gray values, or a palette's indices (not its colours).
+
+    Raises:
+        UsageError: no picture, or one of colours.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _ONE_NUMBER:
+                raise UsageError(
+                    f"{path} is a picture of colours ({image.mode}): a mask has one number a pixel, "
+                    "gray or by a palette"
+                )
+            if image.format == "JPEG":
+                raise UsageError(f"{path} is a JPEG, which changes labels: masks are PNG files")
+            labels = np.asarray(image)
+            return labels.astype(np.uint8) if image.mode == "1" else labels
+    except UsageError:
+        raise
+    except DAMAGED as error:
+        raise UsageError(f"{path} cannot be read as a mask: {why(error)}") from None
+
+
+# Layouts
+
+
+def open_maps(
+    data: str, zero_is_void: bool = False, missing_share: float = MISSING_SHARE
+) -> tuple[Maps, Maps]:
+    """Train and val of a folder in one of the layouts above.
+
+    Raises:
+        UsageError: none of them, or more than one; files that are not there; no names of classes.
+    """
+    with asked(f"{data} cannot be read"):
+        folder = Path(data).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {folder} to read pictures and masks from")
+        ade, voc = _ade(folder), _voc(folder)
+        plain = folder if (folder / "masks").is_dir() and (folder / "images").is_dir() else None
+        found = [
+            name
+            for name, there in (
+                ("ADE20K's images/ and annotations/", ade),
+                ("VOC's JPEGImages/ and SegmentationClass/", voc),
+                ("images/ and masks/", plain),
+            )
+            if there is not None
+        ]
+        if not found:
+            raise UsageError(
+                f"{folder} holds no pictures with masks: expected images/ and masks/ with train/ and "
+                f"val/ in both, {ADE}, or VOC's JPEGImages/ and SegmentationClass/"
+            )
+        if len(found) > 1:
+            raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {found}")
+        if voc is not None:
+            train, val = (_voc_split(voc, split, missing_share) for split in ("train", "val"))
+        elif ade is not None:
+            train, val = (
+                _ade_split(ade, part, missing_share) for part in ("training", "validation")
+            )
+        else:
+            train, val = (
+                _plain_split(folder, part, zero_is_void, missing_share) for part in ("train", "val")
+            )
+    return train, val
+
+
+def _ade(folder: Path) -> Path | None:
+    places = (folder, folder / ADE)
+    parts = ("images", "annotations")
+    there = (p for p in places if all((p / part / "training").is_dir() for part in parts))
+    return next(there, None)
+
+
+def _ade_split(folder: Path, part: str, missing_share: float) -> Maps:
+    info = folder / "objectInfo150.txt"
+    with asked(f"{info} cannot be read"):
+        lines = info.read_text("utf-8", "replace").splitlines()
+    names = [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
+    if len(names) < 2:
+        raise UsageError(f"{info} names {len(names)} classes")
+    pairs = _pairs(folder / "images" / part, folder / "annotations" / part)
+    return _maps(f"{part} of {folder}", names, pairs, True, missing_share)
+
+
+def _voc(folder: Path) -> Path | None:
+    places = [folder, *sorted(folder.glob("VOC20*")), *sorted(folder.glob("VOCdevkit/VOC20*"))]
+    parts = ("JPEGImages", "SegmentationClass")
+    found = [place for place in places if all((place / part).is_dir() for part in parts)]
+    if len(found) > 1:
+        raise UsageError(f"{folder} holds several years of VOC: name one of {found[0]}, {found[1]}")
+    return found[0] if found else None
+
+
+def _voc_split(folder: Path, split: str, missing_share: float) -> Maps:
+    path = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
+    with asked(f"{path} cannot be read"):
+        stems = path.read_text("utf-8", "replace").split()
+    pairs = [
+        (folder / "JPEGImages" / f"{stem}.jpg", folder / "SegmentationClass" / f"{stem}.png")
+        for stem in stems
+    ]
+    return _maps(f"{split} of {folder}", VOC_CLASSES, pairs, False, missing_share)
+
+
+def _plain_split(folder: Path, part: str, zero: bool, missing_share: float) -> Maps:
+    named = folder / "classes.txt"
+    with asked(f"{named} cannot be read"):
+        names = [line.strip() for line in named.read_text("utf-8", "replace").splitlines()]
+    names = [name for name in names if name]
+    if not 2 <= len(names) <= VOID:
+        raise UsageError(f"{named} names {len(names)} classes, and 2 to {VOID} can be told apart")
+    pairs = _pairs(folder / "images" / part, folder / "masks" / part)
+    return _maps(f"{part} of {folder}", names, pairs, zero, missing_share)
+
+
+def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """Each picture with the mask of its name, which may not be there."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {folder}")
+    there = {path.stem: path for path in sorted(masks.iterdir()) if path.suffix.lower() in SUFFIXES}
+    pictures = sorted(listed(images))
+    seen: set[str] = set()
+    for path in pictures:
+        if path.stem in seen:
+            raise UsageError(
+                f"{images} has several pictures called {printable(os.fsencode(path.stem))}"
+            )
+        seen.add(path.stem)
+    return [(path, there.get(path.stem, masks / f"{path.stem}.png")) for path in pictures]
+
+
+def _maps(
+    where: str,
+    names: Sequence[str],
+    pairs: list[tuple[Path, Path]],
+    zero: bool,
+    missing_share: float,
+) -> Maps:
+    if not pairs:
+        raise UsageError(f"{where} holds no picture")
+    missing = [next(p for p in pair if not p.is_file()) for pair in pairs if not _there(pair)]
+    kept = [pair for pair in pairs if _there(pair)]
+    notices = []
+    if missing:
+        told = ", ".join(printable(bytes(path)) for path in missing[:3])
+        told += ", ..." if len(missing) > 3 else ""
+        sentence = f"{len(missing):,} of the {len(pairs):,} pictures of {where} lack a file: {told}"
+        if len(missing) > missing_share * len(pairs):
+            raise UsageError(sentence)
+        notices.append(f"{sentence}; they are left out")
+    images, masks = ([pair[i] for pair in kept] for i in (0, 1))
+    return Maps(where, tuple(names), images, masks, zero, notices)
+
+
+def _there(pair: tuple[Path, Path]) -> bool:
+    return all(path.is_file() for path in pair)

@@ -1,0 +1,105 @@
+"""mIoU of a segmenter, as published: whole pictures, one at a time, logits at their own size.
+
+Several scales and mirrored pictures (the published `--aug-test`: 0.5 to 1.75, both) are averaged as
+probabilities. A batch of one picture has nothing added, which would enter XCA's sums.
+
+Letters: K classes, H x W pixels.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdino.backbone import evaluating
+from xdino.data.decode import UnreadableImage
+from xdino.errors import RunFailed, UsageError
+from xdino.runtime.device import device_of
+from xdino_eval.results import Row
+from xdino_transfer.segmentation.confusion import ConfusionMatrix, Scores
+from xdino_transfer.segmentation.maps import Maps
+from xdino_transfer.segmentation.segmenter import Segmenter, View, averaged, probabilities
+from xdino_transfer.segmentation.views import TestViews
+
+PROTOCOL = "semantic segmentation"
+AUGMENTED = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales of several views
+
+
+@torch.no_grad()
+def segmented(
+    model: Segmenter,
+    image: np.ndarray,
+    views: TestViews,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Tensor:
+    """A picture uint8 [H, W, 3] -> probabilities [K, H, W]; the model must be in evaluation mode.
+
+    Raises:
+        RunFailed: they are not finite.
+    """
+    device = device_of(model)
+
+    def shown(scale: float, flipped: bool) -> Tensor:
+        pixels = views(image, scale, flipped).to(device)
+        view = View((pixels.shape[2], pixels.shape[3]), flipped)
+        return probabilities(model(pixels).float(), view, image.shape[:2])
+
+    mirrored = (False, True) if flip else (False,)
+    found = averaged(shown(scale, flipped) for scale in scales for flipped in mirrored)[0]
+    if not found.isfinite().all():
+        raise RunFailed("the probabilities are not finite: the weights are damaged")
+    return found
+
+
+def score(
+    model: Segmenter,
+    val: Maps,
+    views: TestViews,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Row, Scores]:
+    """One row, not signed yet (mIoU, mAcc and aAcc in per cent), and the scores of each class.
+
+    Raises:
+        UsageError: another number of classes; no labelled pixel; a mask that is none.
+        RunFailed: no picture could be read, or a probability is not finite.
+    """
+    classes = model.decode_head.conv_seg.out_channels
+    if classes != len(val.classes):
+        raise UsageError(
+            f"the head tells {classes} classes apart and {val.where} has {len(val.classes)}"
+        )
+    begun, skipped, matrix = time.perf_counter(), list[str](), ConfusionMatrix(classes)
+    with evaluating(model):
+        for index in range(len(val)):
+            try:
+                image, labels = val.read(index)
+            except (UnreadableImage, OSError):
+                skipped.append(val.describe(index))
+                continue
+            matrix.add(segmented(model, image, views, scales, flip).argmax(0).cpu().numpy(), labels)
+            if progress is not None:
+                progress(index + 1, len(val))
+    if len(skipped) == len(val):
+        raise RunFailed(f"no picture of {val.where} could be read: {skipped[0]} and others")
+    scores = matrix.scores()
+    row = Row(
+        protocol=PROTOCOL,
+        settings={"classes": classes, "scales": [*scales], "flip": flip},
+        top1=None,
+        top5=None,
+        data=val.where,
+        transform=f"fitted into {views.longer:g} x {views.shorter:g}",
+        train_size=0,
+        val_size=len(val) - len(skipped),
+        seconds=round(time.perf_counter() - begun, 3),
+        notes=[f"{len(skipped)} pictures could not be read ({skipped[0]})"] if skipped else [],
+        metrics={
+            "mIoU": 100 * scores.miou, "mAcc": 100 * scores.macc, "aAcc": 100 * scores.aacc,
+        },
+    )  # fmt: skip
+    return row, scores
