@@ -104,7 +104,7 @@ def learned_columns(weights: str, arch: str | None, spec: Spec, device: str) -> 
             path = run_finetuning(of(cell.data), cell.folder)
             digest = checkpoint.sha256(path)
             rows = results.load(cell.folder / "results.json")
-            spent = {"minutes of training": _minutes(cell.folder)}
+            spent = _minutes(cell.folder)
             own = [row for row in rows if row.checkpoint == digest][-1:]
             if not own:
                 raise RunFailed(f"{cell.folder} has no score of its classifier")
@@ -130,11 +130,12 @@ def learned_columns(weights: str, arch: str | None, spec: Spec, device: str) -> 
     return {"finetune": finetune, "scratch": scratch}
 
 
-def _minutes(run: Path) -> float:
-    """Of training, without what was scored and drawn."""
+def _minutes(run: Path) -> dict[str, float]:
+    """Of training, without what was scored and drawn; nothing where no speed was logged."""
     told = Run.open(run)
     last = max((row["iteration"] for row in told.metrics if "loss" in row), default=0)
-    return round(float(minutes(told, np.array([last]))[-1]), 2)
+    found = minutes(told, np.array([last]))
+    return {} if found is None else {"minutes of training": round(float(found[-1]), 2)}
 
 
 def table(rows: Sequence[Row]) -> Table:
