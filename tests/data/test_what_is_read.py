@@ -359,13 +359,15 @@ def test_what_is_no_list_is_named(tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 9)
     (tmp_path / "photo").write_bytes(encoded(format="JPEG"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(99))
+    (tmp_path / "table").write_bytes(b"PAR1" + bytes(99))
     for name, sentence in (
         ("a.zip", "but a zip archive; unpack it"),
         ("a.gz", "compressed by gzip"),
         ("tar", r"its name must end in \.tar"),
         ("a.bin", "no list of paths: expected"),
         ("photo", "is one image"),
-        ("a.parquet", "a Parquet file"),
+        ("a.parquet", "no Parquet file, or not whole"),
+        ("table", "a Parquet file, but not called so"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:
             open_source(str(tmp_path / name))

@@ -391,6 +391,9 @@ def test_any_command_is_one_task(commands, tmp_path, xdino, monkeypatch):
     assert "started 0 times again" in script, "it would begin anew each time"
     assert xdino("submit", "--run", tmp_path / "run", "--gpus-per-node", 0, "--", *command)[0] == 0
     assert not [x for x in told.read_text().splitlines() if "gres" in x]
+    # k-NN shares its work.
+    assert xdino("submit", "--run", tmp_path / "run", "--gpus-per-node", 4, "--", *command)[0] == 0
+    assert "--ntasks-per-node=4" in told.read_text().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -399,7 +402,7 @@ def test_any_command_is_one_task(commands, tmp_path, xdino, monkeypatch):
         (["--", "knn", "runs/a", "--daat", "x"], "--daat"),
         (["--", "knn"], "WEIGHTS"),
         (["--seeds", "0-2", "--", "knn", "a", "--data", "b"], "for pretraining"),
-        (["--gpus-per-node", "4", "--", "knn", "a", "--data", "b"], "knn is one process"),
+        (["--gpus-per-node", "4", "--", "linear", "a", "--data", "b"], "linear is one process"),
         (["--", "pretrain", "debug"], "xdino submit RECIPE"),
         (["--", "submit", "debug"], "xdino submit RECIPE"),
         (["--", "knm"], "knm"),

@@ -84,8 +84,7 @@ def pretrain(
     auto makes one from a look at the images, at the machine and at some timed steps, for --minutes or
     --epochs, and tells the reasons: pretrain auto --data.path FOLDER --minutes 30 --run RUN.
 
-    --gpus N starts N processes by torch's own launcher. Several machines: torchrun ... -m
-    xdino_launch pretrain CONFIG --run-dir DIR, or submit.
+    --gpus N starts N processes. Several machines: torchrun ... --run-dir DIR, or submit.
     """
     began = time.monotonic()
     from xdino.runtime.stopping import StopSignal
@@ -105,11 +104,8 @@ def pretrain(
         if gpus is not None or processes is not None:
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         length = {"--minutes": minutes, "--epochs": epochs}
-        if config == AUTO and extend is not None:
-            raise UsageError(f"auto begins a run: pretrain --run RUN --extend {extend} extends one")
-        if config == AUTO and profile is not None:
-            raise UsageError("--profile is for a recipe, or for a run that was begun")
         if config == AUTO:
+            _not_with_auto(extend, profile)
             show, train = _by_choices(overrides, run_dir, length, stop, began)
         else:
             more = {"extend": extend, "profile": profile or 0}
@@ -128,6 +124,14 @@ def pretrain(
             return
     told = words({**length, "--extend": extend, "--profile": profile}, overrides)
     sys.exit(launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *told]))
+
+
+def _not_with_auto(extend: int | None, profile: int | None) -> None:
+    """Raises UsageError over options that go with a recipe only."""
+    if extend is not None:
+        raise UsageError(f"auto begins a run: pretrain --run RUN --extend {extend} extends one")
+    if profile is not None:
+        raise UsageError("--profile is for a recipe, or for a run that was begun")
 
 
 def words(options: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
@@ -314,7 +318,7 @@ def submit(
     Script, configuration and logs are in RUN-slurm/. Where there is no SLURM it refuses; --cluster
     local starts one process here instead.
 
-    Another command goes behind two dashes, and runs as one task:
+    Another command goes behind two dashes, one task unless it shares its work as knn does:
     xdino submit --run RUN --hours 2 -- knn RUN --data DATA
     """
     from xdino_launch import slurm as queue
@@ -325,14 +329,15 @@ def submit(
     other = _another_command(ctx, config)
     if asked["gpus_per_node"] is None:
         asked["gpus_per_node"] = 1 if other else 8
-    if other and asked["max_requeues"] is None:
+    goes_on = other is not None and any("--run" in each.opts for each in other.params)
+    if other and asked["max_requeues"] is None and not goes_on:
         asked["max_requeues"] = 0  # it begins anew each time
     resources = queue.Resources(minutes=queue.whole_minutes(hours), extra=extra, **asked)
     several = queue.parse_seeds(seeds) if seeds is not None else ()
     if other:
         if several or cluster == "local":
             raise UsageError(f"--seeds and --cluster local are for pretraining, not for {config}")
-        if resources.tasks > 1:
+        if resources.tasks > 1 and not goes_on and config != "knn":
             raise UsageError(f"{config} is one process: --nodes 1 and --gpus-per-node 0 or 1")
         job = queue.submit_command([config, *ctx.args], run_dir, resources)
     else:
@@ -348,19 +353,19 @@ def submit(
     click.echo(told, err=True)
 
 
-def _another_command(ctx: click.Context, name: str) -> bool:
-    """Whether `name`, with the words behind it, is a command instead of a recipe.
+def _another_command(ctx: click.Context, name: str) -> click.Command | None:
+    """The command that `name` is, with the words behind it, instead of a recipe; None if it is none.
 
     Raises:
         click.UsageError: the command would refuse its words.
     """
     group = ctx.find_root().command
     if not isinstance(group, click.Group) or name not in group.commands or Path(name).is_file():
-        return False
+        return None
     if name in (ctx.info_name, "pretrain"):
         raise UsageError(f"{name} RECIPE is submitted as `xdino submit RECIPE --run RUN`")
     group.commands[name].make_context(name, list(ctx.args), parent=ctx.parent)
-    return True
+    return group.commands[name]
 
 
 def _here(resolved: "Config", run_dir: str, seeds: Sequence[int]) -> None:
