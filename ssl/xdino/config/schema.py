@@ -288,7 +288,7 @@ class Train:
         return self.epochs + sum(self.extended)
 
 
-QUALITY_VIEWS = 10
+QUALITY_VIEWS = 4
 """Of an image, by which quality judges while training: LiDAR's paper takes 50, too many to repeat."""
 
 
