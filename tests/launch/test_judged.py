@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from xdino import checkpoint, config
+from xdino.config import QUALITY_VIEWS
 from xdino.errors import RunFailed, Stopped, UsageError
 from xdino.pretraining import pretrain
 from xdino_eval import evaluators, extraction, results
@@ -190,7 +191,7 @@ def test_several_protocols_at_once_say_what_the_commands_say(tiny, folder, tmp_p
     ):
         for name, *command in (
             ("knn", "knn", "--k", "20", "--json"),
-            ("quality", "quality", "--limit", "30", "--json"),
+            ("quality", "quality", "--limit", "30", "--views", str(QUALITY_VIEWS), "--json"),
             ("logistic", "linear", "--json"),
         ):
             code, out, error = xdino(command[0], weights, "--data", folder, *command[1:])

@@ -299,7 +299,8 @@ class Evaluate:
     every: Count = 0
     """Epochs between evaluations by protocols, with one before the first step; 0 for never."""
     protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
-    """What judges then, several with commas: quality needs no labels, grid wants many images."""
+    """What judges then, several with commas: quality needs no labels (and looks at
+    four views of an image), grid wants many images."""
     linear: Literal["logistic", "grid"] | None = None
     """The linear probe at the end; grid wants many images; null for none."""
     data: str | None = None
