@@ -49,18 +49,21 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """By name: every tensor, and every row as text."""
+    """By name: every tensor, and every row."""
     state = torch.load(run / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)
     found = {f"last.pt{name}": x for name, x in leaves(state) if isinstance(x, torch.Tensor)}
     found |= {f"backbone/{n}": x for n, x in load_file(run / "backbone.safetensors").items()}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = {key: value for key, value in json.loads(line).items() if key not in MACHINE}
-        found[f"row {row['iteration']}"] = json.dumps(row, sort_keys=True)
+        found[f"row {row['iteration']}"] = row
     return found
 
 
-def same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+def same(before: Any, after: Any) -> bool:
+    """Equal tensors; rows whose old columns are equal. New columns are told of, see `main`."""
+    if isinstance(before, torch.Tensor):
+        return torch.equal(before, after)
+    return bool(before == {key: value for key, value in after.items() if key in before})
 
 
 def main() -> int:
@@ -88,6 +91,10 @@ def main() -> int:
         f"{told.revision} and here, {told.iterations} iterations: {len(after) - rows} tensors and "
         f"{rows} rows here, {len(differ)} differ"
     )
+    pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
+    new = sorted({k for a, b in pairs if isinstance(a, dict) for k in b.keys() - a.keys()})
+    if new:
+        print(f"  columns that are new here, not compared: {', '.join(new)}")
     for name in differ[:20]:
         print(f"  {name}")
     return int(bool(differ))
