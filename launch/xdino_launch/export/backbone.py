@@ -52,6 +52,23 @@ def refuse_folder(path: Path, format: str) -> None:
         raise UsageError(f"--out {path} is a folder, and --format {format} writes a file")
 
 
+def destination(path: Path, format: str | None) -> str:
+    """The format that `path` is written in, once nothing stands in its way.
+
+    Raises:
+        UsageError: a suffix of another format; the onnx packages are not there; a folder that holds
+            something else.
+    """
+    format = format_of(path, format)
+    if format == "onnx":
+        to_onnx.require()
+    if format == FOLDER:
+        to_folder.require_free(path)
+    else:
+        refuse_folder(path, format)
+    return format
+
+
 def export_backbone(
     weights: str,
     path: Path,
@@ -73,13 +90,7 @@ def export_backbone(
             packages are not there; a folder that holds something else.
         RunFailed: the file cannot be written, or computes something else than the backbone.
     """
-    format = format_of(path, format)
-    if format == "onnx":
-        to_onnx.require()
-    if format == FOLDER:
-        to_folder.require_free(path)
-    else:
-        refuse_folder(path, format)
+    format = destination(path, format)
     backbone = checkpoint.load_backbone(weights, arch, role)
     spec, origin = backbone.spec, backbone.origin
     facts = {key: value for key, value in origin.facts.items() if key not in OF_HEADS}

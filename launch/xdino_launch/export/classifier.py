@@ -22,7 +22,7 @@ from xdino.checkpoint import EXPORTED_FILE
 from xdino.errors import RunFailed
 from xdino.runtime.atomic import folder_beside, write_text
 from xdino_launch.export import to_folder, to_onnx
-from xdino_launch.export.backbone import FOLDER, card, format_of, refuse_folder
+from xdino_launch.export.backbone import FOLDER, card, destination
 from xdino_launch.export.to_folder import CARD, CONFIG, cell
 from xdino_launch.export.to_timm import called, difference, timm_recipe, timm_tensors
 from xdino_transfer.classification import files, scoring
@@ -52,13 +52,7 @@ def export_classifier(
             packages are not there; a folder that holds something else.
         RunFailed: the file cannot be written, or computes something else than the classifier.
     """
-    format = format_of(path, format)
-    if format == "onnx":
-        to_onnx.require()
-    if format == FOLDER:
-        to_folder.require_free(path)
-    else:
-        refuse_folder(path, format)
+    format = destination(path, format)
     loaded = files.read_classifier(weights, arch)
     classifier = _as_it_is_shown(loaded)
     backbone, origin = cast(Backbone, classifier.backbone), loaded.origin
