@@ -21,7 +21,7 @@ class Wanted:
 
 
 def prepared(job: Job, place: RunDirectory, wanted: Wanted, listener: Listener) -> bool:
-    """Plan and build; False where the folder holds the finished run.
+    """Plan and build; False, and a notice, where the folder holds the finished run.
 
     Raises:
         UsageError: cannot be done as configured.
@@ -41,6 +41,10 @@ def prepared(job: Job, place: RunDirectory, wanted: Wanted, listener: Listener) 
     if back is not None:
         distributed.from_first(lambda: place.find(back))
     elif distributed.from_first(lambda: _is_finished(place, job, wanted.evaluated)):
+        listener.notice(
+            f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
+            " (--extend N adds epochs)"
+        )
         return False
     distributed.from_first(lambda: job.check_disk(place.path))
     begun = back is not None or distributed.from_first(place.has_state)

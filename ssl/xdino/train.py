@@ -62,10 +62,6 @@ def run(
         with stop.abandoning("while it was planned"), distributed.heard():
             wanted = starting.Wanted(evaluator is not None, extend, from_iteration)
             if not starting.prepared(job, place, wanted, listener):
-                listener.notice(
-                    f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
-                    " (--extend N adds epochs)"
-                )
                 return
         for sentence in job.notices():
             listener.notice(sentence)
@@ -74,11 +70,10 @@ def run(
         loop: _Loop | None = None
         try:
             with distributed.heard():
-                notice = distributed.from_first(lambda: place.own(job.config, stack))
+                own = partial(place.own, job.config, stack, from_iteration)
+                notice = distributed.from_first(own)
                 if notice is not None:
                     listener.notice(notice)
-                if from_iteration is not None:
-                    distributed.from_first(lambda: place.go_back(from_iteration))
                 loop = _Loop(job, place, evaluator, listener, stop)
                 loop.restore()
                 distributed.from_first(lambda: loop.begin(facts))

@@ -178,8 +178,12 @@ class RunDirectory:
             "write the file again, or choose another folder"
         )
 
-    def own(self, config: RunConfig, stack: contextlib.ExitStack) -> str | None:
+    def own(
+        self, config: RunConfig, stack: contextlib.ExitStack, from_iteration: int | None = None
+    ) -> str | None:
         """Take the folder until `stack` ends, making it if need be.
+
+        `from_iteration`: the kept state of this iteration is then what is continued from.
 
         Returns:
             A notice where a dead process held it.
@@ -190,6 +194,8 @@ class RunDirectory:
         check_writable(self.path)
         lock = stack.enter_context(Lock(self.path))
         self.resolve(config)  # once more: another process may have begun a run since
+        if from_iteration is not None:
+            states.go_back(self.state_file, from_iteration)
         return lock.notice
 
     # --- states ---
@@ -202,10 +208,6 @@ class RunDirectory:
         """Raises UsageError where no state of this iteration is kept."""
         with asked(f"--from-iteration {iteration}"):
             states.find(self.state_file, iteration)
-
-    def go_back(self, iteration: int) -> None:
-        """The kept state of an iteration is what is continued from; later ones are put aside."""
-        states.go_back(self.state_file, iteration)
 
     def has_state(self) -> bool:
         """Whether there is a state to continue from.
