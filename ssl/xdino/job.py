@@ -165,6 +165,10 @@ class Job(Protocol):
         None where that cannot be: training then waits for every state. One is asked for at a time.
         """
 
+    def before_moving(self, wait: Callable[[], None]) -> None:
+        """From here on every step calls `wait` before it moves what `state_dict` gives; small
+        tensors (running statistics) may have moved. Without `exporter` it need not."""
+
 
 Batch = TypeVar("Batch")
 Trained = TypeVar("Trained", bound=nn.Module)
@@ -323,6 +327,9 @@ class LoaderJob(ABC, Generic[Batch]):
 
     def exporter(self, iteration: int) -> Callable[[Path], None] | None:
         return None
+
+    def before_moving(self, wait: Callable[[], None]) -> None:
+        self.learner.stepping.before_moving = wait
 
     def copy_of(self, network: Trained) -> Trained:
         """`network` as it is now, on the CPU; the copy that was made before is no more."""

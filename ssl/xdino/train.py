@@ -107,6 +107,7 @@ class _Loop:
             # A step can be skipped only if its trouble is known before the next one.
             job.ask_every_step()
         self.first: io.BytesIO | None = None  # the state to go back to before one is saved
+        job.before_moving(self.writer.copied)
         job.open(known_bad=distributed.from_first(run.unreadable))
 
     # --- steps ---
