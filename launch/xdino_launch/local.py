@@ -13,7 +13,7 @@ from xdino.config import QUALITY_VIEWS, Config, RunConfig
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
-from xdino.job import Evaluator, Listener
+from xdino.job import Evaluator, Listener, OfAllProcesses
 from xdino.metrics import MetricsLog
 from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
@@ -97,7 +97,7 @@ def run_finetuning(
         job = ClassificationJob(config)
         judge = Judge(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
-            evaluator = judge if config.evaluate.every else None
+            evaluator = of_all(judge) if config.evaluate.every else None
             train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
                 with stop.abandoning("while the last classifier was scored"):
@@ -165,7 +165,14 @@ def evaluator_of(
     quality = Quality(config.crops, views=QUALITY_VIEWS)
     known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
-    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
+    shared = distributed.world_size() > 1
+    options = Options(limit=config.evaluate.limit, shared=shared)
+    return of_all(callback(chosen, *splits, options, best, after))
+
+
+def of_all(evaluator: Evaluator) -> Evaluator:
+    """The same on every process, where there are several."""
+    return OfAllProcesses(evaluator) if distributed.world_size() > 1 else evaluator
 
 
 def judge_at_end(

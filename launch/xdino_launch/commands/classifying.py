@@ -22,6 +22,7 @@ from xdino_launch.commands.options import (
     batch_option,
     device_option,
     given,
+    on_all_processes,
     on_one_process,
     option,
     precision_option,
@@ -101,7 +102,7 @@ class ClassifierOptions:
     help="Of DATA.",
 )
 @click.option("--category", default="name", show_default=True, help="Of iNaturalist: the rank.")
-@on_one_process
+@on_all_processes
 def score(
     judged: ClassifierOptions, output: OutputOptions, data: str, split: str, category: str
 ) -> None:
@@ -110,10 +111,10 @@ def score(
     RUN|FILE is a fine-tuned run, a file of ours, a published XCiT classification file, or a classifier
     of timm's (a file with --arch, or a folder with config.json). Classes are matched by name where the
     file names them; published files name none, and are matched by ImageNet's synsets, else in the
-    order of the data's. The row says which.
+    order of the data's. The row says which. Under torchrun every process looks at its share.
     """
     judged.there(data)
-    opened = judged.open()
+    opened = judged.open().on_all()
     from xdino_transfer.datasets import open_scored
 
     limit = {} if judged.max_pixels is None else {"max_pixels": judged.max_pixels}
