@@ -15,8 +15,8 @@ from xdino.backbone import Backbone
 from xdino.config import Crops
 from xdino.data.sources import Source
 from xdino.errors import UsageError
-from xdino.runtime import distributed
-from xdino_eval import knn, quality, turns
+from xdino.runtime import distributed, turns
+from xdino_eval import knn, quality
 from xdino_eval.extraction import Options
 from xdino_eval.features import Features, device_of
 from xdino_eval.linear.grid import Grid, grid_probe, grid_probe_features

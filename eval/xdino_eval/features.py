@@ -21,9 +21,8 @@ from xdino.backbone import evaluating
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError, nearest
-from xdino.runtime import transfer
+from xdino.runtime import transfer, turns
 from xdino.runtime.device import device_of
-from xdino_eval import turns
 from xdino_eval.transform import EvalTransform
 
 __all__ = [

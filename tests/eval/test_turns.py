@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xdino_eval import turns
+from xdino.runtime import turns
 
 WORKER = Path(__file__).with_name("turns_worker.py")
 

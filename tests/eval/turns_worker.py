@@ -18,8 +18,7 @@ from xdino.backbones import BackboneSpec
 from xdino.config import Crops
 from xdino.data.idx import ArraySource
 from xdino.errors import RunFailed, Stopped
-from xdino.runtime import distributed, stopping
-from xdino_eval import turns
+from xdino.runtime import distributed, stopping, turns
 from xdino_eval.during_training import callback
 from xdino_eval.evaluators import KNN, Linear, Quality
 from xdino_eval.extraction import Options

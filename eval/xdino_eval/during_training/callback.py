@@ -9,8 +9,7 @@ import numpy as np
 
 from xdino.backbone import Backbone
 from xdino.data.sources import Source
-from xdino.runtime import distributed
-from xdino_eval import turns
+from xdino.runtime import distributed, turns
 from xdino_eval.during_training.best_teacher import BestTeacher
 from xdino_eval.evaluators import LABEL_FREE, Evaluator, check_labels
 from xdino_eval.extraction import Options

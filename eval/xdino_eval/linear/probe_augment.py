@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
-from xdino.runtime import rng, transfer
-from xdino_eval import turns
+from xdino.runtime import rng, transfer, turns
 from xdino_eval.features import NOTHING, Batch, Features, autocast, read_batches
 from xdino_eval.transform import EvalTransform, resample
 

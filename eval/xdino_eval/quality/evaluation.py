@@ -20,8 +20,8 @@ from xdino.data.loader import epoch_order
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
 from xdino.plan import photometric_of
-from xdino.runtime import transfer
-from xdino_eval import results, turns
+from xdino.runtime import transfer, turns
+from xdino_eval import results
 from xdino_eval.extraction import Options
 from xdino_eval.features import (
     NOTHING,

@@ -13,8 +13,8 @@ from typing import Any
 from xdino import checkpoint
 from xdino.checkpoint import BEST_FILE
 from xdino.errors import RunFailed, UsageError
-from xdino.runtime import distributed
-from xdino_eval import results, turns
+from xdino.runtime import distributed, turns
+from xdino_eval import results
 from xdino_eval.during_training.callback import chance
 from xdino_eval.extraction import Options
 from xdino_eval.results import Row, signed

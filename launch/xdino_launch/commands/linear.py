@@ -89,8 +89,7 @@ def linear(
     every process looks at its share of the images, and the numbers are those of one process.
     """
     if probe is not None:
-        from xdino.runtime import distributed
-        from xdino_eval import turns
+        from xdino.runtime import distributed, turns
 
         alone = partial(_apply, ctx, judged, output, probe, split, predictions)
         turns.on_first(alone, distributed.world_size() > 1 and judged.cache is None)
