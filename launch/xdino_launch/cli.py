@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         os.environ.update(rendezvous.from_slurm(os.environ))
         with warnings.catch_warnings():
-            warnings.showwarning = _told
+            warnings.showwarning = _told  # type: ignore[assignment]  # the rest is not told
             # Commands learn whether they are all that this process is for.
             xdino.main(given, "xdino", standalone_mode=False, obj=arguments is None)
     except click.ClickException as error:
