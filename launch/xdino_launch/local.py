@@ -15,7 +15,7 @@ from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
 from xdino.job import Evaluator, Listener
 from xdino.metrics import MetricsLog
-from xdino.pretraining import Watching, pretrain
+from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
@@ -42,11 +42,12 @@ def run_pretraining(
     stop: StopSignal | None = None,
     extend: int | None = None,
     profile: int = 0,
+    from_iteration: int | None = None,
 ) -> Path:
     """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
 
-    `stop`: who listens to signals already; None to listen from here on. `extend`: as `train.run`.
-    `profile`: of so many steps a trace.
+    `stop`: who listens to signals already; None to listen from here on. `extend`, `from_iteration`:
+    as `train.run`. `profile`: of so many steps a trace.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -60,16 +61,16 @@ def run_pretraining(
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
             evaluator = evaluator_of(config, splits, best, watcher.look)
-            path = pretrain(
-                config, run_dir, evaluator, watcher, command, stop, extend,
-                Watching(profile, capacity),
+            job = Pretraining(config, Watching(profile, capacity))
+            train.run(
+                job, run_dir, evaluator, watcher, command, stop, extend, from_iteration
             )  # fmt: skip
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)
             if first:
                 watcher.conclude()
-        return path
+        return Path(run_dir) / checkpoint.BACKBONE_FILE
 
 
 def run_finetuning(
@@ -77,8 +78,11 @@ def run_finetuning(
     run_dir: str | Path,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    from_iteration: int | None = None,
 ) -> Path:
     """Train a classifier in `run_dir` or continue it there, scored as the configuration asks for.
+
+    `from_iteration`: as `train.run`.
 
     Returns:
         The path of the classifier.
@@ -94,7 +98,7 @@ def run_finetuning(
         judge = Judge(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
             evaluator = judge if config.evaluate.every else None
-            train.run(job, run, evaluator, watcher, command, stop)
+            train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
                 with stop.abandoning("while the last classifier was scored"):
                     _score_at_end(job, judge, run, watcher)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from xdino.errors import UsageError
+from xdino_launch.commands.options import from_iteration_option
 from xdino_launch.commands.overrides import (
     KEYED,
     KeyedToFineTuning,
@@ -31,6 +32,7 @@ KIND = "finetune"
     "--init",
     help="Weights to start from: a run, a file of ours, a published or timm one. Without: from scratch.",
 )
+@from_iteration_option()
 @click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
 @click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
 @click.option(
@@ -44,6 +46,7 @@ def finetune(
     config: str | None,
     run_dir: str | None,
     init: str | None,
+    from_iteration: int | None,
     gpus: int | None,
     processes: int | None,
     print_config: bool,
@@ -90,8 +93,9 @@ def finetune(
         if count == 1:
             with stop.abandoning("before it began"):
                 from xdino_launch.local import run_finetuning
-            path = run_finetuning(resolved, run_dir, sys.argv[1:], stop)
+            path = run_finetuning(resolved, run_dir, sys.argv[1:], stop, from_iteration)
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    sys.exit(launcher.launch(count, [KIND, config, "--run-dir", run_dir, *words({}, overrides)]))
+    told = words({"--from-iteration": from_iteration}, overrides)
+    sys.exit(launcher.launch(count, [KIND, config, "--run-dir", run_dir, *told]))

@@ -334,7 +334,9 @@ class Runtime:
     checkpoint_every: Positive = 500
     """Iterations between saved states; the end of an epoch is always saved."""
     keep_every: Count = 20
-    """Epochs between states that are kept; 0 to keep none but the last two."""
+    """Epochs between states that are kept; 0 to keep none but the newest."""
+    keep_last: Annotated[int, Field(ge=2, le=10_000)] = 2
+    """Number of the newest states that are kept; --from-iteration goes back to any that is."""
     report: bool = True
     """Whether report.html is redrawn while training, with a frame of film/ an evaluation."""
     wandb: Literal["off", "online", "offline"] = "off"
