@@ -70,6 +70,7 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
             config,
             lambda precision: planning.make_plan(config, distributed.world_size(), precision, spec),
         )
+        self.config = self.plan.config  # with what was measured of bands
 
     def same_everywhere(self) -> dict[str, Any]:
         return super().same_everywhere() | {"the classes": list(self.plan.classes)}

@@ -143,7 +143,7 @@ class Choosing:
 
     def _look(self, path: str) -> Images:
         settings = settings_of(self.given)
-        channels, largest = settings.model.in_chans, settings.data.max_pixels
+        channels, largest = settings.channels, settings.data.max_pixels
         with asked(f"cannot open data.path {shown(path)}"):
             source = data.open_source(path, "train", channels, max_pixels=largest)
         judged = self.judges is not None and self._labelled(settings) is not None
@@ -161,7 +161,7 @@ class Choosing:
     def _labelled(settings: Config) -> tuple[Source, Source] | None:
         path = settings.evaluate.data or settings.data.path
         try:
-            return data.open_splits(path, settings.model.in_chans, settings.data.max_pixels)
+            return data.open_splits(path, settings.channels, settings.data.max_pixels)
         except UsageError:
             if settings.evaluate.data:
                 raise
@@ -227,7 +227,7 @@ class Choosing:
         splits, path = self._labelled(config), config.data.path
         if splits is None:
             source = data.open_source(
-                path or "", "train", config.model.in_chans, max_pixels=config.data.max_pixels
+                path or "", "train", config.channels, max_pixels=config.data.max_pixels
             )
             splits = source, source
         every = dataclasses.replace(config.evaluate, every=1)

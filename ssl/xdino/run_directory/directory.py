@@ -79,6 +79,7 @@ class RunDirectory:
                     "leave it out, and set train.epochs"
                 )
             return config
+        config = config.following(before)
         differing = configuration.differing_keys(before, config)
         if differing:
             if len(differing) == 1 and before.train.epochs != config.train.epochs:

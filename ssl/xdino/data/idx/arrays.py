@@ -43,7 +43,12 @@ class ArraySource(Source):
         channels: int = 1,
         split: str = "train",
     ) -> None:
-        super().__init__(name, channels, labels, classes)
+        if channels not in (1, 3) or getattr(channels, "range", ()):
+            raise UsageError(
+                f"{name} holds pictures of 8 bits, and bands of a sensor are asked for: leave out "
+                "data.range and data.rgb, or name other images"
+            )
+        super().__init__(name, int(channels), labels, classes)
         self._images, self._split = images, split
 
     def __len__(self) -> int:
