@@ -224,9 +224,7 @@ def broken(lines: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
     ]
 
 
-def as_rgb(
-    image: np.ndarray, channels: int = 3, places: Sequence[int] | None = None
-) -> np.ndarray:
+def as_rgb(image: np.ndarray, channels: int = 3, places: Sequence[int] | None = None) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [H, W, 3]: the first three channels, or the first as grey.
 
     channels: `Bands` of a sensor's images, whose colours and contrast are `bands.picture`'s; places:

@@ -47,7 +47,10 @@ def write_classes(
     for number, photograph in enumerate(load_sample_images().images):
         image = bands_of(photograph, bands)
         half = image.shape[1] // 2
-        for split, part, count in (("train", image[:, :half], train), ("val", image[:, half:], val)):
+        for split, part, count in (
+            ("train", image[:, :half], train),
+            ("val", image[:, half:], val),
+        ):
             place = folder / split / ("temple", "flower")[number]
             place.mkdir(parents=True)
             for i, tile in enumerate(tiles(part, side, count, number)):

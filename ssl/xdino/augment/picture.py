@@ -105,7 +105,7 @@ def _resized(picture: np.ndarray, width: int, height: int) -> Image.Image:
 
 
 def _original(image: np.ndarray, places: np.ndarray | None, height: int) -> Image.Image:
-    """An image, uint8 [H, W, 3], within `height` x `WIDEST * height`, a frame for each place (top, left, h, w)."""
+    """uint8 [H, W, 3] within `height` x `WIDEST * height`, a frame for each place (top, left, h, w)."""
     H, W = image.shape[:2]
     scale = min(height / H, WIDEST * height / W)
     out = _resized(image, max(1, round(W * scale)), max(1, round(H * scale)))

@@ -14,6 +14,7 @@ import numpy as np
 from xdino.errors import UsageError
 
 MOST = 16  # bands of an image
+_LEAST = 0.25  # of the brightest: what is darker by less is not stretched to black
 _PERCENT = (1.0, 99.0)  # of a picture's levels that become black and white, for the eye alone
 
 
@@ -106,7 +107,9 @@ def told(tree: dict[str, Any]) -> dict[str, Any]:
 
 def channels_of(count: int, bands: Bands | None) -> int:
     """A network's channels as sources take them: plain 1 and 3 are photographs'."""
-    return bands if bands is not None else count if count in (1, 3) or count > MOST else Bands(count)
+    return (
+        bands if bands is not None else count if count in (1, 3) or count > MOST else Bands(count)
+    )
 
 
 def asked_bands(
@@ -125,7 +128,7 @@ def asked_bands(
     if range is not None and (not numbers or len(numbers) % 2):
         raise UsageError(
             "data.range takes black and white, 0,4095 say, of all bands or of one after the other; "
-            f"got {len(numbers)} numbers"
+            f"got {','.join(f'{number:g}' for number in numbers) or 'nothing'}"
         )
     pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
     if rgb is not None and any(number < 1 for number in rgb):
@@ -150,7 +153,11 @@ def completed(config: Any, before: Any) -> Any:
     changed = {}
     for section, keys in WORKED_OUT.items():
         if own := getattr(config, section, None):
-            left = {key: getattr(getattr(before, section), key) for key in keys if getattr(own, key) is None}
+            left = {
+                key: getattr(getattr(before, section), key)
+                for key in keys
+                if getattr(own, key) is None
+            }
             changed[section] = dataclasses.replace(own, **left)
     return dataclasses.replace(config, **changed)
 
@@ -159,7 +166,7 @@ def worked_out(
     config: Any, bands: Bands, mean: Sequence[float], std: Sequence[float], views: str = "crops"
 ) -> Any:
     """A configuration that says all of `bands` and of its statistics; views: the section of these."""
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "model": {"in_chans": int(bands)},
         "data": {"rgb": tuple(place + 1 for place in bands.rgb)},
         views: {"mean": tuple(mean), "std": tuple(std)},
@@ -203,7 +210,8 @@ def picture(
     out = image if count == 3 and chosen == (0, 1, 2) else image[..., list(chosen)]
     if not (sensor and stretched) or not out.size:
         return out
-    low, high = np.percentile(out[:: max(1, len(out) // 256), :: max(1, out.shape[1] // 256)], _PERCENT)
-    if high - low < 1:
-        return out
-    return np.clip((out.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+    some = out[:: max(1, len(out) // 256), :: max(1, out.shape[1] // 256)]
+    low, high = np.percentile(some, _PERCENT)
+    span = max(high - low, _LEAST * high, 1.0)
+    levels = (out.astype(np.float32) - (high - span)) * (255 / span)
+    return np.asarray(np.clip(levels, 0, 255), np.uint8)

@@ -71,7 +71,7 @@ class Model:
     """Its name: xcit_ with nano_12, tiny_12, tiny_24, small_12, small_24, medium_24 or large_24 and _p16,
     _p8 or _p4; or any of timm's names, of which vit_small_patch16_224.dino is DINO's own ViT."""
     in_chans: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """Channels: 1 for grey, 3 for colour, up to 16 for bands of a sensor; null: as the data set has it."""
+    """Channels: 1 for grey, 3 for colour, up to 16 for bands of a sensor; null: as the data have it."""
     patch_size: Literal[4, 8, 16] | None = None
     """Side of a patch in pixels. Smaller ones see more and cost more."""
     embed_dim: Width | None = None
@@ -235,7 +235,7 @@ class Data:
     """Values of a sensor that are black and white, 0,4095 say: of all bands, or a pair for each; null: of
     photographs as ever, of bands all that integers hold, 0,1 of floats."""
     rgb: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] | None = None
-    """Which bands are red, green and blue, counted from 1: 4,3,2 say; [] for none. null: 1,2,3 of three."""
+    """Bands that are red, green and blue, counted from 1: 4,3,2 say; [] for none; null: 1,2,3 of 3."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from xdino.config import MAX_PIXELS
 from xdino.config.bands import MOST, Bands
-from xdino.data.decode import allow_pixels, bands_in, decode, usual
+from xdino.data.decode import allow_pixels, bands_in, decode, pages_in, usual
 from xdino.data.listing import ByteStrings, left_out_sentence, printable
 from xdino.errors import UsageError
 from xdino.runtime import rng
@@ -165,10 +165,7 @@ def settle_bands(source: Source, asked: int | None) -> None:
         return
     if not isinstance(source, StoredSource):
         if asked is not None and (asked not in (0, source.channels) or asked.range):
-            raise UsageError(
-                f"{source.name} holds pictures of 8 bits, and bands of a sensor are asked for: leave "
-                "out data.range and data.rgb, or name other images"
-            )
+            raise only_pictures(source.name)
         return
     if asked:
         source.channels = asked
@@ -185,8 +182,33 @@ def settle_bands(source: Source, asked: int | None) -> None:
             f"nobody says how many bands the images of {source.name} have, and none of a sample tells: "
             "set model.in_chans"
         )
+    if not count and asked is None:
+        source.remarks += _unread_pages(source)
     if count:
         source.channels = (Bands(0) if asked is None else asked).counted(count)
+
+
+def _unread_pages(source: StoredSource) -> list[str]:
+    """A sentence where the first image has several pages, of which one is read."""
+    if not len(source) or not source.member(0).lower().endswith(_SENSORS):
+        return []
+    try:
+        pages = pages_in(source.encoded(0))
+    except OSError:
+        return []
+    if pages < 2:
+        return []
+    return [
+        f"{source.describe(0)} has {pages} pages, of which the first is read"
+        + (f" (--model.in_chans {pages} takes them for bands)" if pages <= MOST else "")
+    ]
+
+
+def only_pictures(name: str) -> UsageError:
+    return UsageError(
+        f"{name} holds pictures of 8 bits, grey or in colour, and bands of a sensor are asked for (by "
+        "data.range, data.rgb or model.in_chans, or by the weights): name other images"
+    )
 
 
 def _count_bands(source: StoredSource, all_kinds: bool) -> list[int | None]:

@@ -14,6 +14,7 @@ import torch
 from xdino import config as configuration
 from xdino import data
 from xdino.config import Config
+from xdino.config.bands import Bands
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast import fitting, ladder
@@ -150,9 +151,12 @@ class Choosing:
         found = look_at(source, judged)
         sides = "{}" if found.smallest == found.largest else "{} to {}"
         sides = sides.format(found.smallest, found.largest)
+        colours = "grey" if found.grey else "colour"
+        if isinstance(source.channels, Bands):
+            colours = f"{source.channels} bands"
         self.note(
             f"{found.count:,} images of {source.name}, {sides} pixels (the shorter side of "
-            f"{found.sampled}), {'grey' if found.grey else 'colour'}, "
+            f"{found.sampled}), {colours}, "
             f"{'labelled' if found.labelled else 'without labels to judge by'}"
         )
         return found

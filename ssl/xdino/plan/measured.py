@@ -38,12 +38,27 @@ def measured(config: Any, source: Source, views: str = "crops") -> Any:
     if given.mean is not None and given.std is not None:
         return worked_out(config, bands, given.mean, given.std, views)
     mean, std, bright = _statistics(source)
-    if bright < _DIM:
-        source.remarks.append(
-            f"the pixels of {source.name} reach {bright / 255:.0%} of white, and 8 bits are few for so "
-            "little: declare what is black and white in them, --data.range 0,4095 say"
-        )
+    source.remarks += _remarks(source, bright)
     return worked_out(config, bands, mean, std, views)
+
+
+def too_dim(source: Source) -> list[str]:
+    """A sentence where bands use little of what was declared; none of photographs."""
+    try:
+        return (
+            _remarks(source, _statistics(source)[2]) if isinstance(source.channels, Bands) else []
+        )
+    except UsageError:
+        return []
+
+
+def _remarks(source: Source, bright: float) -> list[str]:
+    if bright >= _DIM:
+        return []
+    return [
+        f"the pixels of {source.name} reach {bright / 255:.0%} of white, and 8 bits are few for so "
+        "little: declare what is black and white in them, --data.range 0,4095 say"
+    ]
 
 
 def _statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], float]:

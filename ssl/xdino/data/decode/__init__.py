@@ -9,9 +9,9 @@ from xdino.data.decode.pictures import (
     from_pillow,
     recognised,
 )
-from xdino.data.decode.sensors import bands_in, usual
+from xdino.data.decode.sensors import bands_in, layout_of, pages_in, usual
 
 __all__ = [
     "HEAD", "SUFFIXES", "UnreadableImage", "allow_pixels", "bands_in", "decode", "from_pillow",
-    "recognised", "usual",
+    "layout_of", "pages_in", "recognised", "usual",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ Letters: H x W pixels, n bands.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def _scaled(values: np.ndarray, black_white: Range, inverted: bool) -> np.ndarra
     source, target = flat.reshape(-1), out.reshape(-1)
     wide = np.float64 if values.dtype.itemsize > 4 or values.dtype.kind in "ui" else np.float32
     for start in range(0, len(source), _BLOCK):
-        levels = source[start : start + _BLOCK].astype(wide)
+        levels: Any = source[start : start + _BLOCK].astype(wide)
         if not np.isfinite(levels).all():
             raise UnreadableImage("it holds pixels that are not finite (NaN or infinite)")
         levels -= bottom

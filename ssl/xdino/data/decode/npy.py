@@ -17,6 +17,11 @@ def shape_of(data: bytes) -> tuple[int, ...]:
     return _header(data)[0]
 
 
+def type_of(data: bytes) -> np.dtype:
+    """Of its numbers."""
+    return _header(data)[2]
+
+
 def values_of(data: bytes, count: int) -> np.ndarray:
     """[H, W, count], of files of [H, W], [H, W, count] or [count, H, W].
 

@@ -9,6 +9,7 @@ Letters: H x W pixels, n bands.
 import io
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,6 @@ from xdino.data.decode.pictures import (
     upright,
 )
 
-MOST_OF_PHOTOGRAPHS = 4  # samples of a pixel
 _DEEP = ("I", "F")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -59,7 +59,11 @@ def _by_pillow(data: bytes, count: int, max_pixels: int) -> tuple[np.ndarray, Ra
             check_size(image.height, image.width, max_pixels)
             image.load()
             deep = image.mode in _DEEP or image.mode.startswith("I;")
-            have = 1 if deep else len(image.convert("RGB").getbands() if image.mode == "P" else image.getbands())
+            have = (
+                1
+                if deep
+                else len(image.convert("RGB").getbands() if image.mode == "P" else image.getbands())
+            )
             if have != count or count not in _MODES:
                 raise UnreadableImage(
                     f"it has {have} channels, and {count} bands are read of all images"
@@ -85,6 +89,42 @@ def _by_pillow(data: bytes, count: int, max_pixels: int) -> tuple[np.ndarray, Ra
         raise UnreadableImage(f"damaged: {lines[0] if lines else type(error).__name__}") from error
 
 
+# What a header says
+
+
+@dataclass(frozen=True)
+class Layout:
+    """kind: of its numbers, "uint16" and the like."""
+
+    height: int
+    width: int
+    bands: int
+    kind: str
+
+
+def layout_of(data: bytes) -> Layout:
+    """What the image in `data` is, before any pixel is read.
+
+    Raises:
+        UnreadableImage: none; UsageError: a TIFF, and tifffile is not installed.
+    """
+    if not data:
+        raise UnreadableImage("the file is empty")
+    if data.startswith(npy.MAGIC):
+        shape, kind = npy.shape_of(data), npy.type_of(data)
+        bands = npy.bands_of(shape) or 0
+        first = 0 if len(shape) == 2 or shape[2] == bands else 1
+        return Layout(shape[first], shape[first + 1], bands, str(kind))
+    if data[:4] in tiffs.MAGIC:
+        return Layout(*tiffs.layout_of(data))
+    channels = _of_photograph(data)
+    if channels is None:
+        raise UnreadableImage("not an image, or of a kind that cannot be read")
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
+        deep = image.mode in _DEEP or image.mode.startswith("I;")
+        return Layout(image.height, image.width, channels, "uint16" if deep else "uint8")
+
+
 # How many bands, where nobody says
 
 
@@ -96,7 +136,7 @@ def bands_in(data: bytes, photographs: bool = False) -> int | None:
     try:
         if data.startswith(npy.MAGIC):
             return npy.bands_of(npy.shape_of(data))
-        if data[:4] in tiffs.MAGIC and (tiffs.samples_of(data) or 0) > MOST_OF_PHOTOGRAPHS:
+        if data[:4] in tiffs.MAGIC and (tiffs.samples_of(data) or 0) > tiffs.MOST_OF_PHOTOGRAPHS:
             return tiffs.samples_of(data)  # Pillow would complain of it aloud
         channels = _of_photograph(data)
         if channels is not None and not photographs:
@@ -113,6 +153,15 @@ def _of_photograph(data: bytes) -> int | None:
             return 3 if image.mode == "P" else len(image.getbands())
     except Exception:  # noqa: BLE001 - its readers raise nearly anything
         return None
+
+
+def pages_in(data: bytes) -> int:
+    """Pages of a TIFF that Pillow reads; 0 for the rest."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+            return int(getattr(image, "n_frames", 1))
+    except Exception:  # noqa: BLE001 - its readers raise nearly anything
+        return 0
 
 
 def usual(counts: Iterable[int | None]) -> int | None:

@@ -9,8 +9,9 @@ Letters: H x W pixels.
 
 import io
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,14 +21,16 @@ from xdino.data.decode.pictures import UnreadableImage, check_size, upright
 from xdino.errors import UsageError
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MOST_OF_PHOTOGRAPHS = 6  # samples of a pixel that Pillow knows: two beside colour and transparency
 _SAMPLES, _ORIENTATION, _SMIN, _SMAX = 277, 274, 340, 341  # tags
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
+T = TypeVar("T")
 _PAGES = 64  # looked at; no image has as many
 
 
 @dataclass(frozen=True)
 class Found:
-    """`values`: [H, W, bands] of any type; `said`: black and white by the file; `inverted`: white is 0."""
+    """values: [H, W, bands] of any type; said: black and white by the file; inverted: white is 0."""
 
     values: np.ndarray
     said: Range
@@ -46,7 +49,9 @@ def samples_of(data: bytes) -> int | None:
             tag, kind = struct.unpack_from(order + "HH", data, entry)
             if tag == _SAMPLES:
                 code = {3: "H", 4: "I"}[kind]
-                return int(struct.unpack_from(order + code, data, entry + step - (8 if big else 4))[0])
+                return int(
+                    struct.unpack_from(order + code, data, entry + step - (8 if big else 4))[0]
+                )
     except (struct.error, KeyError):
         return None
     return 1
@@ -54,10 +59,26 @@ def samples_of(data: bytes) -> int | None:
 
 def read(data: bytes, count: int, max_pixels: int) -> Found:
     """Raises UnreadableImage for what is no image of `count` bands, UsageError without tifffile."""
+    return _opened(data, lambda file: _read(file, count, max_pixels))
+
+
+def layout_of(data: bytes) -> tuple[int, int, int, str]:
+    """Height, width, bands, and the type of the numbers. Raises as `read`."""
+
+    def look(file: Any) -> tuple[int, int, int, str]:
+        pages = _own_pages(file)
+        page = pages[0]
+        bands = page.samplesperpixel if page.samplesperpixel > 1 else len(pages)
+        return page.imagelength, page.imagewidth, bands, str(page.dtype)
+
+    return _opened(data, look)
+
+
+def _opened(data: bytes, look: Callable[[Any], T]) -> T:
     tifffile = library()
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            return _read(file, count, max_pixels)
+            return look(file)
     except (UnreadableImage, UsageError):
         raise
     except MemoryError as error:
