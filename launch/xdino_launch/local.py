@@ -125,7 +125,7 @@ def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
     Raises:
         UsageError: the data has no labelled train/ and val/.
     """
-    evaluate, channels, largest = config.evaluate, config.model.in_chans, config.data.max_pixels
+    evaluate, channels, largest = config.evaluate, config.channels, config.data.max_pixels
     needy = (
         [name for name in evaluate.protocols if name not in LABEL_FREE] if evaluate.every else []
     )
