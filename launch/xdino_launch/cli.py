@@ -23,9 +23,9 @@ from xdino_launch.commands import (
     benchmarks,
     classifying,
     features,
-    finetuning,
     forecasting,
     knn,
+    learning,
     linear,
     listing,
     neighbours,
@@ -42,7 +42,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
-    "Learn on": ("finetune", "score", "predict", "transfer"),
+    "Learn on": ("finetune", "segment", "score", "predict", "transfer"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
         "patch-probe",
@@ -65,7 +65,8 @@ for command in (
     listing.runs,
     pretraining.pretrain,
     pretraining.submit,
-    finetuning.finetune,
+    learning.finetune,
+    learning.segment,
     forecasting.look,
     forecasting.plan,
     showing.replay,

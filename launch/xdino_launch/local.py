@@ -1,6 +1,7 @@
 """Training in this process, alone or as one of those that a launcher started."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,12 @@ from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.live import Watcher
 from xdino_transfer.classification.files import MODEL_FILE
+from xdino_transfer.dense_training.job import DenseJob
+from xdino_transfer.dense_training.judging import DenseJudge
+from xdino_transfer.dense_training.recipe import DenseConfig
+from xdino_transfer.dense_training.segmenting.job import SegmentationJob
+from xdino_transfer.dense_training.segmenting.judging import SegmentationJudge
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.judging import Judge
 from xdino_transfer.finetuning.recipe import FineTuning
@@ -102,12 +109,59 @@ def run_finetuning(
         return run / MODEL_FILE
 
 
-def _score_at_end(job: ClassificationJob, judge: Judge, run: Path, listener: Listener) -> None:
-    """The row of the last classifier in results.json; a run that was killed before comes back to it."""
+def run_segmentation(
+    config: Segmentation,
+    run_dir: str | Path,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """Train a segmenter in `run_dir` or continue it there, scored as the configuration asks for.
+
+    Returns:
+        The path of the segmenter.
+    """
+    return run_dense(SegmentationJob(config), SegmentationJudge, run_dir, command, stop)
+
+
+def run_dense(
+    job: DenseJob[Any],
+    judging: Callable[[Any, Path, Callable[[str], None]], DenseJudge],
+    run_dir: str | Path,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """The same for a job of either task and what judges it."""
+    run = Path(run_dir)
+    config: DenseConfig = job.config
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        with stop.abandoning("while its processes met"):
+            if distributed.start(resolve_device(config.runtime.device)):
+                stack.callback(distributed.stop)
+        listener = stack.enter_context(ConsoleListener())
+        judge = judging(job, run, listener.notice)
+        with Watcher(config, run, listener, None) as watcher:
+            evaluator = judge if config.evaluate.every else None
+            train.run(job, run, evaluator, watcher, command, stop)
+            if distributed.rank() == 0:
+                with stop.abandoning("while the last network was scored"):
+                    _score_at_end(job, judge, run, watcher)
+                watcher.conclude()
+        return run / MODEL_FILE
+
+
+def _score_at_end(
+    job: ClassificationJob | DenseJob[Any],
+    judge: Judge | DenseJudge,
+    run: Path,
+    listener: Listener,
+) -> None:
+    """The row of the last network in results.json; a run that was killed before comes back to it."""
     try:
         scores = judge.conclude()
         if scores is not None and not RunDirectory(run).evaluated(job.iterations):
-            told = {"iteration": job.iterations, "epoch": job.config.train.epochs, **scores}
+            epoch = math.ceil(job.iterations / job.steps_per_epoch)
+            told = {"iteration": job.iterations, "epoch": epoch, **scores}
             _write_row(job.config, run, told, listener)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         listener.notice(f"the score at the end failed: {error}. The run is whole without it")

@@ -20,6 +20,10 @@ def schema_of(kind: str) -> "type[RunConfig]":
         from xdino_transfer.finetuning.recipe import FineTuning
 
         return FineTuning
+    if kind == "segment":
+        from xdino_transfer.dense_training.segmenting.recipe import Segmentation
+
+        return Segmentation
     from xdino.config import Config
 
     return Config
@@ -122,3 +126,9 @@ class KeyedToFineTuning(Keyed):
     """The same for recipes of `xdino finetune`."""
 
     kind = "finetune"
+
+
+class KeyedToSegmentation(Keyed):
+    """The same for recipes of `xdino segment`."""
+
+    kind = "segment"
