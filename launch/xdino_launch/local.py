@@ -29,6 +29,9 @@ from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.live import Watcher
 from xdino_transfer.classification.files import MODEL_FILE
+from xdino_transfer.dense_training.detecting.job import DetectionJob
+from xdino_transfer.dense_training.detecting.judging import DetectionJudge
+from xdino_transfer.dense_training.detecting.recipe import Detection
 from xdino_transfer.dense_training.job import DenseJob
 from xdino_transfer.dense_training.judging import DenseJudge
 from xdino_transfer.dense_training.recipe import DenseConfig
@@ -121,6 +124,16 @@ def run_segmentation(
         The path of the segmenter.
     """
     return run_dense(SegmentationJob(config), SegmentationJudge, run_dir, command, stop)
+
+
+def run_detection(
+    config: Detection,
+    run_dir: str | Path,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """The same of a detector."""
+    return run_dense(DetectionJob(config), DetectionJudge, run_dir, command, stop)
 
 
 def run_dense(

@@ -39,7 +39,7 @@ class Drawing:
     torch's own there. average: of three counts [3], over the processes; None = this one alone.
     """
 
-    generators: Sequence[torch.Generator] | None = None
+    generators: Sequence[torch.Generator | None] | None = None
     average: Callable[[Tensor], Tensor] | None = None
 
 

@@ -174,7 +174,7 @@ class RegionProposals(nn.Module):
 
 
 def counted(samples: Sequence[Sample]) -> int:
-    """How many anchors are learned from; without positives (or negatives) one is counted, as published."""
+    """How many anchors are learned from, at least one positive and one negative each, as published."""
     return sum(max(len(s.positive), 1) + max(len(s.negative), 1) for s in samples)
 
 

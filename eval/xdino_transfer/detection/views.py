@@ -61,9 +61,7 @@ class Views:
         pixels, objects = self.cut(image, objects, drawn)
         return self._normalised(pixels), objects
 
-    def cut(
-        self, image: np.ndarray, objects: Objects, drawn: np.ndarray
-    ) -> tuple[Tensor, Objects]:
+    def cut(self, image: np.ndarray, objects: Objects, drawn: np.ndarray) -> tuple[Tensor, Objects]:
         """As `training`, to uint8: what a loader's threads do. `finish` does the rest."""
         flip, way, side, first, *cut = drawn.tolist()
         pixels = torch.from_numpy(image).permute(2, 0, 1)

@@ -1,4 +1,7 @@
-"""`xdino finetune` and `xdino segment`: what learns with labels; their options, and how a run begins."""
+"""`xdino finetune`, `xdino segment` and `xdino detect`: what learns with labels.
+
+Their options, and how a run begins.
+"""
 
 import os
 import sys
@@ -12,6 +15,7 @@ import click
 from xdino.errors import UsageError
 from xdino_launch.commands.overrides import (
     KEYED,
+    KeyedToDetection,
     KeyedToFineTuning,
     KeyedToSegmentation,
     complete_recipe,
@@ -155,3 +159,22 @@ def segment(ctx: click.Context, **asked: Any) -> None:
         return run_segmentation
 
     learn("segment", ctx, Asked(**asked), runner)
+
+
+@click.command(cls=KeyedToDetection, context_settings=KEYED)
+@options
+@click.pass_context
+def detect(ctx: click.Context, **asked: Any) -> None:
+    """Learn boxes and masks of objects from annotated images; continue the run in --run.
+
+    CONFIG is a recipe's name or a YAML file: detect detect_small --data.path FOLDER --init
+    runs/mine --run runs/mine-objects. FOLDER is of COCO's or Pascal VOC's layout, or has
+    _annotations.coco.json beside its images. Of a run that was begun, `detect --run RUN` is enough.
+    """
+
+    def runner() -> Runner:
+        from xdino_launch.local import run_detection
+
+        return run_detection
+
+    learn("detect", ctx, Asked(**asked), runner)

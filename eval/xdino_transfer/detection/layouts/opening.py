@@ -51,17 +51,19 @@ def open_files(
     Raises:
         UsageError: one is not there, or no such file; classes that differ.
     """
-    found = []
-    for told, images in (train, val):
+
+    def read(told: str, images: str) -> Annotations:
         with asked(f"{told} cannot be read"):
             file, folder = Path(told).expanduser(), Path(images).expanduser()
             if not file.is_file():
                 raise UsageError(f"there is no file {file} of annotations")
             if not folder.is_dir():
                 raise UsageError(f"there is no folder {folder}, where the pictures of {file} are")
-            found.append(coco.read(file, folder, missing_share))
-    _compare(*found, f"{train[0]} and {val[0]}")
-    return found[0], found[1]
+            return coco.read(file, folder, missing_share)
+
+    ours, theirs = read(*train), read(*val)
+    _compare(ours, theirs, f"{train[0]} and {val[0]}")
+    return ours, theirs
 
 
 def _compare(train: Annotations, val: Annotations, where: str) -> None:
