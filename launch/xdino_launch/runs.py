@@ -27,7 +27,7 @@ class RunState:
 
     `state`: "running", "finished", "stopped" (resumable) or "begun" (no weights yet). `knn`, `linear`:
     the best top-1 in per cent, of results.json or while training; `classifier`: that of a fine-tuned
-    run. `changed`: seconds since 1970.
+    run, or mIoU of a segmenter. `changed`: seconds since 1970.
     """
 
     path: str
@@ -101,7 +101,12 @@ def describe(run: Path) -> RunState:
         linear=linear,
         changed=max(path.stat().st_mtime for path in files if path.exists()),
         classifier=max(
-            (s for row in rows if (s := _number(row.get("val_top1"))) is not None), default=None
+            (
+                s
+                for row in rows
+                if (s := _number(row.get("val_top1", row.get("val_miou")))) is not None
+            ),
+            default=None,
         ),
     )
 

@@ -58,9 +58,10 @@ def run(
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while it was planned"), distributed.heard():
             if not _prepared(job, place, evaluator, extend):
+                extends = "extended" in vars(job.config.train)
                 listener.notice(
                     f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
-                    " (--extend N adds epochs)"
+                    + " (--extend N adds epochs)" * extends
                 )
                 return
         for sentence in job.notices():

@@ -17,6 +17,7 @@ LARGEST = 1e100  # of a number in a curve; a figure has no axis for more
 PANELS = (
     ("loss", {"loss": "loss"}),
     ("top-1 of the classifier, per cent", {"val_top1": "top-1"}),
+    ("mIoU of the segmenter, per cent", {"val_miou": "mIoU"}),
     (
         "top-1 of frozen features, per cent",
         {"knn_top1": "k-NN", "logistic_top1": "linear probe", "grid_top1": "linear probe (grid)"},
