@@ -58,10 +58,9 @@ def run(
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while it was planned"), distributed.heard():
             if not _prepared(job, place, evaluator, extend):
-                extends = "extended" in vars(job.config.train)
                 listener.notice(
                     f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
-                    + " (--extend N adds epochs)" * extends
+                    + " (--extend N adds epochs)" * ("extended" in vars(job.config.train))
                 )
                 return
         for sentence in job.notices():

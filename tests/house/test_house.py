@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from xdino import config
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.recipe import FineTuning
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +165,11 @@ def test_every_recipe_parses_and_is_found():
     assert {"finetune_small", "finetune_imagenet_s12_p16", "finetune_cifar10"} <= set(others)
     for name in others:
         config.load(name, None, FineTuning)
-    assert sorted([*names, *others]) == config.recipes(None)
+    masked = config.recipes("segment")
+    assert {"segment_small", "segment_ade20k_fpn_s12_p16"} <= set(masked)
+    for name in masked:
+        config.load(name, None, Segmentation)
+    assert sorted([*names, *others, *masked]) == config.recipes(None)
 
 
 def test_every_recipe_says_how_to_run_it_and_what_to_expect():
@@ -187,7 +192,7 @@ def test_every_recipe_s_command_is_understood(xdino):
         if words[1] in config.KINDS:
             code, told, error = xdino(*words[1:], "--print-config")
             assert (code, error) == (0, ""), line
-            assert told.startswith("model:" if words[1] == "pretrain" else "kind: finetune\n")
+            assert told.startswith("model:" if words[1] == "pretrain" else f"kind: {words[1]}\n")
 
 
 def test_torchrun_is_never_given_an_option_that_it_takes_for_its_own():

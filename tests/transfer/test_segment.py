@@ -263,6 +263,6 @@ def test_a_linear_map_on_frozen_features(painted, tmp_path):
 def test_a_pyramid_gives_no_vector(finished):
     with pytest.raises(
         UsageError,
-        match="the stem and blocks of a network for pixels or boxes; they give no vector",
+        match="stem and blocks of a network for pixels or boxes",
     ):
         checkpoint.load_backbone(finished)
