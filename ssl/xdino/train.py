@@ -60,7 +60,7 @@ def run(
             if not _prepared(job, place, evaluator, extend):
                 listener.notice(
                     f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
-                    " (--extend N adds epochs)"
+                    + " (--extend N adds epochs)" * ("extended" in vars(job.config.train))
                 )
                 return
         for sentence in job.notices():

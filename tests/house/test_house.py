@@ -162,6 +162,7 @@ def test_every_recipe_parses_and_is_found():
         config.load(name)
     others = config.recipes("finetune")
     assert {"finetune_small", "finetune_imagenet_s12_p16", "finetune_cifar10"} <= set(others)
+    assert {"segment_small", "segment_ade20k_fpn_s12_p16"} <= set(config.recipes("segment"))
     assert {"detect_small", "detect_coco_s12_p16"} <= set(config.recipes("detect"))
     for kind in set(config.KINDS) - {"pretrain"}:
         for name in config.recipes(kind):

@@ -1,7 +1,6 @@
 """`xdino detect`: runs, what they leave, how they stop and go on, on one process and on two."""
 
 import csv
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -23,13 +22,6 @@ from xdino_transfer.dense_training.detecting.recipe import Detection
 from xdino_transfer.detection import scoring
 
 FORK = multiprocessing.get_context("fork")  # children that have imported everything
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "detection_data.py"
-spec = importlib.util.spec_from_file_location("detection_data", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-detection_data = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(detection_data)
-
 TINY = {
     "model.arch": "xcit_nano_12_p8", "model.embed_dim": 16, "model.depth": 4, "model.num_heads": 2,
     "model.drop_path": 0.1, "view.sides": "48,64", "view.longer": 64, "view.before_crop": 48,
@@ -42,7 +34,7 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def coco(tmp_path_factory) -> Path:
+def coco(tmp_path_factory, detection_data) -> Path:
     """Seven pictures to learn from, of which two stand upright, and two that score."""
     return detection_data.make(tmp_path_factory.mktemp("coco"), 7, 2, (48, 64))
 
@@ -117,8 +109,13 @@ def test_a_run_leaves_a_detector_its_scores_and_its_start(finished, coco, xdino)
     code, out, _ = xdino("runs", finished)
     assert code == 0
     assert "finished" in out
+    assert f"{max(row['val_box_ap'] for row in scored):.1f}" in out
     code, out, error = xdino("report", finished)
     assert code == 0, error
+    page = (finished / "report.html").read_text()
+    assert "trained to find objects" in page
+    assert "Of the detector on the val images" in page
+    assert "average precision of the detector" in page
 
 
 def test_a_finished_run_is_left_alone_and_another_configuration_is_named(finished, coco, xdino):

@@ -70,6 +70,10 @@ def make_plan(
     limit_pixels(train, config.data.max_pixels)
     if not (~val.crowd).any():
         raise UsageError(f"{val.where} has no object to be found, so that nothing can be scored")
+    if all(outline is None for outline in annotated.outlines):
+        train.remarks.append(
+            f"{annotated.where}: no object has an outline: masks are learned, and scored, as boxes"
+        )
     views = views_of(config, own)
     steps = loader_of(config, train, views, 0, world_size).steps_per_epoch
     plan = DetectionPlan(

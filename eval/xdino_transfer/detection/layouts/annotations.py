@@ -156,7 +156,7 @@ def collected(
     for picture in there:
         for told in picture.objects:
             box = _inside(told.box, picture.size)
-            if box is None or (told.area is not None and told.area <= 0):
+            if box is None or not (told.area is None or told.area > 0):
                 dropped.append(told.number)
                 continue
             outline = _outline(told, picture, where)
