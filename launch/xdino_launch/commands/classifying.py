@@ -1,4 +1,4 @@
-"""`xdino score`, `xdino predict` and `xdino transfer`."""
+"""`xdino score`, `xdino predict` and `xdino transfer`: of classifiers, segmenters and detectors."""
 
 import sys
 from collections import Counter
@@ -11,6 +11,16 @@ import click
 
 from xdino.errors import UsageError
 from xdino.runtime import places
+from xdino_launch.commands.dense import (
+    LookingOptions,
+    ShowingOptions,
+    holds,
+    predict_dense,
+    refuse_annotated,
+    refuse_of_classifiers,
+    refuse_of_dense,
+    score_dense,
+)
 from xdino_launch.commands.options import (
     LIMIT,
     PIXELS,
@@ -35,7 +45,8 @@ if TYPE_CHECKING:
 
 SCORED = (
     "Folder with train/ and val/ (or test/), or of class folders; tars; the archives of CIFAR-10, "
-    "CIFAR-100, Flowers-102, Stanford Cars, iNaturalist; a named source."
+    "CIFAR-100, Flowers-102, Stanford Cars, iNaturalist; a named source. Of a segmenter images/ and "
+    "masks/, ADE20K or VOC; of a detector COCO's layout, JSON beside images, or VOC."
 )
 RATIO = (
     "Side of the crop as a share of the resized shorter side: 1 is the published full crop, 0.875 is "
@@ -91,7 +102,7 @@ class ClassifierOptions:
 
 
 @click.command()
-@takes(judged=ClassifierOptions, output=OutputOptions)
+@takes(judged=ClassifierOptions, showing=ShowingOptions, output=OutputOptions)
 @click.option("--data", required=True, type=Place(), help=SCORED)
 @click.option(
     "--split",
@@ -103,17 +114,29 @@ class ClassifierOptions:
 @click.option("--category", default="name", show_default=True, help="Of iNaturalist: the rank.")
 @on_one_process
 def score(
-    judged: ClassifierOptions, output: OutputOptions, data: str, split: str, category: str
+    judged: ClassifierOptions,
+    showing: ShowingOptions,
+    output: OutputOptions,
+    data: str,
+    split: str,
+    category: str,
 ) -> None:
-    """Top-1 and top-5 of a classifier, in the published evaluation.
+    """What a network with a head is worth on annotated images, in the published evaluation.
 
-    RUN|FILE is a fine-tuned run, a file of ours, a published XCiT classification file, or a classifier
-    of timm's (a file with --arch, or a folder with config.json). Classes are matched by name where the
-    file names them; published files name none, and are matched by ImageNet's synsets, else in the
-    order of the data's. The row says which.
+    RUN|FILE is a run that learned with labels, a file of ours, or a published XCiT file: of
+    classification (top-1 and top-5), segmentation (mIoU, mAcc, aAcc) or detection (AP of boxes and
+    masks); or a classifier of timm's (a file with --arch, or a folder with config.json). Classes are
+    matched by name where the file names them, else in the order of the data's; published classifiers
+    by ImageNet's synsets. The row says which.
     """
     judged.there(data)
+    if holds(judged.weights) is not None:
+        refuse_of_classifiers(judged.weights)
+        score_dense(judged.weights, judged.arch, judged.device, data, split, showing, output)
+        return
+    refuse_of_dense(judged.weights)
     opened = judged.open()
+    refuse_annotated(judged.weights, data)
     from xdino_transfer.datasets import open_scored
 
     limit = {} if judged.max_pixels is None else {"max_pixels": judged.max_pixels}
@@ -122,24 +145,49 @@ def score(
 
 
 @click.command()
-@takes(judged=ClassifierOptions)
+@takes(judged=ClassifierOptions, looking=LookingOptions)
 @click.argument("images", nargs=-1, required=True, type=Place())
 @click.option(
-    "--out", type=Place(Path), help="FILE.csv, FILE.json, or a folder for both.  [a table]"
+    "--out",
+    type=Place(Path),
+    help="FILE.csv, FILE.json, or a folder for both; of pictures and masks a folder.  [a table]",
 )
 @click.option("--top", default=5, show_default=True, type=Whole(1, 100_000), help="Classes.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @on_one_process
 def predict(
-    judged: ClassifierOptions, images: tuple[str, ...], out: Path | None, top: int, as_json: bool
+    judged: ClassifierOptions,
+    looking: LookingOptions,
+    images: tuple[str, ...],
+    out: Path | None,
+    top: int,
+    as_json: bool,
 ) -> None:
-    """The likeliest classes of images, with their probabilities.
+    """The likeliest classes of images; classes of pixels, and objects, as pictures and files.
 
-    IMAGES are image files, folders of images, lists, tars and videos (every frame of them).
+    IMAGES are image files, folders of images and videos (every frame of them); for a classifier lists
+    and tars, too. Of a segmenter or a detector --out DIR gets an overlay of every image, class
+    numbers as masks/*.png, and predictions.json (of a detector COCO's). They look at a whole image in
+    its own pixels, and at tiles where it would take more than --memory.
     """
     judged.there()
     named = [name for name in images if name.partition(":")[0] not in places.DATA_SETS]
     places.check_files("image, folder or video", *named)
+    if holds(judged.weights) is not None:
+        refuse_of_classifiers(judged.weights)
+        predict_dense(judged.weights, judged.arch, judged.device, images, looking, out, as_json)
+        return
+    refuse_of_dense(judged.weights)
+    _predict_classes(judged, images, out, top, as_json)
+
+
+def _predict_classes(
+    judged: ClassifierOptions,
+    images: tuple[str, ...],
+    out: Path | None,
+    top: int,
+    as_json: bool,
+) -> None:
     from xdino_transfer.classification import predicting
 
     folder = out is not None and (out.is_dir() or not out.suffix)
