@@ -50,6 +50,29 @@ def score(loaded: LoadedDense, data: str, **how: Any) -> DenseScore:
     return dense.score(loaded, data, How(**how, progress=told, notice=say))
 
 
+def keep_per_class(found: DenseScore, results: Path | None) -> None:
+    """per_class.csv beside the file of results, if there is one."""
+    if results is not None:
+        path = results.parent / dense.PER_CLASS_FILE
+        dense.write_per_class(path, found.per_class)
+        say(f"per class: {path}")
+
+
+def refuse_annotated(weights: str, data: str) -> None:
+    """Raises UsageError where a classifier is asked about pictures with masks, or with objects.
+
+    Their folders would be taken for classes.
+    """
+    folder = Path(data).expanduser()
+    ade = folder / "ADEChallengeData2016"
+    pairs = [(folder / "masks", folder / "images"), (ade / "annotations", ade / "images")]
+    masked = any(one.is_dir() and other.is_dir() for one, other in pairs)
+    if masked or (folder / "SegmentationClass").is_dir():
+        raise UsageError(f"{data} holds pictures with masks, and {weights} is a classifier")
+    if any((folder / "annotations").glob("instances_*.json")) or (folder / "Annotations").is_dir():
+        raise UsageError(f"{data} holds annotated objects, and {weights} is a classifier")
+
+
 @dataclass(frozen=True)
 class Looking:
     """What `xdino predict` was asked for.
