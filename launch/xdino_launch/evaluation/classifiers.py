@@ -14,7 +14,7 @@ from xdino_transfer import judging
 from xdino_transfer.classification import files, scoring
 from xdino_transfer.classification.files import LoadedClassifier
 from xdino_transfer.classification.predicting import Prediction
-from xdino_transfer.inputs import gather
+from xdino_transfer.judging.inputs import gather
 
 
 @dataclass(frozen=True)
