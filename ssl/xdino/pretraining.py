@@ -125,6 +125,7 @@ class Pretraining(LoaderJob[CropBatch]):
         self.take_plan(
             config, lambda precision: make_plan(config, distributed.world_size(), precision)
         )
+        self.config = self.plan.config  # with what was measured of bands
 
     def check_disk(self, run_dir: Path) -> None:
         check_disk(self.plan, run_dir)
@@ -237,7 +238,16 @@ class Pretraining(LoaderJob[CropBatch]):
                 return None
 
         spec, crops = self.plan.spec, self.plan.crops
-        picture.save_views(path, views, spec.mean, spec.std, original, batch.table, crops.ratio)
+        picture.save_views(
+            path,
+            views,
+            spec.mean,
+            spec.std,
+            original,
+            batch.table,
+            crops.ratio,
+            self.plan.source.channels,
+        )
 
     # --- what is told of them ---
 

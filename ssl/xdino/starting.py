@@ -43,7 +43,7 @@ def prepared(job: Job, place: RunDirectory, wanted: Wanted, listener: Listener) 
     elif distributed.from_first(lambda: _is_finished(place, job, wanted.evaluated)):
         listener.notice(
             f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
-            " (--extend N adds epochs)"
+            + " (--extend N adds epochs)" * ("extended" in vars(job.config.train))
         )
         return False
     distributed.from_first(lambda: job.check_disk(place.path))

@@ -165,7 +165,7 @@ class _Loop:
                     if warning:
                         self.listener.notice(warning)
                 epoch, left = divmod(done, job.steps_per_epoch)
-                if left == 0 or done % runtime.checkpoint_every == 0:
+                if left == 0 or done % runtime.checkpoint_every == 0 or done == total:
                     self.save()
                     clock.restart()
                 if done < total:

@@ -74,6 +74,7 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
                 config, distributed.world_size(), precision, spec, self._first
             ),
         )
+        self.config = self.plan.config  # with what was measured of bands
 
     @property
     def _first(self) -> BatchLayout | None:

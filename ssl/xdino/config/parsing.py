@@ -67,7 +67,7 @@ def parse(
     else:
         if not problems:
             own = _contradictions(config) if schema is Config else config.contradictions()
-            problems = list(own)
+            problems = [*own, *_of_bands(config)]
             if not problems:
                 return config
     raise UsageError(f"{where}: " + "; ".join(problems))
@@ -146,6 +146,15 @@ def _of_the_objective(config: Config) -> Iterable[str]:
             "train.init and train.continue_from cancel each other: the one begins with weights "
             "alone, the other goes on with all that a full checkpoint holds. Give one"
         )
+
+
+def _of_bands(config: RunConfig) -> Iterable[str]:
+    if not hasattr(config, "model"):
+        return
+    try:
+        _ = config.channels
+    except UsageError as error:
+        yield str(error)
 
 
 def _contradictions(config: Config) -> Iterable[str]:

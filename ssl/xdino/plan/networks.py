@@ -8,6 +8,7 @@ from torch import nn
 from xdino import acceleration, checkpoint
 from xdino.backbones import BackboneSpec, compile_backbone, statistics
 from xdino.config import Config, Head, Loss
+from xdino.config.bands import Bands
 from xdino.errors import UsageError, asked
 from xdino.head import DINOHead
 from xdino.learner import Learner
@@ -44,12 +45,13 @@ def spec_of(config: Config, channels: int) -> BackboneSpec:
     }
     return BackboneSpec(
         m.arch,
-        in_chans=channels,
+        in_chans=int(channels),
         shape=shape,
         input_size=input_size,
         resize=config.evaluate.resize or max(1, round(input_size * 256 / 224)),
         mean=mean,
         std=std,
+        bands=channels if isinstance(channels, Bands) else None,
     )
 
 

@@ -80,6 +80,7 @@ class RunDirectory:
                     "leave it out, and set train.epochs"
                 )
             return config
+        config = config.following(before)
         differing = configuration.differing_keys(before, config, batches.KEYS)
         if differing:
             if len(differing) == 1 and before.train.epochs != config.train.epochs:

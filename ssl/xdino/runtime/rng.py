@@ -32,6 +32,7 @@ class Stream(IntEnum):
     SUBSETS = 20  # which images of a class are learned from
     SEGMENTING = 24  # of a picture with a mask: its scale, crop, flip and colours
     DETECTING = 25  # of a picture with objects: its flip, sizes and crop
+    REGIONS = 26  # of such a picture in a step: which anchors and regions are learned from
     STEPS = 32  # of a micro-batch: torch's generator, from which paths are dropped
 
 
