@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdino.runtime.drop_path import SharedDropout2d
 from xdino_transfer.resizing import bilinear
 
 
@@ -38,7 +39,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, classes: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = SharedDropout2d(dropout)
         self.conv_seg = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         if self.conv_seg.bias is not None:

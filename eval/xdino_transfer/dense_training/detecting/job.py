@@ -22,6 +22,7 @@ from xdino.data import BadImage
 from xdino.errors import world
 from xdino.runtime import distributed, rng, transfer
 from xdino.runtime.atomic import written_beside
+from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.dense_files import write_dense
 from xdino_transfer.dense_training.detecting import plan as planning
 from xdino_transfer.dense_training.detecting.loader import DetectionBatch, DetectionLoader
@@ -56,7 +57,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
     def planned(
         self, world_size: int, precision: str, spec: dict[str, Any] | None
     ) -> DetectionPlan:
-        return planning.make_plan(self.config, world_size, precision, spec)
+        return planning.make_plan(self.config, world_size, precision, spec, self._first)
+
+    @property
+    def _first(self) -> BatchLayout | None:
+        return BatchLayout.from_dict(self.last_start.get("batch"))
 
     def network(self) -> tuple[Detector, list[str]]:
         return planning.build_detector(self.plan)
@@ -68,6 +73,7 @@ class DetectionJob(DenseJob[DetectionBatch]):
             self.plan.views,
             distributed.rank(),
             distributed.world_size(),
+            first=self._first,
             **self.loader_options(known_bad),
         )
 
@@ -144,11 +150,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
             ],
         }
 
-    def write(self, path: Path, iteration: int, **facts: Any) -> None:
+    def write(self, path: Path, iteration: int, network: Any = None, **facts: Any) -> None:
         plan = self.plan
         write_dense(
             path,
-            self.judged,
+            network or self.judged,
             self.weights_facts(iteration) | facts,
             spec=plan.spec,
             classes=plan.classes,
