@@ -43,7 +43,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
-    "Learn on": ("finetune", "segment", "score", "predict", "transfer"),
+    "Learn on": ("finetune", "segment", "detect", "score", "predict", "transfer"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
         "patch-probe",
@@ -68,6 +68,7 @@ for command in (
     pretraining.submit,
     learning.finetune,
     learning.segment,
+    learning.detect,
     forecasting.look,
     forecasting.plan,
     showing.replay,

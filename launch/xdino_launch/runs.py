@@ -27,7 +27,7 @@ class RunState:
 
     `state`: "running", "finished", "stopped" (resumable) or "begun" (no weights yet). `knn`, `linear`:
     the best top-1 in per cent, of results.json or while training; `classifier`: that of a fine-tuned
-    run, or mIoU of a segmenter. `changed`: seconds since 1970.
+    run, mIoU of a segmenter, box AP of a detector. `changed`: seconds since 1970.
     """
 
     path: str
@@ -104,7 +104,8 @@ def describe(run: Path) -> RunState:
             (
                 s
                 for row in rows
-                if (s := _number(row.get("val_top1", row.get("val_miou")))) is not None
+                for key in ("val_top1", "val_miou", "val_box_ap")
+                if (s := _number(row.get(key))) is not None
             ),
             default=None,
         ),

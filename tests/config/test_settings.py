@@ -9,6 +9,7 @@ import yaml
 from xdino import config
 from xdino.config import keys as described
 from xdino.errors import UsageError
+from xdino_transfer.dense_training.detecting.recipe import Detection
 from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.recipe import FineTuning
 
@@ -17,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 OTHERS = (
     (FineTuning, "eval/xdino_transfer/finetuning/recipe.py"),
     (Segmentation, "eval/xdino_transfer/dense_training/segmenting/recipe.py"),
+    (Detection, "eval/xdino_transfer/dense_training/detecting/recipe.py"),
 )
 WITH_LABELS = [key for kind, _ in OTHERS for keys in config.settings(kind).values() for key in keys]
 UNITS = (

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from xdino import config
-from xdino_transfer.dense_training.segmenting.recipe import Segmentation
-from xdino_transfer.finetuning.recipe import FineTuning
+from xdino_launch.commands.overrides import schema_of
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for top in ("ssl", "eval", "launch") for path in (ROOT / top).rglob("*.py"))
@@ -163,13 +162,13 @@ def test_every_recipe_parses_and_is_found():
         config.load(name)
     others = config.recipes("finetune")
     assert {"finetune_small", "finetune_imagenet_s12_p16", "finetune_cifar10"} <= set(others)
-    for name in others:
-        config.load(name, None, FineTuning)
-    masked = config.recipes("segment")
-    assert {"segment_small", "segment_ade20k_fpn_s12_p16"} <= set(masked)
-    for name in masked:
-        config.load(name, None, Segmentation)
-    assert sorted([*names, *others, *masked]) == config.recipes(None)
+    assert {"segment_small", "segment_ade20k_fpn_s12_p16"} <= set(config.recipes("segment"))
+    assert {"detect_small", "detect_coco_s12_p16"} <= set(config.recipes("detect"))
+    for kind in set(config.KINDS) - {"pretrain"}:
+        for name in config.recipes(kind):
+            config.load(name, None, schema_of(kind))
+            names.append(name)
+    assert sorted(names) == config.recipes(None)
 
 
 def test_every_recipe_says_how_to_run_it_and_what_to_expect():

@@ -86,7 +86,7 @@ def start_of(
         UsageError: no data named; no such device; weights that cannot be begun with.
         RunFailed: weights that are damaged.
     """
-    if not config.data.path:
+    if not config.data.named:
         raise UsageError(f"data.path is not set: name {what} with --data.path FOLDER")
     device = resolve_device(config.runtime.device)
     precision = precision or resolve_precision(config.train.precision, device)

@@ -72,6 +72,11 @@ class Data(schema.Data):
     """Share of images that may be missing or unreadable, or have unusable annotations: they are skipped;
     beyond it the run does not begin, or stops."""
 
+    @property
+    def named(self) -> bool:
+        """Whether a recipe says what to learn from."""
+        return bool(self.path)
+
 
 @dataclass(frozen=True, config=STRICT)
 class Optim:

@@ -1,4 +1,7 @@
-"""`xdino finetune` and `xdino segment`: what learns with labels; their options, and how a run begins."""
+"""`xdino finetune`, `xdino segment` and `xdino detect`: what learns with labels.
+
+Their options, and how a run begins.
+"""
 
 import os
 import sys
@@ -10,8 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from xdino.errors import UsageError
+from xdino_launch.commands.options import from_iteration_option
 from xdino_launch.commands.overrides import (
     KEYED,
+    KeyedToDetection,
     KeyedToFineTuning,
     KeyedToSegmentation,
     complete_recipe,
@@ -24,8 +29,9 @@ if TYPE_CHECKING:
     from xdino.runtime.stopping import StopSignal
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-#: A configuration, the run's folder, what was typed, who listens to signals -> what it wrote.
-Runner = Callable[[Any, str, list[str], "StopSignal"], Path]
+#: A configuration, the run's folder, what was typed, who listens to signals, the iteration to go
+#: back to -> what it wrote.
+Runner = Callable[[Any, str, list[str], "StopSignal", int | None], Path]
 
 _OPTIONS = (
     click.argument("config", metavar="[CONFIG]", required=False, shell_complete=complete_recipe),
@@ -41,6 +47,7 @@ _OPTIONS = (
         help="Weights to start from: a run, a file of ours, a published or timm one. Without: from "
         "scratch.",
     ),
+    from_iteration_option(),
     click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here."),
     click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU."),
     click.option(
@@ -65,6 +72,7 @@ class Asked:
     config: str | None
     run_dir: str | None
     init: str | None
+    from_iteration: int | None
     gpus: int | None
     processes: int | None
     print_config: bool
@@ -113,11 +121,12 @@ def learn(kind: str, ctx: click.Context, asked: Asked, runner: Callable[[], Runn
         if count == 1:
             with stop.abandoning("before it began"):
                 run = runner()
-            path = run(resolved, run_dir, sys.argv[1:], stop)
+            path = run(resolved, run_dir, sys.argv[1:], stop, asked.from_iteration)
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    sys.exit(launcher.launch(count, [kind, config, "--run-dir", run_dir, *words({}, overrides)]))
+    told = words({"--from-iteration": asked.from_iteration}, overrides)
+    sys.exit(launcher.launch(count, [kind, config, "--run-dir", run_dir, *told]))
 
 
 @click.command(cls=KeyedToFineTuning, context_settings=KEYED)
@@ -155,3 +164,22 @@ def segment(ctx: click.Context, **asked: Any) -> None:
         return run_segmentation
 
     learn("segment", ctx, Asked(**asked), runner)
+
+
+@click.command(cls=KeyedToDetection, context_settings=KEYED)
+@options
+@click.pass_context
+def detect(ctx: click.Context, **asked: Any) -> None:
+    """Learn boxes and masks of objects from annotated images; continue the run in --run.
+
+    CONFIG is a recipe's name or a YAML file: detect detect_small --data.path FOLDER --init
+    runs/mine --run runs/mine-objects. FOLDER is of COCO's or Pascal VOC's layout, or has
+    _annotations.coco.json beside its images. Of a run that was begun, `detect --run RUN` is enough.
+    """
+
+    def runner() -> Runner:
+        from xdino_launch.local import run_detection
+
+        return run_detection
+
+    learn("detect", ctx, Asked(**asked), runner)

@@ -24,6 +24,10 @@ def schema_of(kind: str) -> "type[RunConfig]":
         from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 
         return Segmentation
+    if kind == "detect":
+        from xdino_transfer.dense_training.detecting.recipe import Detection
+
+        return Detection
     from xdino.config import Config
 
     return Config
@@ -132,3 +136,9 @@ class KeyedToSegmentation(Keyed):
     """The same for recipes of `xdino segment`."""
 
     kind = "segment"
+
+
+class KeyedToDetection(Keyed):
+    """The same for recipes of `xdino detect`."""
+
+    kind = "detect"

@@ -19,6 +19,10 @@ PANELS = (
     ("top-1 of the classifier, per cent", {"val_top1": "top-1"}),
     ("mIoU of the segmenter, per cent", {"val_miou": "mIoU"}),
     (
+        "average precision of the detector, per cent",
+        {"val_box_ap": "boxes", "val_mask_ap": "masks"},
+    ),
+    (
         "top-1 of frozen features, per cent",
         {"knn_top1": "k-NN", "logistic_top1": "linear probe", "grid_top1": "linear probe (grid)"},
     ),

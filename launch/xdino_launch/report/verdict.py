@@ -21,6 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 MEASURES = (
     ("val_top1", "top-1", "chance_top1"),  # of a classifier
     ("val_miou", "mIoU", ""),  # of a segmenter
+    ("val_box_ap", "box AP", ""),  # of a detector
     ("knn_top1", "k-NN", "chance_top1"),
     ("logistic_top1", "linear probe", "chance_top1"),
     ("grid_top1", "linear probe", "chance_top1"),
@@ -28,7 +29,8 @@ MEASURES = (
     ("quality_rankme", "RankMe", ""),
 )
 #: Those that are no share of so many images, whose chance differences nobody knows.
-NO_SHARES = ("val_miou", "quality_rankme")
+NO_SHARES = ("val_miou", "val_box_ap", "quality_rankme")
+LITTLE = 1.0  # points that the first two may fall without a word
 NEAR = 0.01  # of ln K: a loss so near to it has not moved
 
 TRY = (
@@ -186,7 +188,7 @@ def _scored(scores: Scores, start: str) -> Verdict:
     elif against is not None and last - against <= (few := scores.noise(last, against)):
         lead, kind = f"not clearly better than {name}: ", "unclear"
         numbers.append(f"of {scores.images:,} images, differences up to {few:.1f} may be chance")
-    elif top - last > scores.noise(top, last):
+    elif top - last > max(scores.noise(top, last), LITTLE * (scores.key in NO_SHARES[:2])):
         lead, kind = "learned, and lost some of it again: ", "fell"
     advice = ADVICE.get(kind, "")
     if scores.key.startswith("val_"):
