@@ -196,7 +196,7 @@ def test_killed_and_stopped_in_an_epoch_it_ends_in_the_same_bytes(finished, pain
 
 def test_two_processes_are_one(painted, tmp_path):
     """With the same total batch: BatchNorms see both processes' pictures."""
-    same = {"model__drop_path": 0, "model__dropout": 0, "evaluate__every": 0, "optim__lr": 0.001}
+    same = {"evaluate__every": 0, "optim__lr": 0.001}  # paths and channels are dropped alike
     alone = child(*words(tmp_path / "one", painted, **same))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -207,6 +207,8 @@ def test_checkpointed_steps_are_estimated_smaller(data):
         ({"view__shorter": 65}, "more than view.longer"),
         ({"optim__warmup": 5}, "longer than the run of 2"),
         ({"optim__warmup": "ten"}, "a number of iterations, or a share of the run"),
+        ({"data__range": "0,4095"}, "data.range is for bands of a sensor"),
+        ({"model__in_chans": 4}, "have 1 or 3 channels, and the network takes 4"),
         ({"runtime__kernels": "fused"}, "is for pretraining"),
         ({"train__init": "/nowhere.pth"}, "/nowhere.pth"),
         ({"data__max_bad_share": 2}, "data.max_bad_share"),
