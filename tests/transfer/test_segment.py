@@ -136,6 +136,9 @@ def test_a_run_leaves_segmenter_backbone_scores_and_its_start(finished, painted,
     code, out, error = xdino("runs", finished)
     assert (code, "finished" in out) == (0, True), error
     assert f"{max(row['val_miou'] for row in scored):.1f}" in out
+    code, out, error = xdino("score", finished, "--data", painted, "--json")
+    assert code == 0, error  # by the file alone, which says how pictures are shown
+    assert json.loads(out)[0]["metrics"]["mIoU"] == pytest.approx(last.metrics["mIoU"])
     code, _, error = xdino("report", finished)
     assert code == 0, error
     page = (finished / "report.html").read_text()
