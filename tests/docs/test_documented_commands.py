@@ -41,6 +41,13 @@ def world(tmp_path_factory):
         for name in ("cat", "dog"):
             for i in range(count):
                 picture(root / "classes" / split / name / f"{i}.png")
+    for split, count in (("train", 5), ("val", 2)):
+        for i in range(count):
+            picture(root / "masked" / "images" / split / f"{i}.png")
+            (root / "masked" / "masks" / split).mkdir(parents=True, exist_ok=True)
+            labels = generator.integers(0, 3, (40, 48), dtype=np.uint8)
+            Image.fromarray(labels).save(root / "masked" / "masks" / split / f"{i}.png")
+    (root / "masked" / "classes.txt").write_text("sky\nroad\ntree\n")
     shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "classify.md").read_text(), re.DOTALL)
     assert shown is not None
     (root / "suite.yaml").write_text(shown[1])
@@ -49,14 +56,19 @@ def world(tmp_path_factory):
 
 # The same of `finetune`, whose network comes with weights.
 TINY_TUNING = {"train.epochs": "1", "train.batch_size": "4", "view.size": "32"}
+TINY_MASKS = {
+    "train.epochs": "1", "train.batch_size": "4", "view.crop": "32", "view.shorter": "40",
+    "view.longer": "64", "model.channels": "8", "evaluate.every": "0",
+}  # fmt: skip
 
 
 def learned(words: list[str]) -> list[str]:
     """The words, those of a training command made a matter of seconds."""
-    if words[:1] != ["finetune"] or "--data.path" not in words:
+    smaller = {"finetune": TINY_TUNING, "segment": TINY_MASKS}.get(words[0])
+    if smaller is None or "--data.path" not in words:
         return pretrained(words)
     given = {word.removeprefix("--") for word in words}
-    more = {**TINY_TUNING, "runtime.workers": "1"}
+    more = {**smaller, "runtime.workers": "1"}
     if "--init" not in words:
         more |= {key: value for key, value in TINY.items() if key.startswith("model.")}
     return [*words, *(w for k, v in more.items() if k not in given for w in (f"--{k}", v))]
