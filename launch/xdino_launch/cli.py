@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -99,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(arguments) if arguments is not None else sys.argv[1:]
     try:
         os.environ.update(rendezvous.from_slurm(os.environ))
-        # Commands learn whether they are all that this process is for.
-        xdino.main(given, "xdino", standalone_mode=False, obj=arguments is None)
+        with warnings.catch_warnings():
+            warnings.showwarning = _told  # type: ignore[assignment]  # the rest is not told
+            # Commands learn whether they are all that this process is for.
+            xdino.main(given, "xdino", standalone_mode=False, obj=arguments is None)
     except click.ClickException as error:
         fail(error.format_message(), EXIT_USAGE)
     except UsageError as error:
@@ -116,6 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_FAILED)
     except Exception as error:  # noqa: BLE001 - the last resort
         fail(_unforeseen(error, given), EXIT_FAILED)
+
+
+def _told(message: Warning | str, *_where: object) -> None:
+    """What Python calls a warning, without the line of code that it prints beside it."""
+    click.echo(f"xdino: {' '.join(str(message).split())}", err=True)
 
 
 def fail(sentence: str, code: int) -> None:

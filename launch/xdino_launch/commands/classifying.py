@@ -168,7 +168,11 @@ def predict(
     "--suite", required=True, type=Place(Path, file=True), help="YAML: data sets, and columns."
 )
 @click.option(
-    "--run", "--run-dir", "run_dir", required=True, type=Place(Path), help="Folder of the results."
+    "--run",
+    "--run-dir",
+    "run_dir",
+    type=Place(Path),
+    help="Folder of the results.  [transfer in a run's own; FILE-transfer here]",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @batch_option()
@@ -176,7 +180,7 @@ def predict(
 @precision_option()
 @on_one_process
 def transfer(
-    judged: BackboneOptions, suite: Path, run_dir: Path, as_json: bool, **how: Any
+    judged: BackboneOptions, suite: Path, run_dir: Path | None, as_json: bool, **how: Any
 ) -> None:
     """What weights are worth on many data sets: one table, results.json and report.html.
 
@@ -197,6 +201,9 @@ def transfer(
     from xdino_launch.evaluation.transferring import table
     from xdino_launch.evaluation.transferring import transfer as go
 
+    if run_dir is None:
+        weights = Path(judged.weights)
+        run_dir = weights / "transfer" if weights.is_dir() else Path(f"{weights.stem}-transfer")
     options = options_for(resolve_device(judged.device), **how)
     rows = go(judged.backbone(), judged.weights, suite, run_dir, options, judged.arch)
     if as_json:
@@ -231,4 +238,5 @@ def _summarise(found: "Sequence[Prediction]") -> None:
     likeliest = Counter(prediction.classes[0] for prediction in found).most_common()
     told = ", ".join(f"{name} {count:,}" for name, count in likeliest[:5])
     more = f" and {len(likeliest) - 5:,} other classes" if len(likeliest) > 5 else ""
-    stderr_console().print(f"{len(found):,} images: {told}{more}", soft_wrap=True)
+    count = "1 image" if len(found) == 1 else f"{len(found):,} images"
+    stderr_console().print(f"{count}: {told}{more}", soft_wrap=True)

@@ -11,6 +11,7 @@ import torch
 from xdino import checkpoint, config, data
 from xdino.backbone import Backbone
 from xdino.config import Crops
+from xdino.data.files import split_folder
 from xdino.data.sources import limit_pixels
 from xdino.errors import RunFailed, UsageError
 from xdino.plan import feasibility
@@ -214,4 +215,4 @@ def open_any_splits(name: str, channels: int) -> tuple[data.Source, data.Source]
             return data.open_source(name, split, channels)
 
     path, train = Path(name).expanduser(), one("train")
-    return train, one("val") if not path.exists() or (path / "val").is_dir() else train
+    return train, one("val") if not path.exists() or split_folder(path, "val").is_dir() else train

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from xdino.data.decode import SUFFIXES
+from xdino.data.files import split_folder
 from xdino.data.idx import NAMES
 
 LOOKED_AT = 2_000  # names below a folder of images, at most, to find one of them
@@ -87,7 +88,7 @@ def has_splits(data: str) -> bool:
         return True
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         place = Path(data).expanduser()
-        return (place / "train").is_dir() and (place / "val").is_dir()
+        return (place / "train").is_dir() and split_folder(place, "val").is_dir()
     return False
 
 
@@ -95,7 +96,7 @@ def an_image(data: str) -> str | None:
     """An image file of the folder `data`, of its val/ if it has one; None where none is soon found."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         place = Path(data).expanduser()
-        for folder in (place / "val", place):
+        for folder in (split_folder(place, "val"), place):
             files = (
                 os.path.join(where, name)
                 for where, folders, names in os.walk(folder)
