@@ -201,7 +201,9 @@ def _marked(path: Path) -> Task | None:
     """What a published file is for, by the names in it; nothing of it is loaded."""
     try:
         with open(path, "rb") as file:
-            if not file.read(4).startswith((b"PK", b"\x80")):
+            start = file.read(9)
+            # A safetensors header's length may begin with a pickle's first byte.
+            if start[8:] == b"{" or not start.startswith((b"PK", b"\x80")):
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return next(

@@ -16,7 +16,7 @@ from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
 from xdino.job import Evaluator, Listener
 from xdino.metrics import MetricsLog
-from xdino.pretraining import Watching, pretrain
+from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
@@ -34,7 +34,6 @@ from xdino_transfer.dense_training.detecting.judging import DetectionJudge
 from xdino_transfer.dense_training.detecting.recipe import Detection
 from xdino_transfer.dense_training.job import DenseJob
 from xdino_transfer.dense_training.judging import DenseJudge
-from xdino_transfer.dense_training.recipe import DenseConfig
 from xdino_transfer.dense_training.segmenting.job import SegmentationJob
 from xdino_transfer.dense_training.segmenting.judging import SegmentationJudge
 from xdino_transfer.dense_training.segmenting.recipe import Segmentation
@@ -52,11 +51,12 @@ def run_pretraining(
     stop: StopSignal | None = None,
     extend: int | None = None,
     profile: int = 0,
+    from_iteration: int | None = None,
 ) -> Path:
     """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
 
-    `stop`: who listens to signals already; None to listen from here on. `extend`: as `train.run`.
-    `profile`: of so many steps a trace.
+    `stop`: who listens to signals already; None to listen from here on. `extend`, `from_iteration`:
+    as `train.run`. `profile`: of so many steps a trace.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -70,82 +70,51 @@ def run_pretraining(
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
             evaluator = evaluator_of(config, splits, best, watcher.look)
-            path = pretrain(
-                config, run_dir, evaluator, watcher, command, stop, extend,
-                Watching(profile, capacity),
+            job = Pretraining(config, Watching(profile, capacity))
+            train.run(
+                job, run_dir, evaluator, watcher, command, stop, extend, from_iteration
             )  # fmt: skip
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)
             if first:
                 watcher.conclude()
-        return path
+        return Path(run_dir) / checkpoint.BACKBONE_FILE
 
 
-def run_finetuning(
-    config: FineTuning,
+def run_finetuning(config: FineTuning, *told: Any) -> Path:
+    """Train a classifier, see `run_labelled`."""
+    return run_labelled(ClassificationJob(config), Judge, *told)
+
+
+def run_segmentation(config: Segmentation, *told: Any) -> Path:
+    """Train a segmenter, see `run_labelled`."""
+    return run_labelled(SegmentationJob(config), SegmentationJudge, *told)
+
+
+def run_detection(config: Detection, *told: Any) -> Path:
+    """Train a detector, see `run_labelled`."""
+    return run_labelled(DetectionJob(config), DetectionJudge, *told)
+
+
+def run_labelled(
+    job: ClassificationJob | DenseJob[Any],
+    judging: Callable[[Any, Path, Callable[[str], None]], Judge | DenseJudge],
     run_dir: str | Path,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    from_iteration: int | None = None,
 ) -> Path:
-    """Train a classifier in `run_dir` or continue it there, scored as the configuration asks for.
+    """Train what learns with labels in `run_dir` or continue it there, scored as its configuration asks.
+
+    Args:
+        judging: a job, its folder and who is told of what is odd -> what scores it.
+        from_iteration: as `train.run`.
 
     Returns:
-        The path of the classifier.
+        The path of the whole network.
     """
-    run = Path(run_dir)
-    with contextlib.ExitStack() as stack:
-        stop = stop or stack.enter_context(StopSignal())
-        with stop.abandoning("while its processes met"):
-            if distributed.start(resolve_device(config.runtime.device)):
-                stack.callback(distributed.stop)
-        listener = stack.enter_context(ConsoleListener())
-        job = ClassificationJob(config)
-        judge = Judge(job, run, listener.notice)
-        with Watcher(config, run, listener, None) as watcher:
-            evaluator = judge if config.evaluate.every else None
-            train.run(job, run, evaluator, watcher, command, stop)
-            if distributed.rank() == 0:
-                with stop.abandoning("while the last classifier was scored"):
-                    _score_at_end(job, judge, run, watcher)
-                watcher.conclude()
-        return run / MODEL_FILE
-
-
-def run_segmentation(
-    config: Segmentation,
-    run_dir: str | Path,
-    command: list[str] | None = None,
-    stop: StopSignal | None = None,
-) -> Path:
-    """Train a segmenter in `run_dir` or continue it there, scored as the configuration asks for.
-
-    Returns:
-        The path of the segmenter.
-    """
-    return run_dense(SegmentationJob(config), SegmentationJudge, run_dir, command, stop)
-
-
-def run_detection(
-    config: Detection,
-    run_dir: str | Path,
-    command: list[str] | None = None,
-    stop: StopSignal | None = None,
-) -> Path:
-    """The same of a detector."""
-    return run_dense(DetectionJob(config), DetectionJudge, run_dir, command, stop)
-
-
-def run_dense(
-    job: DenseJob[Any],
-    judging: Callable[[Any, Path, Callable[[str], None]], DenseJudge],
-    run_dir: str | Path,
-    command: list[str] | None = None,
-    stop: StopSignal | None = None,
-) -> Path:
-    """The same for a job of either task and what judges it."""
-    run = Path(run_dir)
-    config: DenseConfig = job.config
+    run, config = Path(run_dir), job.config
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while its processes met"):
@@ -155,7 +124,7 @@ def run_dense(
         judge = judging(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
             evaluator = judge if config.evaluate.every else None
-            train.run(job, run, evaluator, watcher, command, stop)
+            train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
                 with stop.abandoning("while the last network was scored"):
                     _score_at_end(job, judge, run, watcher)
@@ -188,7 +157,7 @@ def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
     Raises:
         UsageError: the data has no labelled train/ and val/.
     """
-    evaluate, channels, largest = config.evaluate, config.model.in_chans, config.data.max_pixels
+    evaluate, channels, largest = config.evaluate, config.channels, config.data.max_pixels
     needy = (
         [name for name in evaluate.protocols if name not in LABEL_FREE] if evaluate.every else []
     )

@@ -12,7 +12,7 @@ from torchvision import ops
 
 from xdino_transfer.detection.boxes import Size, clipped
 
-_AT_ONCE = 1 << 24  # pixels of masks that are pasted together
+AT_ONCE = 1 << 24  # pixels of masks that are pasted together
 _OUTSIDE = 4.0  # in halves of a mask's side from its middle: where nothing has a value any more
 
 
@@ -48,7 +48,7 @@ def pasted(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> 
     """
     H, W = size
     out = torch.zeros(len(masks), H, W, dtype=torch.bool, device=masks.device)
-    together = max(1, _AT_ONCE // max(H * W, 1))
+    together = max(1, AT_ONCE // max(H * W, 1))
     for start in range(0, len(masks), together):
         rows = slice(start, start + together)
         out[rows] = _pasted(masks[rows], boxes[rows], size) >= threshold

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from xdino.errors import UsageError
+from xdino_launch.commands.options import from_iteration_option
 from xdino_launch.commands.overrides import (
     KEYED,
     KeyedToDetection,
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     from xdino.runtime.stopping import StopSignal
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-#: A configuration, the run's folder, what was typed, who listens to signals -> what it wrote.
-Runner = Callable[[Any, str, list[str], "StopSignal"], Path]
+#: A configuration, the run's folder, what was typed, who listens to signals, the iteration to go
+#: back to -> what it wrote.
+Runner = Callable[[Any, str, list[str], "StopSignal", int | None], Path]
 
 _OPTIONS = (
     click.argument("config", metavar="[CONFIG]", required=False, shell_complete=complete_recipe),
@@ -45,6 +47,7 @@ _OPTIONS = (
         help="Weights to start from: a run, a file of ours, a published or timm one. Without: from "
         "scratch.",
     ),
+    from_iteration_option(),
     click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here."),
     click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU."),
     click.option(
@@ -69,6 +72,7 @@ class Asked:
     config: str | None
     run_dir: str | None
     init: str | None
+    from_iteration: int | None
     gpus: int | None
     processes: int | None
     print_config: bool
@@ -117,11 +121,12 @@ def learn(kind: str, ctx: click.Context, asked: Asked, runner: Callable[[], Runn
         if count == 1:
             with stop.abandoning("before it began"):
                 run = runner()
-            path = run(resolved, run_dir, sys.argv[1:], stop)
+            path = run(resolved, run_dir, sys.argv[1:], stop, asked.from_iteration)
             if os.environ.get("RANK", "0") == "0":
                 click.echo(str(path))
             return
-    sys.exit(launcher.launch(count, [kind, config, "--run-dir", run_dir, *words({}, overrides)]))
+    told = words({"--from-iteration": asked.from_iteration}, overrides)
+    sys.exit(launcher.launch(count, [kind, config, "--run-dir", run_dir, *told]))
 
 
 @click.command(cls=KeyedToFineTuning, context_settings=KEYED)

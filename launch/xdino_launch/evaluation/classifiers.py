@@ -14,7 +14,7 @@ from xdino_transfer import judging
 from xdino_transfer.classification import files, scoring
 from xdino_transfer.classification.files import LoadedClassifier
 from xdino_transfer.classification.predicting import Prediction
-from xdino_transfer.inputs import gather
+from xdino_transfer.judging.inputs import gather
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Judged:
 
     @property
     def channels(self) -> int:
-        return len(self.loaded.mean)
+        return cast(Backbone, self.loaded.classifier.backbone).in_chans
 
     def score(self, source: Source, train_size: int = 0) -> list[Row]:
         """The signed row of `source`."""

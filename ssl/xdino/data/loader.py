@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdino.augment.multi_crop import MultiCrop, boxes, crop, draw_batch, serial_threads
+from xdino.augment.cutting import cutter
+from xdino.augment.multi_crop import MultiCrop, boxes, draw_batch, serial_threads
 from xdino.data.decode import UnreadableImage
 from xdino.data.source import Source
 from xdino.errors import RunFailed, UsageError
@@ -356,9 +357,10 @@ class CropLoader(Loader[CropBatch]):
         found = boxes(table, heights, widths, self.crops.ratio).tolist()  # V lists of b boxes
         for column, (index, image) in enumerate(zip(indices, images, strict=True)):
             try:
+                cut = cutter(image)
                 for view, slot in enumerate(slots):
                     box = found[view][column]
-                    crop(image, box, slot.shape[1], slot[first + column])
+                    cut(box, slot.shape[1], slot[first + column])
             except Exception as error:
                 error.add_note(f"while cropping {self.source.describe(int(index))}")
                 raise
