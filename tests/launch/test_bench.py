@@ -187,6 +187,24 @@ def test_scaling(run):
     assert "vit_tiny_patch16_224 / xcit_nano_12_p16, 64 px" in report["ratios"]
 
 
+@pytest.mark.parametrize(
+    ("task", "more"), [("detect", []), ("segment", ["--memory"])], ids=["detect", "segment, memory"]
+)
+def test_scaling_of_whole_networks(run, task, more):
+    report = run(
+        "scaling", "--task", task, "--arch", "xcit_tiny_12_p16", "--against", "vit_tiny_patch16_224",
+        "--sizes", "32,64", *more,
+    )  # fmt: skip
+    assert report["settings"]["sizes"] == [[32, 64], [64, 96]]
+    assert report["settings"]["tokens"] == [8, 24]
+    assert set(report["figures"]) == {
+        "exponent in tokens, 8 to 24: xcit_tiny_12_p16",
+        "exponent in tokens, 8 to 24: vit_tiny_patch16_224",
+    }
+    assert "vit_tiny_patch16_224 / xcit_tiny_12_p16, 64 x 96" in report["ratios"]
+    assert report["unit"] == ("MB above the process's own" if more else "s a forward pass")
+
+
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     with on_cores(2, pinned=True):
@@ -212,6 +230,17 @@ def test_threads_are_given_back():
         (["linear", "--data", "nowhere"], "nowhere"),
         (["scaling", "--sizes", "224"], "two or more different sizes"),
         (["scaling", "--sizes", "big"], "--sizes takes numbers"),
+        (["scaling", "--memory"], "--memory goes with --task"),
+        (["scaling", "--task", "segment", "--batch", "2"], "leave out --batch"),
+        (
+            ["scaling", "--task", "detect", "--against", "vit_base_patch16_224"],
+            "384 wide with patches of 16 pixels and 12 blocks, and vit_base_patch16_224 has",
+        ),
+        (["scaling", "--task", "detect", "--against", "resnet50"], "resnet50 is no transformer"),
+        (
+            ["scaling", "--task", "detect", "--arch", "xcit_small_12_p4"],
+            "patches of 16 or 8 pixels",
+        ),
         (["pipeline", "--data", "nowhere"], "nowhere"),
         (["pipelin"], 'there is no command "pipelin": did you mean "pipeline"?'),
     ],
