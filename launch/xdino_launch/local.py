@@ -1,7 +1,7 @@
 """Training in this process, alone or as one of those that a launcher started."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from xdino_transfer.classification.files import MODEL_FILE
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.judging import Judge
 from xdino_transfer.finetuning.recipe import FineTuning
+from xdino_transfer.segmentation.while_pretraining import OfMasks, probes
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
@@ -59,7 +60,8 @@ def run_pretraining(
         first = distributed.rank() == 0
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
-            evaluator = evaluator_of(config, splits, best, watcher.look)
+            patches = patch_probes(config)
+            evaluator = evaluator_of(config, splits, best, watcher.look, patches)
             path = pretrain(
                 config, run_dir, evaluator, watcher, command, stop, extend,
                 Watching(profile, capacity),
@@ -67,6 +69,9 @@ def run_pretraining(
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)
+            if patches and first:
+                with stop.abandoning("while patches were probed"):
+                    patches_at_end(config, Path(run_dir), patches, watcher)
             if first:
                 watcher.conclude()
         return path
@@ -150,18 +155,59 @@ def evaluator_of(
     splits: tuple[Source, Source] | None,
     best: BestTeacher | None = None,
     after: Callable[[Backbone, Remembering], None] | None = None,
+    patches: Mapping[str, OfMasks] | None = None,
 ) -> Evaluator | None:
     """What judges for the trainer, or none where `evaluate.every` is 0.
 
     Args:
-        best: is shown what k-NN finds. after: as of `callback`.
+        best: is shown what k-NN finds. after: as of `callback`. patches: as of `patch_probes`.
     """
     if not config.evaluate.every or splits is None:
         return None
     quality = Quality(config.crops, views=QUALITY_VIEWS)
-    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality}
+    probes = patch_probes(config) if patches is None else patches
+    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality, **probes}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
     return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
+
+
+def patch_probes(config: Config) -> dict[str, OfMasks]:
+    """Those of `evaluate.protocols` that look at pictures with masks, by name.
+
+    Raises:
+        UsageError: there are none.
+    """
+    evaluate = config.evaluate
+    if not evaluate.every:
+        return {}
+    return probes(evaluate.protocols, evaluate.masks or config.data.path, evaluate.limit)
+
+
+def patches_at_end(
+    config: Config, run: Path, patches: Mapping[str, OfMasks], listener: Listener
+) -> None:
+    """A row of results.json of each patch probe on the backbone in `run`, once.
+
+    If it fails, a notice says so and the run is whole without it.
+    """
+    try:
+        backbone = checkpoint.load_backbone(run)
+        file, sha256 = run / "results.json", backbone.origin.sha256
+        backbone.to(resolve_device(config.runtime.device))
+        for probe in patches.values():
+            mine = [
+                r for r in results.load(file) if r.checkpoint == sha256 and AT_END in r.settings
+            ]
+            if any(row.protocol == probe.probe.method.protocol for row in mine):
+                continue
+            told = {AT_END: config.evaluate.limit}
+            rows = [replace(r, settings=r.settings | told) for r in probe.of(backbone)]
+            results.append(file, results.signed(rows, sha256, backbone.origin.name))
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        listener.notice(
+            f"the patch probe at the end failed: {error}. The run is whole; "
+            f"`xdino patch-probe {run} --data MASKS` scores it"
+        )
 
 
 def judge_at_end(

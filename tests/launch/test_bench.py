@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from xdino_launch import cli
-from xdino_launch.bench import linear
+from xdino_launch.bench import dense_scaling, linear
 from xdino_launch.bench.step import StepShape, Work, step_ratios
 from xdino_launch.bench.timing import (
     Arm,
@@ -187,22 +187,26 @@ def test_scaling(run):
     assert "vit_tiny_patch16_224 / xcit_nano_12_p16, 64 px" in report["ratios"]
 
 
-@pytest.mark.parametrize(
-    ("task", "more"), [("detect", []), ("segment", ["--memory"])], ids=["detect", "segment, memory"]
-)
-def test_scaling_of_whole_networks(run, task, more):
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_scaling_of_whole_networks(run, task, monkeypatch):
+    def here(measure, *wanted, lower):
+        assert lower == "--sizes"
+        return measure(*wanted)
+
+    monkeypatch.setattr(dense_scaling, "in_a_process", here)
+    memory = ["--memory"] if task == "segment" else []
     report = run(
         "scaling", "--task", task, "--arch", "xcit_tiny_12_p16", "--against", "vit_tiny_patch16_224",
-        "--sizes", "32,64", *more,
+        "--sizes", "32,64", *memory,
     )  # fmt: skip
-    assert report["settings"]["sizes"] == [[32, 64], [64, 96]]
-    assert report["settings"]["tokens"] == [8, 24]
+    assert report["settings"]["sizes"] == [[32, 48], [64, 112]]
+    assert report["settings"]["tokens"] == [6, 28]
     assert set(report["figures"]) == {
-        "exponent in tokens, 8 to 24: xcit_tiny_12_p16",
-        "exponent in tokens, 8 to 24: vit_tiny_patch16_224",
+        "exponent in tokens, 6 to 28: xcit_tiny_12_p16",
+        "exponent in tokens, 6 to 28: vit_tiny_patch16_224",
     }
-    assert "vit_tiny_patch16_224 / xcit_tiny_12_p16, 64 x 96" in report["ratios"]
-    assert report["unit"] == ("MB above the process's own" if more else "s a forward pass")
+    assert "vit_tiny_patch16_224 / xcit_tiny_12_p16, 64 x 112" in report["ratios"]
+    assert report["unit"] == ("MB above the process's own" if memory else "s a forward pass")
 
 
 def test_threads_are_given_back():

@@ -24,7 +24,7 @@ from xdino_transfer.pyramid import Pyramid
 from xdino_transfer.segmentation import segmenter
 
 SIZES = (400, 800, 1600)  # shorter sides: 1,050, 4,200 and 16,800 tokens of 16 pixels
-MULTIPLE = 32
+MULTIPLE, SMALLEST = 16, 32
 CLASSES = {"detect": 80, "segment": 150}  # COCO's and ADE20K's
 TASKS = tuple(CLASSES)
 
@@ -95,8 +95,8 @@ def dense_scaling(
 
     The exponent is the slope of log time over log tokens, fitted in every round.
     """
-    if min(sizes) < MULTIPLE or len(set(sizes)) < 2:
-        raise UsageError(f"--sizes takes two or more different sizes of at least {MULTIPLE} pixels")
+    if min(sizes) < SMALLEST or len(set(sizes)) < 2:
+        raise UsageError(f"--sizes takes two or more different sizes of at least {SMALLEST} pixels")
     if precision not in AUTOCAST:
         raise UsageError(f"--precision takes {', '.join(AUTOCAST)}, got {precision}")
     shapes = {size: shape_of(size) for size in sizes}
@@ -138,7 +138,7 @@ def dense_scaling(
 
 
 def shape_of(size: int) -> tuple[int, int]:
-    """Height and width of 800 : 1,344, multiples of 32 pixels."""
+    """Height and width of 800 : 1,344, multiples of 16 pixels."""
     height, width = (max(round(side / MULTIPLE), 1) * MULTIPLE for side in (size, size * 1.68))
     return height, width
 
