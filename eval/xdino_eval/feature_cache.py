@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xdino.backbone import Backbone
+from xdino.config.bands import Bands
 from xdino.data.sources import Source, fingerprint
 from xdino.errors import RunFailed
 from xdino.runtime.atomic import written_beside
@@ -31,7 +32,9 @@ def content_of(source: Source) -> str:
     with the same names in them are two sources.
     """
     stamps = hashlib.sha256(source.stamps()).hexdigest()
-    told = [source.name, fingerprint(source), stamps, source.channels, source.max_pixels]
+    channels = source.channels
+    how = channels.key() if isinstance(channels, Bands) else channels
+    told = [source.name, fingerprint(source), stamps, how, source.max_pixels]
     return json.dumps(told)
 
 

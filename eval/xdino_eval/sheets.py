@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from xdino.config import bands
 from xdino.data.image_files import DAMAGED, printable
 from xdino.errors import world
 
@@ -223,8 +224,14 @@ def broken(lines: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
     ]
 
 
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, C] -> uint8 [H, W, 3]: the first three channels, or the first as grey."""
+def as_rgb(image: np.ndarray, channels: int = 3, places: Sequence[int] | None = None) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [H, W, 3]: the first three channels, or the first as grey.
+
+    channels: `Bands` of a sensor's images, whose colours and contrast are `bands.picture`'s; places:
+    those that somebody chose, one or three.
+    """
+    if places is not None or isinstance(channels, bands.Bands):
+        return bands.picture(image, channels, places)
     return image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
 
 

@@ -58,7 +58,7 @@ class Pyramid(nn.Module):
         self.patch_embed, self.pos_embeder = network.patch_embed, network.pos_embeder
         self.blocks = network.blocks
         self.fused, self.grad_checkpointing = False, False
-        self.statistics_rest = False
+        self.statistics_rest, self.trunk_rests = False, False
         D = network.embed_dim
         if network.patch_size == 16:
             # A convolution before a BatchNorm: its bias has no effect, and is there as published.
@@ -84,8 +84,18 @@ class Pyramid(nn.Module):
         self.statistics_rest = True
         self.train(self.training)
 
+    def freeze_trunk(self) -> None:
+        """From now on stem, positions and blocks rest: no gradients, no dropped paths, no statistics."""
+        self.trunk_rests = True
+        for part in (self.patch_embed, self.pos_embeder, self.blocks):
+            part.requires_grad_(False)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> "Pyramid":
         super().train(mode)
+        if self.trunk_rests:
+            for part in (self.patch_embed, self.pos_embeder, self.blocks):
+                part.train(False)
         if self.statistics_rest:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -24,9 +24,9 @@ from xdino_launch.commands import (
     benchmarks,
     classifying,
     features,
-    finetuning,
     forecasting,
     knn,
+    learning,
     linear,
     listing,
     neighbours,
@@ -43,7 +43,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
-    "Learn on": ("finetune", "score", "predict", "transfer"),
+    "Learn on": ("finetune", "segment", "detect", "score", "predict", "transfer"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
         "patch-probe",
@@ -66,7 +66,9 @@ for command in (
     listing.runs,
     pretraining.pretrain,
     pretraining.submit,
-    finetuning.finetune,
+    learning.finetune,
+    learning.segment,
+    learning.detect,
     forecasting.look,
     forecasting.plan,
     showing.replay,

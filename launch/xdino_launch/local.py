@@ -1,6 +1,7 @@
 """Training in this process, alone or as one of those that a launcher started."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
 from xdino.job import Evaluator, Listener
 from xdino.metrics import MetricsLog
-from xdino.pretraining import Watching, pretrain
+from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
@@ -28,6 +29,14 @@ from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.live import Watcher
 from xdino_transfer.classification.files import MODEL_FILE
+from xdino_transfer.dense_training.detecting.job import DetectionJob
+from xdino_transfer.dense_training.detecting.judging import DetectionJudge
+from xdino_transfer.dense_training.detecting.recipe import Detection
+from xdino_transfer.dense_training.job import DenseJob
+from xdino_transfer.dense_training.judging import DenseJudge
+from xdino_transfer.dense_training.segmenting.job import SegmentationJob
+from xdino_transfer.dense_training.segmenting.judging import SegmentationJudge
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.judging import Judge
 from xdino_transfer.finetuning.recipe import FineTuning
@@ -43,11 +52,12 @@ def run_pretraining(
     stop: StopSignal | None = None,
     extend: int | None = None,
     profile: int = 0,
+    from_iteration: int | None = None,
 ) -> Path:
     """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
 
-    `stop`: who listens to signals already; None to listen from here on. `extend`: as `train.run`.
-    `profile`: of so many steps a trace.
+    `stop`: who listens to signals already; None to listen from here on. `extend`, `from_iteration`:
+    as `train.run`. `profile`: of so many steps a trace.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -62,9 +72,9 @@ def run_pretraining(
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
             patches = patch_probes(config)
             evaluator = evaluator_of(config, splits, best, watcher.look, patches)
-            path = pretrain(
-                config, run_dir, evaluator, watcher, command, stop, extend,
-                Watching(profile, capacity),
+            job = Pretraining(config, Watching(profile, capacity))
+            train.run(
+                job, run_dir, evaluator, watcher, command, stop, extend, from_iteration
             )  # fmt: skip
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
@@ -74,45 +84,71 @@ def run_pretraining(
                     patches_at_end(config, Path(run_dir), patches, watcher)
             if first:
                 watcher.conclude()
-        return path
+        return Path(run_dir) / checkpoint.BACKBONE_FILE
 
 
-def run_finetuning(
-    config: FineTuning,
+def run_finetuning(config: FineTuning, *told: Any) -> Path:
+    """Train a classifier, see `run_labelled`."""
+    return run_labelled(ClassificationJob(config), Judge, *told)
+
+
+def run_segmentation(config: Segmentation, *told: Any) -> Path:
+    """Train a segmenter, see `run_labelled`."""
+    return run_labelled(SegmentationJob(config), SegmentationJudge, *told)
+
+
+def run_detection(config: Detection, *told: Any) -> Path:
+    """Train a detector, see `run_labelled`."""
+    return run_labelled(DetectionJob(config), DetectionJudge, *told)
+
+
+def run_labelled(
+    job: ClassificationJob | DenseJob[Any],
+    judging: Callable[[Any, Path, Callable[[str], None]], Judge | DenseJudge],
     run_dir: str | Path,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    from_iteration: int | None = None,
 ) -> Path:
-    """Train a classifier in `run_dir` or continue it there, scored as the configuration asks for.
+    """Train what learns with labels in `run_dir` or continue it there, scored as its configuration asks.
+
+    Args:
+        judging: a job, its folder and who is told of what is odd -> what scores it.
+        from_iteration: as `train.run`.
 
     Returns:
-        The path of the classifier.
+        The path of the whole network.
     """
-    run = Path(run_dir)
+    run, config = Path(run_dir), job.config
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while its processes met"):
             if distributed.start(resolve_device(config.runtime.device)):
                 stack.callback(distributed.stop)
         listener = stack.enter_context(ConsoleListener())
-        job = ClassificationJob(config)
-        judge = Judge(job, run, listener.notice)
+        judge = judging(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
             evaluator = judge if config.evaluate.every else None
-            train.run(job, run, evaluator, watcher, command, stop)
+            train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
-                with stop.abandoning("while the last classifier was scored"):
+                with stop.abandoning("while the last network was scored"):
                     _score_at_end(job, judge, run, watcher)
                 watcher.conclude()
         return run / MODEL_FILE
 
 
-def _score_at_end(job: ClassificationJob, judge: Judge, run: Path, listener: Listener) -> None:
-    """The row of the last classifier in results.json; a run that was killed before comes back to it."""
+def _score_at_end(
+    job: ClassificationJob | DenseJob[Any],
+    judge: Judge | DenseJudge,
+    run: Path,
+    listener: Listener,
+) -> None:
+    """The row of the last network in results.json; a run that was killed before comes back to it."""
     try:
         scores = judge.conclude()
         if scores is not None and not RunDirectory(run).evaluated(job.iterations):
-            told = {"iteration": job.iterations, "epoch": job.config.train.epochs, **scores}
+            epoch = math.ceil(job.iterations / job.steps_per_epoch)
+            told = {"iteration": job.iterations, "epoch": epoch, **scores}
             _write_row(job.config, run, told, listener)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         listener.notice(f"the score at the end failed: {error}. The run is whole without it")
@@ -126,7 +162,7 @@ def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
     Raises:
         UsageError: the data has no labelled train/ and val/.
     """
-    evaluate, channels, largest = config.evaluate, config.model.in_chans, config.data.max_pixels
+    evaluate, channels, largest = config.evaluate, config.channels, config.data.max_pixels
     needy = (
         [name for name in evaluate.protocols if name not in LABEL_FREE] if evaluate.every else []
     )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xdino.config.bands import Bands, channels_of, told
 from xdino.errors import RunFailed, UsageError
 from xdino.runtime.device import device_of
 
@@ -78,6 +79,7 @@ class Spec:
         shape: arguments of XCiT that differ from what the name says.
         input_size, resize: evaluation crop and the shorter side before it, in pixels.
         mean, std: one entry a channel, for images in 0..1.
+        bands: how the images are read, where they are a sensor's; None for photographs.
     """
 
     arch: str
@@ -87,6 +89,7 @@ class Spec:
     resize: int = 256
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    bands: Bands | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -100,11 +103,12 @@ class Spec:
         return Preprocessing(self.input_size, self.resize, self.mean, self.std)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return told({**vars(self), "shape": dict(self.shape)})
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Self:
-        return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
+        shown = {"mean": tuple(tree["mean"]), "std": tuple(tree["std"])}
+        return cls(**{**tree, **shown, "bands": Bands.of(tree)})
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ class Backbone(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        return self.spec.in_chans
+        """How many channels images have; of a sensor's, `Bands`, which say how they are read, too."""
+        return channels_of(self.spec.in_chans, self.spec.bands)
 
     @property
     def input_size(self) -> int:

@@ -125,6 +125,7 @@ class Pretraining(LoaderJob[CropBatch]):
         self.take_plan(
             config, lambda precision: make_plan(config, distributed.world_size(), precision)
         )
+        self.config = self.plan.config  # with what was measured of bands
 
     def check_disk(self, run_dir: Path) -> None:
         check_disk(self.plan, run_dir)
@@ -237,7 +238,16 @@ class Pretraining(LoaderJob[CropBatch]):
                 return None
 
         spec, crops = self.plan.spec, self.plan.crops
-        picture.save_views(path, views, spec.mean, spec.std, original, batch.table, crops.ratio)
+        picture.save_views(
+            path,
+            views,
+            spec.mean,
+            spec.std,
+            original,
+            batch.table,
+            crops.ratio,
+            self.plan.source.channels,
+        )
 
     # --- what is told of them ---
 
@@ -298,10 +308,15 @@ class Pretraining(LoaderJob[CropBatch]):
         self.check_sampler(state, run_dir, ("learner", "sampler", "spec"))
         self.load_learner(state, run_dir)
 
-    def export(self, path: Path, iteration: int) -> None:
+    def exporter(self, iteration: int) -> Callable[[Path], None]:
+        teacher = self.copy_of(self.judged)
+        return lambda path: self.export(path, iteration, teacher)
+
+    def export(self, path: Path, iteration: int, teacher: Backbone | None = None) -> None:
+        """`teacher`: as it was then, where it is another by now."""
         checkpoint.save_backbone(
             path,
-            self.judged,
+            teacher or self.judged,
             self.plan.spec,
             role="teacher",
             iteration=iteration,

@@ -369,20 +369,6 @@ def _over_processes(network: nn.Module) -> nn.Module:
     return DistributedDataParallel(network, **options)
 
 
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of the generators that training draws from (drop path). Crops need none."""
-    state = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def failure_of(error: Exception) -> str | None:
     """What the world did, or None for what is a fault of this program."""
     if isinstance(error, RunFailed):

@@ -129,7 +129,7 @@ for name in sys.argv[1:]:
 def test_a_higher_limit_lifts_pillows_own(zoo, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of its own; it refuses above 1,000
     # By its full name the module: `xdino.data` calls its function so.
-    monkeypatch.setattr(sys.modules["xdino.data.decode"], "MAX_PIXELS", 1_000)
+    monkeypatch.setattr(sys.modules["xdino.data.decode.pictures"], "MAX_PIXELS", 1_000)
     data = (zoo / "palette.gif").read_bytes()  # 1,200 pixels
     with pytest.raises(UnreadableImage, match=r"1,200 pixels are more than the limit of 1,000 pix"):
         decode(data, max_pixels=2_000)

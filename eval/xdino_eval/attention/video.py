@@ -108,6 +108,8 @@ class Video:
             UsageError: the file holds no frame.
             RunFailed: it is damaged further on.
         """
+        if channels not in (1, 3):
+            raise UsageError(f"{self.path} is a video, in which no {channels} bands are")
         count, first = 0, None
         with self._open() as container:
             stream = container.streams.video[0]

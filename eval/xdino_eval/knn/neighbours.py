@@ -158,11 +158,19 @@ def _sheet(page: Sequence[Found], bank_source: Source, query_source: Source) -> 
 def tiles(query: Found, bank_source: Source, query_source: Source) -> list[Tile]:
     """The query and its neighbours as pictures."""
     found = [
-        Tile([as_rgb(query_source.read(query.index))], query.label or "query", frame="solid"),
+        Tile(
+            [as_rgb(query_source.read(query.index), query_source.channels)],
+            query.label or "query",
+            frame="solid",
+        ),
     ]
     for near in query.neighbours:
         colour = {True: RIGHT, False: WRONG, None: UNKNOWN}[near.right]
         caption = " ".join([f"{near.similarity:.3f}", *([near.label] if near.label else [])])
         frame = "dashed" if near.right is False else "solid"
-        found.append(Tile([as_rgb(bank_source.read(near.index))], caption, colour, frame))
+        found.append(
+            Tile(
+                [as_rgb(bank_source.read(near.index), bank_source.channels)], caption, colour, frame
+            )
+        )
     return found

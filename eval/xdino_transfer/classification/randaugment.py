@@ -69,6 +69,7 @@ class RandAugment:
     """The distribution; the defaults are the published ones.
 
     fill: what comes in from outside the picture, one value a channel in 0..255: the mean colour.
+    rgb: places of red, green and blue among the bands of a sensor; None: of three channels 0, 1, 2.
     """
 
     magnitude: float = 9.0
@@ -76,9 +77,12 @@ class RandAugment:
     layers: int = 2
     probability: float = 0.5
     fill: tuple[int, ...] = (124, 116, 104)
+    rgb: tuple[int, ...] | None = None
 
     @classmethod
-    def parse(cls, text: str, mean: tuple[float, ...]) -> "RandAugment":
+    def parse(
+        cls, text: str, mean: tuple[float, ...], rgb: tuple[int, ...] | None = None
+    ) -> "RandAugment":
         """From timm's spelling, "rand-m9-mstd0.5-inc1"; `mean` has one entry a channel, in 0..1.
 
         Raises:
@@ -97,6 +101,7 @@ class RandAugment:
             std=float(match["s"] or 0),
             layers=int(match["n"] or 2),
             fill=tuple(min(255, round(255 * value)) for value in mean),
+            rgb=rgb,
         )
 
     def draw(
@@ -114,14 +119,29 @@ class RandAugment:
         return table
 
     def apply(self, image: np.ndarray, layers: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, C] -> the same, by a row `layers` [L] of what `draw` gives."""
+        """uint8 [H, W, C] -> the same, by a row `layers` [L] of what `draw` gives.
+
+        Of a sensor's bands red, green and blue are one picture, every other band a grey one of its own.
+        """
         chosen = layers[layers["applied"]]
         if not len(chosen):
             return image
+        count = image.shape[2]
+        if count == 1 or (count == 3 and self.rgb in (None, (0, 1, 2))):
+            return self._apply(image, chosen, self.fill)
+        out, rgb = np.empty_like(image), self.rgb or ()
+        for places in [rgb, *((band,) for band in range(count) if band not in rgb)]:
+            if places:
+                fill = tuple(self.fill[place] for place in places)
+                out[..., places] = self._apply(image[..., places], chosen, fill)
+        return out
+
+    def _apply(self, image: np.ndarray, chosen: np.ndarray, fill: tuple[int, ...]) -> np.ndarray:
+        """uint8 [H, W, 1 or 3] -> the same."""
         picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
         for layer in chosen:
             name, magnitude = OPERATIONS[layer["operation"]], float(layer["magnitude"])
-            picture = operate(name, picture, magnitude, int(layer["sign"]), self.fill)
+            picture = operate(name, picture, magnitude, int(layer["sign"]), fill)
         return np.asarray(picture).reshape(image.shape)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdino.augment.multi_crop import ATTEMPTS, boxes, crop
+from xdino.augment.cutting import cutter
+from xdino.augment.multi_crop import ATTEMPTS, boxes
 from xdino.errors import UsageError
 from xdino.runtime import transfer
 from xdino.runtime.rng import Stream
@@ -90,7 +91,7 @@ class TrainingView:
             view = shifted(image, table["position"], self.size)
         else:
             box = boxes(table, image.shape[0], image.shape[1], self.ratio)
-            view = crop(image, box, self.size)
+            view = cutter(image)(box, self.size)
         if table["flip"]:
             view = view[:, ::-1]
         view = np.ascontiguousarray(view)

@@ -34,9 +34,9 @@ def mask_targets(
         return boxes.new_zeros(0, side, side)
     if threshold is not None:
         boxes = clipped(boxes, (masks.shape[1], masks.shape[2]))
-    numbers = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-    rois = torch.cat([numbers[:, None], boxes], dim=1)
-    own = masks[objects][:, None].to(boxes.dtype)
+    asked, numbers = objects.unique(return_inverse=True)  # a mask once, however many regions ask
+    rois = torch.cat([numbers[:, None].to(boxes.dtype), boxes], dim=1)
+    own = masks[asked][:, None].to(boxes.dtype)
     found = ops.roi_align(own, rois, side, 1.0, 0, aligned)[:, 0]
     return found if threshold is None else (found >= threshold).to(boxes.dtype)
 

@@ -16,11 +16,14 @@ from torch import nn
 from xdino import checkpoint
 from xdino.backbones import BackboneSpec, of_timm, statistics
 from xdino.config import in_epochs
+from xdino.config.bands import Bands, channels_of
 from xdino.data import Source
 from xdino.errors import RunFailed, UsageError, asked, reason
 from xdino.forecast.costs import Meter
 from xdino.plan import feasibility
+from xdino.plan.measured import measured
 from xdino.plan.networks import checkpoint_activations
+from xdino.runtime.batch_layout import BatchLayout
 from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.schedules import Array
 from xdino.values import shown
@@ -75,12 +78,13 @@ def make_plan(
     world_size: int = 1,
     precision: str | None = None,
     spec: Mapping[str, Any] | None = None,
+    first: BatchLayout | None = None,
 ) -> Plan:
     """Open the data, work everything out, and prove that the run can start; nothing is written.
 
     Args:
         precision: what "auto" was found to be. spec: of a run that is continued, whose first
-            weights may be gone.
+            weights may be gone. first: how its first start shared a step out.
 
     Raises:
         UsageError: whatever cannot be done as configured.
@@ -91,7 +95,9 @@ def make_plan(
     device = resolve_device(config.runtime.device)
     precision = precision or resolve_precision(config.train.precision, device)
     known = BackboneSpec.from_dict(dict(spec)) if spec else _spec_of_weights(config)
-    channels = config.model.in_chans or (known.in_chans if known else None)
+    channels = config.channels
+    if channels is None and known is not None:
+        channels = channels_of(known.in_chans, known.bands)
     with asked(f"cannot open data.path {shown(config.data.path)}"):
         train, val = open_labelled(
             config.data.path, channels, config.data.category, config.data.max_pixels
@@ -100,10 +106,14 @@ def make_plan(
         train = few_of_each(train, config.data.images_a_class, config.data.subset_seed)
     else:
         train = few(train, config.data.fraction, config.data.subset_seed)
+    if known is None:
+        config = measured(config, train, "view")
+    elif isinstance(train.channels, Bands) and train.channels == known.in_chans:
+        known = dataclasses.replace(known, bands=train.channels)
     known = _shown_as(config, known or _spec_from_scratch(config, train.channels))
     view = view_of(config, known)
     total = config.train.batch_size * config.train.accumulate * world_size
-    steps = loader_of(config, train, view, 0, world_size).steps_per_epoch
+    steps = loader_of(config, train, view, 0, world_size, first=first).steps_per_epoch
     plan = Plan(
         config,
         train,
@@ -125,7 +135,8 @@ def view_of(config: FineTuning, spec: BackboneSpec) -> TrainingView:
     v = config.view
     augment = None
     if v.randaugment is not None:
-        augment = RandAugment.parse(v.randaugment, spec.mean)
+        colours = None if spec.bands is None else spec.bands.rgb
+        augment = RandAugment.parse(v.randaugment, spec.mean, colours)
     erasing = Erasing(v.erasing) if v.erasing else None
     return TrainingView(
         spec.input_size,
@@ -199,7 +210,8 @@ def _spec_from_scratch(config: FineTuning, channels: int) -> BackboneSpec:
     spec = of_timm(m.arch or ARCH)
     mean, std = (spec.mean, spec.std) if channels == 3 else statistics(channels)
     side = spec.input_size
-    return BackboneSpec(m.arch or ARCH, channels, shape, side, side, mean, std)
+    bands = channels if isinstance(channels, Bands) else None
+    return BackboneSpec(m.arch or ARCH, int(channels), shape, side, side, mean, std, bands)
 
 
 def _shown_as(config: FineTuning, spec: BackboneSpec) -> BackboneSpec:
@@ -349,8 +361,9 @@ def _activations(network: Classifier, plan: Plan) -> int:
 
 
 def check_disk(plan: Plan, run_dir: Path) -> None:
-    """Raises UsageError where the disk has no room for two checkpoints of the run."""
-    feasibility.check_disk(run_dir, 2 * plan.state_bytes)
+    """Raises UsageError where the disk has no room for the newest checkpoints of the run."""
+    states = plan.config.runtime.keep_last
+    feasibility.check_disk(run_dir, states * plan.state_bytes, states)
 
 
 def init_facts(config: FineTuning) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _images(
     """
     from xdino import data
 
-    path, channels = config.data.path, config.model.in_chans
+    path, channels = config.data.path, config.channels
     assumed = channels or len(config.crops.mean or (0, 0, 0))
     if path and images is None:
         source = data.open_source(path, "train", channels, max_pixels=config.data.max_pixels)

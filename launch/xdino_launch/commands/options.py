@@ -206,6 +206,16 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def from_iteration_option() -> Callable[[Any], Any]:
+    """--from-iteration, of commands that train."""
+    return click.option(
+        "--from-iteration",
+        type=Whole(0),
+        metavar="N",
+        help="Go back to the kept state of iteration N and on from there; later ones are put aside.",
+    )
+
+
 def on_one_process(command: Callable[..., None]) -> Callable[..., None]:
     """Under a launcher the first process alone does it; the others wait, and fail as it does."""
 

@@ -12,6 +12,7 @@ from xdino.runtime import places
 from xdino_launch.commands.options import (
     BackboneOptions,
     Number,
+    Numbers,
     OutputOptions,
     Place,
     Whole,
@@ -49,6 +50,11 @@ def _check_mass(value: float) -> None:
 @click.option("--xca", is_flag=True, help="XCA's channel-by-channel matrices.")
 @click.option("--all", "every", is_flag=True, help="A file of each head, map and mask, too.")
 @click.option("--limit", default=200, show_default=True, type=Whole(), help="Images of a folder.")
+@click.option(
+    "--bands",
+    type=Numbers(values.whole),
+    help="Of a sensor: the bands to be seen, from 1, as 4,3,2 or one; default: its colours.",
+)
 @on_one_process
 def attention(
     judged: BackboneOptions, images: tuple[str, ...], pca: bool, xca: bool, **how: Any

@@ -58,7 +58,7 @@ class Judged:
 
     @property
     def channels(self) -> int:
-        return len(self.loaded.mean)
+        return cast(Backbone, self.loaded.classifier.backbone).in_chans
 
     def score(self, source: Source, train_size: int = 0) -> list[Row]:
         """The signed row of `source`."""

@@ -58,7 +58,7 @@ def _rows(
     for item in colours.readable():
         image = item.read()
         size = colours.size_of(image)
-        photograph = figures.fitted(image, most=PAIR)
+        photograph = figures.fitted(colours.photograph(image), most=PAIR)
         picture = colours.picture(image, photograph.shape[:2], size.shorter)
         pair = sheets.sheet([Tile([photograph, picture])], 1)
         path = options.out / f"{item.stem}-pca.png"
@@ -108,6 +108,10 @@ class _Colours:
             return moments.components()
         except ValueError as error:
             raise UsageError(f"{few}: {error}") from None
+
+    def photograph(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return self._options.picture(self._backbone, image)
 
     def readable(self) -> list[Item]:
         """The images, without those that could not be read."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from xdino.backbone import Backbone
+from xdino.config.bands import chosen_places
 from xdino.errors import UsageError, world
 from xdino_eval import attention, sheets
 from xdino_eval.attention import captions, channels, figures, video
@@ -33,7 +34,8 @@ ENOUGH = 32  # images whose maps set the scale of all
 class Options:
     """What `xdino attention` was asked for. `layer` and `head` count from 1; None = all.
 
-    every: a file of each map, too. limit: images of a folder.
+    every: a file of each map, too. limit: images of a folder. bands: numbers of those to be seen, from
+    1; None: the image's own colours.
     """
 
     out: Path
@@ -45,6 +47,12 @@ class Options:
     foreground: bool = False
     every: bool = False
     limit: int = LIMIT
+    bands: tuple[int, ...] | None = None
+
+    def picture(self, backbone: Backbone, image: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, C] -> uint8 [H, W, 3]: what is drawn upon."""
+        places = None if self.bands is None else chosen_places(self.bands, backbone.in_chans)
+        return sheets.as_rgb(image, backbone.in_chans, places)
 
     @property
     def layers(self) -> list[int] | None:
@@ -125,8 +133,9 @@ class _Images:
                 self._skipped.add(item, error)
                 continue
             self._seen.append(size)
+            picture = self._options.picture(self._backbone, image)
             lines = (told, captions.inputs(self._backbone, [size]))
-            yield item, Looked(item.name, figures.fitted(image, 1), maps, lines)
+            yield item, Looked(item.name, figures.fitted(picture, 1), maps, lines)
             tell(done, len(self._items))
 
     def _drawn(self, maps: attention.Maps) -> list[np.ndarray]:
@@ -145,7 +154,8 @@ class _Images:
             self._written.append(figures.draw_sheet(found, path, *how))
         self._written.append(figures.draw_overlay(found, out / f"{item.stem}-overlay.png", *how))
         if options.every:
-            whole = Looked(item.name, item.read(), found.maps)
+            picture = options.picture(self._backbone, item.read())
+            whole = Looked(item.name, picture, found.maps)
             self._written += figures.draw_each(whole, out, item.stem, *how)
         return figures.row(found, *how)
 
@@ -169,6 +179,8 @@ def say_sizes(backbone: Backbone, seen: Sequence[Shown], options: Options) -> No
 def _check(backbone: Backbone, options: Options) -> None:
     """Refuse a backbone, a layer or a head that is not there, on a grey image."""
     grey = _grey(backbone)
+    if options.bands is not None:
+        chosen_places(options.bands, backbone.in_chans)
     with evaluating(backbone), torch.inference_mode():
         heads = backbone.class_attention(grey, options.layers)[-1].shape[1]
     if options.head is not None and not 1 <= options.head <= heads:
@@ -206,7 +218,7 @@ def _film_attention(backbone: Backbone, film: Film, options: Options) -> Iterato
         for number, frame in film.counted():
             what = f"frame {number} of {film.stem}"
             maps = _maps(backbone, frame.pixels, what, options, options.size)
-            photograph = sheets.as_rgb(frame.pixels)
+            photograph = options.picture(backbone, frame.pixels)
             for name, one in figures.choose(maps, options.head):
                 scales[name] = _calmer(scales.get(name), Scale.of([one]))
                 view = figures.view(one, photograph, maps.lattice, options.mass, scales[name])

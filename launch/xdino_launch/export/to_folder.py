@@ -27,6 +27,7 @@ from torch import Tensor
 from xdino import checkpoint
 from xdino.backbone import Backbone, Origin, Preprocessing
 from xdino.checkpoint import EXPORTED_FILE
+from xdino.config.bands import Bands
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import folder_beside, write_text
 from xdino_eval import results
@@ -126,7 +127,12 @@ def _compared(backbone: Backbone, folder: Path, config: Mapping[str, Any]) -> li
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     error = difference(backbone, backbone.spec, theirs, f"timm {timm.__version__} from the folder")
     told = [f"timm's local-dir: gives the same features, to {error:.1e} of the largest"]
-    compare_pixels(backbone, config["pretrained_cfg"])
+    if isinstance(backbone.in_chans, Bands):
+        told.append(
+            f"timm has no transform of images of {backbone.in_chans} bands: pixels not tried"
+        )
+    else:
+        compare_pixels(backbone, config["pretrained_cfg"])
     if importlib.util.find_spec("transformers") is None:
         return [*told, "transformers is not installed here: not tried with it"]
     import transformers

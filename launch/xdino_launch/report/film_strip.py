@@ -87,7 +87,9 @@ class FilmStrip:
         if self._photographs is None:
             self._photographs = self._read(transform)
         shown = self._photographs
-        rows: list[list[np.ndarray]] = [[tile(photograph.crop)] for photograph in shown]
+        rows: list[list[np.ndarray]] = [
+            [tile(photograph.crop, channels=backbone.in_chans)] for photograph in shown
+        ]
         for column in (
             attention_tiles(backbone, shown),
             component_tiles(backbone, shown),
@@ -147,7 +149,9 @@ class FilmStrip:
             tiles = []
             for near in found.neighbours:
                 with contextlib.suppress(UnreadableImage, OSError):
-                    picture = tile(transform.array(self.train.read(near.index)))
+                    picture = tile(
+                        transform.array(self.train.read(near.index)), channels=self.train.channels
+                    )
                     colour = {True: RIGHT, False: WRONG, None: UNKNOWN}[near.right]
                     tiles.append(bordered(picture, colour, dashed=near.right is False))
             columns.append(tiles)
@@ -161,7 +165,8 @@ def attention_tiles(backbone: Backbone, shown: Sequence[Photograph]) -> list[lis
         for photograph in shown:
             maps = class_attention_maps(backbone, photograph.crop)
             mean = maps.layers[-1].mean(0)
-            tiles.append([figures.view(mean, tile(photograph.crop), maps.lattice).overlay])
+            seen = tile(photograph.crop, channels=backbone.in_chans)
+            tiles.append([figures.view(mean, seen, maps.lattice).overlay])
     except UsageError:
         return []
     return tiles
@@ -187,11 +192,12 @@ def component_tiles(backbone: Backbone, shown: Sequence[Photograph]) -> list[lis
     return tiles
 
 
-def tile(image: np.ndarray, method: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
-    """uint8 [s, s, C] -> uint8 [T, T, 3]."""
-    return np.asarray(
-        Image.fromarray(np.ascontiguousarray(as_rgb(image))).resize((TILE, TILE), method)
-    )
+def tile(
+    image: np.ndarray, method: Image.Resampling = Image.Resampling.BICUBIC, channels: int = 3
+) -> np.ndarray:
+    """uint8 [s, s, C] -> uint8 [T, T, 3]; channels: of the source."""
+    shown = np.ascontiguousarray(as_rgb(image, channels))
+    return np.asarray(Image.fromarray(shown).resize((TILE, TILE), method))
 
 
 def bordered(picture: np.ndarray, colour: str, dashed: bool) -> np.ndarray:

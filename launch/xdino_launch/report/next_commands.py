@@ -66,6 +66,22 @@ def next_of_classifier(run: Path, data: str) -> list[tuple[str, str]]:
     return [(what, shlex.join(["xdino", *words])) for what, words in commands]
 
 
+def next_of_labelled(kind: str, run: Path, data: str) -> list[tuple[str, str]]:
+    """The same after a run of this kind has learned from labels of `data`."""
+    if kind == "finetune":
+        return next_of_classifier(run, data)
+    place, data = _operand(str(run)), _operand(data)
+    image = an_image(data) or IMAGE
+    commands = [
+        ("the score", ["score", place, "--data", data]),
+        (
+            "a picture of what it finds",
+            ["predict", place, image, "--out", os.path.join(place, "found")],
+        ),
+    ]
+    return [(what, shlex.join(["xdino", *words])) for what, words in commands]
+
+
 def has_splits(data: str) -> bool:
     """Whether `data` looks like train/ and val/ of classes; their images are not listed."""
     if data.partition(":")[0] in NAMES:

@@ -81,7 +81,8 @@ class MultiCrop:
 
     `brightness`, `contrast` and `saturation` draw a factor from 1 - x to 1 + x; `hue` a shift
     from -x to x of a full turn; `blur_radius` is in pixels. `mean` and `std` have one entry per
-    channel, on a scale of 0 to 1.
+    channel, on a scale of 0 to 1. `rgb`: places of red, green and blue; () for none; None: of three
+    channels 0, 1, 2.
     """
 
     views: tuple[View, ...]
@@ -97,6 +98,7 @@ class MultiCrop:
     solarize_threshold: int = 128
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    rgb: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.views:
@@ -125,6 +127,17 @@ class MultiCrop:
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    @property
+    def band_groups(self) -> tuple[tuple[list[int], bool], ...]:
+        """Places of the channels that lose their colours together, and whether they have any: red,
+        green and blue, and all others."""
+        rgb = self.rgb
+        if rgb is None:
+            rgb = (0, 1, 2) if self.channels == 3 else ()
+        rest = [place for place in range(self.channels) if place not in rgb]
+        groups = (list(rgb), True), (rest, False)
+        return tuple((places, colour) for places, colour in groups if places)
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:

@@ -50,8 +50,14 @@ def photometric(
     """From flip to normalisation: uint8 [N, h, w, C] -> `dtype` [N, C, h, w].
 
     `table` is [N], in the crops' order. Operations and their order are torchvision's, clamped to
-    [0, 255] between them. With one channel, saturation, hue and grayscale do nothing; with any
-    number but 1 and 3 they do nothing either, and contrast blends with the mean of all channels.
+    [0, 255] between them. With one channel, saturation, hue and grayscale do nothing.
+
+    Bands of a sensor fall into two groups, red, green and blue (`spec.rgb`) and the rest, and each is
+    treated for itself with what was drawn once. The first is a photograph. Of the rest the grey is
+    the mean of its bands: with it saturation blends, to it grayscale sets every band, with its mean
+    level contrast blends; hue has no meaning and does nothing. Brightness, blur and solarise are of
+    every band alike, solarise from half of the declared range on.
+
     Runs on the crops' device, on a CPU with torch's number of threads, which the result does not
     depend on. The first call on a CPU compiles for some seconds, once for a machine. `fused`: by
     xdino.kernels, where they support the channels and the blur. Raises ValueError where the shapes
@@ -67,20 +73,26 @@ def photometric(
     with torch.inference_mode(False), torch.no_grad():
         out = torch.empty(N, C, h, w)
     if out.numel():
-        mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
-        kernels, reach = _kernels_of(table["blur"])
-        compiled.apply(
-            crops.contiguous().numpy(),
-            table,
-            kernels,
-            reach,
-            _solarize_from(spec),
-            1 / (255 * std),
-            mean / std,
-            out.numpy(),
-            torch.get_num_threads(),
-        )
+        _apply_compiled(compiled, crops.contiguous().numpy(), table, spec, out.numpy())
     return out.to(dtype)
+
+
+def _apply_compiled(
+    compiled: ModuleType, crops: np.ndarray, table: np.ndarray, spec: MultiCrop, out: np.ndarray
+) -> None:
+    """`photometric_cpu.apply`, once a group of bands: crops [N, h, w, C] -> out [N, C, h, w]."""
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    kernels, reach = _kernels_of(table["blur"])
+    threads = torch.get_num_threads()
+    for places, colour in spec.band_groups:
+        scale, shift = 1 / (255 * std[places]), mean[places] / std[places]
+        whole = places == list(range(spec.channels))
+        pixels = crops if whole else np.ascontiguousarray(crops[..., places])
+        part = out if whole else np.empty((len(out), len(places), *out.shape[2:]), np.float32)
+        levels = _solarize_from(spec), scale, shift
+        compiled.apply(pixels, table, kernels, reach, *levels, part, threads, colour)
+        if not whole:
+            out[:, places] = part
 
 
 def photometric_fused(
@@ -236,15 +248,13 @@ def _photometric_block(block: Tensor, table: np.ndarray, spec: MultiCrop) -> Ten
     x = block.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     parts = _Parts(x)
     parts.apply(table["flip"], lambda part: part.copy_(part.flip(3)))
-    order, factor = table["order"], table["factor"]
-    operations: dict[int, Operation] = {BRIGHTNESS: _brightness, CONTRAST: _contrast}
-    if C == 3:
-        operations |= {SATURATION: _saturation, HUE: _hue}
-    for turn in range(4):
-        for name, operation in operations.items():
-            parts.apply(table["jitter"] & (order[:, turn] == name), operation, factor[:, name])
-    if C == 3:
-        parts.apply(table["gray"], lambda part: part.copy_(_luma(part)))
+    for places, colour in spec.band_groups:
+        if places == list(range(C)):
+            _colours(parts, table, colour)
+        else:
+            group = x[:, places]
+            _colours(_Parts(group), table, colour)
+            x[:, places] = group
     _blur(parts, table["blur"].astype(np.float64))
     parts.apply(table["solarize"], lambda part: _solarize(part, _solarize_from(spec)))
     mean, std = (
@@ -252,6 +262,25 @@ def _photometric_block(block: Tensor, table: np.ndarray, spec: MultiCrop) -> Ten
         for t in (spec.mean, spec.std)
     )
     return x.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def _colours(parts: _Parts, table: np.ndarray, colour: bool) -> None:
+    """Jitter and grayscale of a group of bands. colour: they are red, green and blue."""
+    order, factor = table["order"], table["factor"]
+    operations: dict[int, Operation] = {BRIGHTNESS: _brightness, CONTRAST: _contrast}
+    if colour:
+        operations |= {SATURATION: _saturation, HUE: _hue}
+    else:
+        operations |= {CONTRAST: _contrast_of_bands}
+    if not colour and parts.x.shape[1] > 1:
+        operations |= {SATURATION: _saturation_of_bands}
+    for turn in range(4):
+        for name, operation in operations.items():
+            parts.apply(table["jitter"] & (order[:, turn] == name), operation, factor[:, name])
+    if colour:
+        parts.apply(table["gray"], lambda part: part.copy_(_luma(part)))
+    elif parts.x.shape[1] > 1:
+        parts.apply(table["gray"], lambda part: part.copy_(part.mean(dim=1, keepdim=True)))
 
 
 # Masks below are float32: comparing into bool and torch.where take ten times as long on a CPU.
@@ -278,14 +307,25 @@ def _brightness(x: Tensor, factor: Tensor) -> None:
 
 
 def _contrast(x: Tensor, factor: Tensor) -> None:
-    channels = x.mean(dim=(2, 3), keepdim=True)  # [n, C, 1, 1]
-    mean = _luma(channels) if x.shape[1] == 3 else channels.mean(dim=1, keepdim=True)
-    mean = mean.add_(0.5).floor_()  # a whole level, as Pillow's
+    _blend_with_level(x, factor, _luma(x.mean(dim=(2, 3), keepdim=True)))
+
+
+def _contrast_of_bands(x: Tensor, factor: Tensor) -> None:
+    _blend_with_level(x, factor, x.mean(dim=(2, 3), keepdim=True).mean(dim=1, keepdim=True))
+
+
+def _blend_with_level(x: Tensor, factor: Tensor, mean: Tensor) -> None:
+    """mean: [n, 1, 1, 1], made a whole level, as Pillow's."""
+    mean = mean.add_(0.5).floor_()
     x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 255)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> None:
     x.lerp_(_luma(x), 1 - factor).clamp_(0, 255)
+
+
+def _saturation_of_bands(x: Tensor, factor: Tensor) -> None:
+    x.lerp_(x.mean(dim=1, keepdim=True), 1 - factor).clamp_(0, 255)
 
 
 def _hue(x: Tensor, turn: Tensor) -> None:

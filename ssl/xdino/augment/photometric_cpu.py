@@ -49,12 +49,14 @@ _SIGNATURE = numba.void(
     numba.int64, numba.int64, numba.from_dtype(TABLE_DTYPE)[::1],  # first, last, table
     numba.float32[:, ::1], numba.int64[::1],  # kernels, reach
     numba.float32, numba.float32[::1], numba.float32[::1],  # threshold, scale, shift
+    numba.boolean,  # colour
 )  # fmt: skip
 
 
 def apply(
     crops: np.ndarray, table: np.ndarray, kernels: np.ndarray, reach: np.ndarray,
     threshold: float, scale: np.ndarray, shift: np.ndarray, out: np.ndarray, threads: int = 1,
+    colour: bool = True,
 ) -> None:  # fmt: skip
     """Flip, jitter, grayscale, blur, solarise: out = level * scale - shift.
 
@@ -66,11 +68,13 @@ def apply(
         reach: int64 [N], how far each blur goes: a multiple of 3 up to R, 0 for no blur.
         threshold: levels from here on are solarised. scale, shift: float32 [C].
         out: float32 [N, C, h, w], contiguous; it is overwritten.
+        colour: three channels are red, green and blue.
     """
     table, N = np.array(table, TABLE_DTYPE), len(crops)  # a copy: writable, as the signature says
 
     def work(first: int, last: int) -> None:
-        _apply(crops, out, first, last, table, kernels, reach, np.float32(threshold), scale, shift)
+        level = np.float32(threshold)
+        _apply(crops, out, first, last, table, kernels, reach, level, scale, shift, colour)
 
     if threads <= 1 or N < 2:
         work(0, N)
@@ -167,17 +171,46 @@ def _gray(tile: np.ndarray, n: int) -> None:
 
 
 @_compiled
-def _jitter(tile: np.ndarray, n: int, name: int, factor: np.ndarray, mean: np.float32) -> None:
+def _mean(tile: np.ndarray, x: int) -> np.float32:
+    total = _ZERO
+    for c in range(len(tile)):
+        total += tile[c, x]
+    return total / np.float32(len(tile))
+
+
+@_compiled
+def _saturation_of_bands(tile: np.ndarray, n: int, factor: np.float32) -> None:
+    rest = _ONE - factor
+    for x in range(n):
+        gray = rest * _mean(tile, x)
+        for c in range(len(tile)):
+            tile[c, x] = _clamp(factor * tile[c, x] + gray)
+
+
+@_compiled
+def _gray_of_bands(tile: np.ndarray, n: int) -> None:
+    for x in range(n):
+        gray = _mean(tile, x)
+        for c in range(len(tile)):
+            tile[c, x] = gray
+
+
+@_compiled
+def _jitter(
+    tile: np.ndarray, n: int, name: int, factor: np.ndarray, mean: np.float32, colour: bool
+) -> None:
     """Operation `name`, one of the four, with its own factor of `factor` [4]."""
     if name == BRIGHTNESS:
         _brightness(tile, n, factor[name])
     elif name == CONTRAST:
         _contrast(tile, n, factor[name], mean)
-    elif len(tile) == 3:
+    elif colour:
         if name == SATURATION:
             _saturation(tile, n, factor[name])
         else:
             _hue(tile, n, factor[name])
+    elif name == SATURATION and len(tile) > 1:
+        _saturation_of_bands(tile, n, factor[name])
 
 
 # Between a crop and a tile: `count` rows from row `top` on
@@ -332,7 +365,7 @@ def _blur(
 @_compiled
 def _band(
     tile: np.ndarray, pixels: np.ndarray, planes: np.ndarray, top: int, count: int,
-    row: np.record, first: int, last: int, mean: np.float32,
+    row: np.record, first: int, last: int, mean: np.float32, colour: bool,
 ) -> int:  # fmt: skip
     """Load rows and apply the jitter's turns from `first` up to `last`; -> pixels of the tile.
 
@@ -344,25 +377,26 @@ def _band(
     else:
         _load(tile, planes, top, count)
     for turn in range(first, last):
-        _jitter(tile, n, row.order[turn], row.factor, mean)
+        _jitter(tile, n, row.order[turn], row.factor, mean, colour)
     return n
 
 
 @_compiled
 def _mean_level(
-    tile: np.ndarray, pixels: np.ndarray, planes: np.ndarray, band: int, row: np.record, turns: int
-) -> np.float32:
+    tile: np.ndarray, pixels: np.ndarray, planes: np.ndarray, band: int, row: np.record, turns: int,
+    colour: bool,
+) -> np.float32:  # fmt: skip
     """The whole level with which contrast blends: the mean after `turns`, left in `planes`."""
     C, h, w = planes.shape
     total = np.float64(0)
     for top in range(0, h, band):
         count = min(band, h - top)
-        n = _band(tile, pixels, planes, top, count, row, np.int64(0), turns, _ZERO)
+        n = _band(tile, pixels, planes, top, count, row, np.int64(0), turns, _ZERO, colour)
         for c in range(C):
             levels = _ZERO
             for x in range(n):
                 levels += tile[c, x]
-            total += levels * LUMA[c] if C == 3 else levels / C
+            total += levels * LUMA[c] if colour else levels / C
         if turns:
             _store(planes, tile, top, count)
     return np.float32(floor(total / (h * w) + 0.5))
@@ -372,9 +406,11 @@ def _mean_level(
 def _apply(
     crops: np.ndarray, out: np.ndarray, first: int, last: int, table: np.ndarray,
     kernels: np.ndarray, reach: np.ndarray, threshold: np.float32, scale: np.ndarray, shift: np.ndarray,
+    colour: bool,
 ) -> None:  # fmt: skip
     """`apply` to crops first to last."""
     _, h, w, C = crops.shape
+    colour = colour and C == 3
     band = min(max(1, _TILE // w), h)  # rows
     R = kernels.shape[1] - 1
     tile = np.empty((C, band * w), np.float32)
@@ -387,12 +423,15 @@ def _apply(
             turns = 4
             while row.order[done] != CONTRAST:
                 done += 1
-            mean = _mean_level(tile, pixels, planes, band, row, done)
+            mean = _mean_level(tile, pixels, planes, band, row, done, colour)
         for top in range(0, h, band):
             count = min(band, h - top)
-            n = _band(tile, pixels, planes, top, count, row, done, turns, mean)
-            if row.gray and C == 3:
-                _gray(tile, n)
+            n = _band(tile, pixels, planes, top, count, row, done, turns, mean, colour)
+            if row.gray:
+                if colour:
+                    _gray(tile, n)
+                elif C > 1:
+                    _gray_of_bands(tile, n)
             if reach[i]:
                 _store(planes, tile, top, count)
                 continue

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from xdino.augment.multi_crop import boxes
+from xdino.config.bands import Bands
+from xdino.config.bands import picture as bands_as_rgb
 from xdino.runtime.atomic import written_beside
 
 IMAGES = 8  # rows
@@ -38,6 +40,7 @@ def save_views(
     originals: Callable[[int], np.ndarray | None] = lambda _: None,
     table: np.ndarray | None = None,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    channels: int = 3,
 ) -> None:
     """A picture of the views: a row an image, the original where there is one, then its crops.
 
@@ -46,7 +49,7 @@ def save_views(
         originals: gives image number b of the batch, uint8 [H, W, C], or None where it cannot be
             had; if none of the first can, the picture is of the crops alone.
         table: what was drawn for the crops, [V, B], so that their places can be shown.
-        ratio: as of `MultiCrop`.
+        ratio: as of `MultiCrop`. channels: of the source, by which `Bands` say what is seen.
 
     Raises:
         RunFailed: it cannot be written.
@@ -63,11 +66,11 @@ def save_views(
             places = (
                 None if table is None else boxes(table[:, b], image.shape[0], image.shape[1], ratio)
             )
-            framed.append(_original(image, places, height))
+            framed.append(_original(_rgb(image, channels), places, height))
         columns.append(("original, and its crops" if table is not None else "original", framed))
     first = 0
     for group in groups:
-        pixels, size = _pixels(group[:, rows], mean, std), group.shape[-1]
+        pixels, size = _rgb(_pixels(group[:, rows], mean, std), channels), group.shape[-1]
         most = min(max(1, round(largest / size)), max(1, height // SMALLEST))
         blocks = [_block(pixels[:, i], first, height, most) for i in range(len(rows))]
         columns.append((f"{len(group)} crops, {size} px", blocks))
@@ -77,15 +80,20 @@ def save_views(
 
 
 def _pixels(group: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised [V, B, C, h, w] -> uint8 [V, B, h, w, 3]."""
+    """Normalised [V, B, C, h, w] -> uint8 [V, B, h, w, C]."""
     shape = (1, 1, -1, 1, 1)
     pixels = group.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    array = (pixels * 255).clamp(0, 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
-    return _rgb(array)
+    array: np.ndarray = (pixels * 255).clamp(0, 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+    return array
 
 
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [.., C] -> uint8 [.., 3]: the first three channels, or the first as grey."""
+def _rgb(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 [.., C] -> uint8 [.., 3]: declared colours, the first three channels, or the first as grey.
+
+    As the network sees them: nothing is stretched.
+    """
+    if isinstance(channels, Bands):
+        return bands_as_rgb(pixels, channels, stretched=False)
     return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, -1)
 
 
@@ -97,10 +105,10 @@ def _resized(picture: np.ndarray, width: int, height: int) -> Image.Image:
 
 
 def _original(image: np.ndarray, places: np.ndarray | None, height: int) -> Image.Image:
-    """An image within `height` x `WIDEST * height`, a frame for each place (top, left, h, w)."""
+    """uint8 [H, W, 3] within `height` x `WIDEST * height`, a frame for each place (top, left, h, w)."""
     H, W = image.shape[:2]
     scale = min(height / H, WIDEST * height / W)
-    out = _resized(_rgb(image), max(1, round(W * scale)), max(1, round(H * scale)))
+    out = _resized(image, max(1, round(W * scale)), max(1, round(H * scale)))
     pen = ImageDraw.Draw(out)
     across, down = out.width / W, out.height / H
     for number, place in enumerate(() if places is None else places):

@@ -115,6 +115,11 @@ def _fitted(model: nn.Module, file: WeightsFile, arch: str) -> dict[str, Tensor]
             f"{file.path} is a network for {task}, which gives pixels or boxes and no vector of an "
             "image: name the weights that it began from"
         )
+    if part := file.facts.get("part"):
+        raise UsageError(
+            f"{file.path} holds the {part} of a network for pixels or boxes; they give no vector of "
+            "an image: name the weights that it began from"
+        )
     fits = weight_names.fitting(file.tensors)
     if fits is not None and fits != arch:
         advice = f"it fits {fits}: --arch {fits}"

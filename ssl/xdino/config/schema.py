@@ -11,11 +11,12 @@ The text below a key says what it is, in which unit, and what to try: `keys` rea
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from xdino.config.bands import MOST, asked_bands, completed
 from xdino.nonfinite import valid_policy
 from xdino.values import device
 
@@ -30,6 +31,7 @@ Count = Annotated[int, Field(ge=0, le=2**31)]
 Width = Annotated[int, Field(ge=1, le=2**17)]
 Pixels = Annotated[int, Field(ge=1, le=2**13)]
 NotNegative = Annotated[float, Field(ge=0)]
+Level = Annotated[float, Field(ge=-1e30, le=1e30)]
 Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 
@@ -68,8 +70,8 @@ class Model:
     arch: str = "xcit_small_12_p16"
     """Its name: xcit_ with nano_12, tiny_12, tiny_24, small_12, small_24, medium_24 or large_24 and _p16,
     _p8 or _p4; or any of timm's names, of which vit_small_patch16_224.dino is DINO's own ViT."""
-    in_chans: Literal[1, 3] | None = None
-    """Channels: 1 for grey, 3 for colour; null: as the data set has it."""
+    in_chans: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    """Channels: 1 for grey, 3 for colour, up to 16 for bands of a sensor; null: as the data have it."""
     patch_size: Literal[4, 8, 16] | None = None
     """Side of a patch in pixels. Smaller ones see more and cost more."""
     embed_dim: Width | None = None
@@ -229,6 +231,11 @@ class Data:
     """Share of images that may be unreadable: they are skipped; beyond it the run stops."""
     max_pixels: Annotated[int, Field(ge=1, le=2**40)] = MAX_PIXELS
     """Pixels of an image at most; a larger one counts as unreadable."""
+    range: tuple[Level, ...] | None = None
+    """Values of a sensor that are black and white, 0,4095 say: of all bands, or a pair for each; null: of
+    photographs as ever, of bands all that integers hold, 0,1 of floats."""
+    rgb: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] | None = None
+    """Bands that are red, green and blue, counted from 1: 4,3,2 say; [] for none; null: 1,2,3 of 3."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -339,7 +346,9 @@ class Runtime:
     checkpoint_every: Positive = 500
     """Iterations between saved states; the end of an epoch is always saved."""
     keep_every: Count = 20
-    """Epochs between states that are kept; 0 to keep none but the last two."""
+    """Epochs between states that are kept; 0 to keep none but the newest."""
+    keep_last: Annotated[int, Field(ge=2, le=10_000)] = 2
+    """Number of the newest states that are kept; --from-iteration goes back to any that is."""
     report: bool = True
     """Whether report.html is redrawn while training, with a frame of film/ an evaluation."""
     wandb: Literal["off", "online", "offline"] = "off"
@@ -368,6 +377,7 @@ class RunConfig:
 
     kind: ClassVar[str]  # at the head of its recipes, and the command that runs them
     free: ClassVar[frozenset[str]]  # as `FREE`
+    model: Any
     data: Any  # the sections that the loop and run directories look into
     train: Any
     evaluate: Any
@@ -376,6 +386,15 @@ class RunConfig:
     def contradictions(self) -> Iterable[str]:
         """A sentence for each pair of values that cannot be together."""
         return ()
+
+    def following(self, before: Self) -> Self:
+        """The same, with what the run `before` worked out of its bands and this one leaves open."""
+        return completed(self, before)
+
+    @property
+    def channels(self) -> int | None:
+        """What sources are asked for: plain channels, or `Bands`; None: what there is."""
+        return asked_bands(self.model.in_chans, self.data.range, self.data.rgb)
 
 
 @dataclass(frozen=True, config=STRICT)

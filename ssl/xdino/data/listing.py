@@ -1,8 +1,9 @@
 """Names of files: which of them are images, what lies below a folder, and how a person reads them.
 
 What counts as an image, everywhere: a regular file with one of `decode.SUFFIXES`, or one without any
-suffix whose first bytes are an image's. The rest is counted by suffix; hidden files and what systems
-leave behind (@eaDir, Thumbs.db) are not mentioned.
+suffix whose first bytes are an image's. Where there is none, arrays (.npy) are images: beside pictures
+they are what somebody worked out from them. The rest is counted by suffix; hidden files and what
+systems leave behind (@eaDir, Thumbs.db) are not mentioned.
 """
 
 import os
@@ -29,6 +30,8 @@ _SYSTEM = {
 }  # fmt: skip
 _AT_ONCE = 1 << 16  # strings that are read from a mapped file together
 _RAW_SUFFIXES = {suffix.encode() for suffix in SUFFIXES}
+_ARRAYS = {b".npy"}
+_counted: ContextVar[set[bytes]] = ContextVar("counted", default=_RAW_SUFFIXES)
 
 
 # Names and their letters
@@ -180,6 +183,24 @@ def holds_images(path: Path) -> bool:
     return next(scan(os.fsencode(path), {}), None) is not None
 
 
+@contextmanager
+def of_arrays() -> Iterator[None]:
+    """Inside, arrays are the images."""
+    token = _counted.set(_ARRAYS)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+def holds_arrays(path: Path) -> bool:
+    """Whether there are arrays below a folder, and no images."""
+    if holds_images(path):
+        return False
+    with of_arrays():
+        return holds_images(path)
+
+
 def scan(
     root: bytes, left_out: dict[str, int], but: Sequence[str] = ()
 ) -> Iterator[tuple[bytes, int, int]]:
@@ -234,7 +255,7 @@ def _is_image(path: bytes, status: os.stat_result | None, left_out: dict[str, in
     suffix = os.path.splitext(path)[1].lower()
     if status is not None and not stat.S_ISREG(status.st_mode):
         count_suffix(left_out, "no regular file")
-    elif suffix in _RAW_SUFFIXES:
+    elif suffix in _counted.get():
         return True
     elif suffix or status is None or not _starts_as_image(path):
         count_suffix(left_out, printable(suffix))

@@ -16,12 +16,15 @@ import numpy as np
 from PIL import Image
 
 from xdino.config import MAX_PIXELS
-from xdino.data.decode import allow_pixels, decode
+from xdino.config.bands import MOST, Bands
+from xdino.data.decode import allow_pixels, bands_in, decode, pages_in, usual
 from xdino.data.listing import ByteStrings, left_out_sentence, printable
 from xdino.errors import UsageError
 from xdino.runtime import rng
 
 _SAMPLED, _PIECE = 64, 1 << 16  # images whose first and last bytes a fingerprint reads
+_COUNTED = 9  # images whose bands are counted where nobody says how many there are
+_SENSORS = (b".tif", b".tiff", b".npy")  # suffixes of what may hold other bands than a photograph
 
 
 class Source(abc.ABC):
@@ -43,7 +46,7 @@ class Source(abc.ABC):
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        if channels not in (1, 3):
+        if channels not in (1, 3) and not isinstance(channels, Bands):
             raise UsageError(f"channels must be 1 or 3, got {channels}")
         self.name, self.channels = printable(os.fsencode(name)), channels
         self.labels, self.classes = labels, classes
@@ -93,10 +96,12 @@ class Source(abc.ABC):
 class StoredSource(Source):
     """Images that lie somewhere as image files' bytes.
 
-    described: `names_and_sizes` of them, once it is known.
+    described: `names_and_sizes` of them, once it is known. lies_apart: any one costs as little as the
+    next.
     """
 
     described: bytes | None = None
+    lies_apart = False
 
     @abc.abstractmethod
     def encoded(self, index: int) -> bytes: ...
@@ -142,6 +147,86 @@ def limit_pixels(source: Source, max_pixels: int) -> None:
     """From now on images of `source` with more than `max_pixels` pixels are unreadable."""
     source.max_pixels = max_pixels
     allow_pixels(max_pixels)
+
+
+# Bands
+
+
+def settle_bands(source: Source, asked: int | None) -> None:
+    """Let `source` read the bands that were asked for, or those that its images have.
+
+    asked: a plain number or None leave photographs what they are; of sensors' images (TIFFs that are
+    no photographs, arrays) most of a sample say how many bands there are.
+
+    Raises:
+        UsageError: no images of bands, more than `MOST` of them, or not those that `asked` speaks of.
+    """
+    if asked is not None and not isinstance(asked, Bands):
+        return
+    if not isinstance(source, StoredSource):
+        if asked is not None and (asked not in (0, source.channels) or asked.range):
+            raise only_pictures(source.name)
+        return
+    if asked:
+        source.channels = asked
+        return
+    counts = _count_bands(source, all_kinds=asked is not None)
+    count = usual(counts)
+    if count is None and (many := [c for c in counts if c is not None and c > MOST]):
+        raise UsageError(
+            f"the images of {source.name} have {many[0]:,} bands, and at most {MOST} are possible: "
+            "write fewer"
+        )
+    if asked is not None and count is None:
+        raise UsageError(
+            f"nobody says how many bands the images of {source.name} have, and none of a sample tells: "
+            "set model.in_chans"
+        )
+    if not count and asked is None:
+        source.remarks += _unread_pages(source)
+    if count:
+        source.channels = (Bands(0) if asked is None else asked).counted(count)
+
+
+def _unread_pages(source: StoredSource) -> list[str]:
+    """A sentence where the first image has several pages, of which one is read."""
+    if not len(source) or not source.member(0).lower().endswith(_SENSORS):
+        return []
+    try:
+        pages = pages_in(source.encoded(0))
+    except OSError:
+        return []
+    if pages < 2:
+        return []
+    return [
+        f"{source.describe(0)} has {pages} pages, of which the first is read"
+        + (f" (--model.in_chans {pages} takes them for bands)" if pages <= MOST else "")
+    ]
+
+
+def only_pictures(name: str) -> UsageError:
+    return UsageError(
+        f"{name} holds pictures of 8 bits, grey or in colour, and bands of a sensor are asked for (by "
+        "data.range, data.rgb or model.in_chans, or by the weights): name other images"
+    )
+
+
+def _count_bands(source: StoredSource, all_kinds: bool) -> list[int | None]:
+    """Of a sample, neighbours where they lie in one tar; 0 for photographs, unless they count, too."""
+    n = len(source)
+    chosen = range(min(n, _COUNTED))
+    if source.lies_apart and n > _COUNTED:
+        chosen = range(0, n, -(-n // _COUNTED))
+    counts: list[int | None] = []
+    for index in chosen:
+        if not all_kinds and not source.member(index).lower().endswith(_SENSORS):
+            counts.append(0)
+            continue
+        try:
+            counts.append(bands_in(source.encoded(index), all_kinds))
+        except OSError:
+            counts.append(None)
+    return counts
 
 
 # Fingerprints

@@ -20,10 +20,10 @@ from xdino.data.files import (
     splits_of_folder,
 )
 from xdino.data.idx import NAMES, ArraySource, open_named
-from xdino.data.listing import shortened
+from xdino.data.listing import holds_arrays, of_arrays, shortened
 from xdino.data.parquet import open_parquet, parquet_in, splits_of_parquet
 from xdino.data.remote import open_named_tars, splits_of_named_tars
-from xdino.data.source import Source, fingerprint, limit_pixels
+from xdino.data.source import Source, fingerprint, limit_pixels, settle_bands
 from xdino.data.tars import TarSource, open_tars, splits_of_tar
 from xdino.errors import UsageError, asked
 from xdino.runtime import places
@@ -60,13 +60,15 @@ def open_source(
     tar files, a text file with one path a line, an address of tars ("s3://bucket/train-{000..127}.tar"),
     or a pattern of tar files ("shards/train-*.tar"). split: "train" or "val"; of a folder or tar,
     its (sub)folder of that name, or the tars whose names say so ("train" falls back on what does
-    not call itself val or test). channels: 1 for Fashion-MNIST and 3 for files unless given.
+    not call itself val or test). channels: 1 for Fashion-MNIST and 3 for files unless given; `Bands`
+    of sensors' images, which are found to be such where nothing is given.
     labelled: a folder must hold one folder per class, a tar the same or a .cls beside every image.
     max_pixels: images of more are unreadable. Raises UsageError for whatever is missing, misspelt
     or incomplete.
     """
     with asked(f"{shortened(data)} cannot be read"):
-        source = _open(data, split, channels, labelled)
+        source = _open(data, split, channels or None, labelled)
+        settle_bands(source, channels)
     limit_pixels(source, max_pixels)
     return source
 
@@ -92,6 +94,9 @@ def _open(data: str, split: str | None, channels: int | None, labelled: bool) ->
         except UsageError:  # looked for last: it costs a listing
             if tables := parquet_in(path):
                 return open_parquet(data, tables, split, channels, labelled)
+            if holds_arrays(path):
+                with of_arrays():
+                    return open_folder(data, path, split, channels, labelled)
             raise
     if not stat.S_ISREG(mode):
         raise UsageError(f"{data} is neither a folder nor a regular file")
@@ -132,6 +137,9 @@ def splits_of(data: str) -> tuple[str | None, ...]:
             found = splits_of_named_tars(data)
         elif path.is_dir():
             found = splits_of_folder(path) or splits_of_parquet(parquet_in(path))
+            if not found and holds_arrays(path):
+                with of_arrays():
+                    found = splits_of_folder(path)
         elif path.is_file() and _TAR_NAME.search(path.name):
             found = splits_of_tar(path)
     return tuple(found) or (None,)

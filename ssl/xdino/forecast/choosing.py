@@ -14,6 +14,7 @@ import torch
 from xdino import config as configuration
 from xdino import data
 from xdino.config import Config
+from xdino.config.bands import Bands
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast import fitting, ladder
@@ -143,16 +144,19 @@ class Choosing:
 
     def _look(self, path: str) -> Images:
         settings = settings_of(self.given)
-        channels, largest = settings.model.in_chans, settings.data.max_pixels
+        channels, largest = settings.channels, settings.data.max_pixels
         with asked(f"cannot open data.path {shown(path)}"):
             source = data.open_source(path, "train", channels, max_pixels=largest)
         judged = self.judges is not None and self._labelled(settings) is not None
         found = look_at(source, judged)
         sides = "{}" if found.smallest == found.largest else "{} to {}"
         sides = sides.format(found.smallest, found.largest)
+        colours = "grey" if found.grey else "colour"
+        if isinstance(source.channels, Bands):
+            colours = f"{source.channels} bands"
         self.note(
             f"{found.count:,} images of {source.name}, {sides} pixels (the shorter side of "
-            f"{found.sampled}), {'grey' if found.grey else 'colour'}, "
+            f"{found.sampled}), {colours}, "
             f"{'labelled' if found.labelled else 'without labels to judge by'}"
         )
         return found
@@ -161,7 +165,7 @@ class Choosing:
     def _labelled(settings: Config) -> tuple[Source, Source] | None:
         path = settings.evaluate.data or settings.data.path
         try:
-            return data.open_splits(path, settings.model.in_chans, settings.data.max_pixels)
+            return data.open_splits(path, settings.channels, settings.data.max_pixels)
         except UsageError:
             if settings.evaluate.data:
                 raise
@@ -227,7 +231,7 @@ class Choosing:
         splits, path = self._labelled(config), config.data.path
         if splits is None:
             source = data.open_source(
-                path or "", "train", config.model.in_chans, max_pixels=config.data.max_pixels
+                path or "", "train", config.channels, max_pixels=config.data.max_pixels
             )
             splits = source, source
         every = dataclasses.replace(config.evaluate, every=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from xdino.config.bands import Bands
 from xdino.data import Source
 from xdino.data.decode import UnreadableImage
 from xdino.errors import UsageError
@@ -71,7 +72,7 @@ def look_at(source: Source, labelled: bool, clock: Callable[[], float] = time.mo
     Raises:
         UsageError: none of the sample can be read.
     """
-    began, grey = clock(), True
+    began, grey = clock(), not isinstance(source.channels, Bands)
     sides: list[int] = []
     levels: list[np.ndarray] = []
     chosen = rng.sample(b"sides", SAMPLED, len(source))

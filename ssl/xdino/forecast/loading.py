@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from xdino.augment import MultiCrop
+from xdino.config.bands import Bands, channels_of
 from xdino.data import CropLoader, Source, open_source
 from xdino.runtime import rng
 
@@ -27,7 +28,8 @@ class Loading:
 
 
 def time_loading(source: Source | None, crops: MultiCrop, seconds: float = SECONDS) -> Loading:
-    """Load for about so many seconds, in this thread; None: a made JPEG of 0.2 megapixels.
+    """Load for about so many seconds, in this thread; None: a made JPEG of 0.2 megapixels, an array
+    of bands.
 
     Raises:
         RunFailed: too many images cannot be read.
@@ -36,11 +38,14 @@ def time_loading(source: Source | None, crops: MultiCrop, seconds: float = SECON
         laps, count = _laps(source, crops, seconds)
         return Loading(statistics.median(laps), f"{count} of its images")
     with tempfile.TemporaryDirectory() as folder:
-        made = _jpeg()
-        (Path(folder) / "made.jpg").write_bytes(made)
-        laps, _ = _laps(open_source(folder, channels=crops.channels), crops, seconds)
+        channels = channels_of(crops.channels, None)
+        bands = isinstance(channels, Bands)
+        made = _array(crops.channels) if bands else _jpeg()
+        (Path(folder) / ("made.npy" if bands else "made.jpg")).write_bytes(made)
+        laps, _ = _laps(open_source(folder, channels=channels), crops, seconds)
+    kind = "array" if bands else "JPEG"
     return Loading(
-        statistics.median(laps), f"a made JPEG of 0.2 megapixels and {len(made) / 1e3:.0f} kB"
+        statistics.median(laps), f"a made {kind} of 0.2 megapixels and {len(made) / 1e3:.0f} kB"
     )
 
 
@@ -58,6 +63,13 @@ def _laps(source: Source, crops: MultiCrop, seconds: float) -> tuple[list[float]
         laps.append((time.thread_time() - began) / batch)
     batches.close()
     return laps, batch * len(laps)
+
+
+def _array(bands: int) -> bytes:
+    """Noise of so many bands in 16 bits, as bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, rng.subset().integers(0, 1 << 16, (*MADE_SIZE, bands), np.uint16))
+    return buffer.getvalue()
 
 
 def _jpeg() -> bytes:

@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from xdino.config.bands import Bands
 from xdino.data import Source, UnreadableImage, decode, open_source
+from xdino.data.decode import layout_of
 from xdino.data.source import StoredSource
 from xdino.data.sources import splits_of
 from xdino.errors import UsageError
+from xdino.plan.measured import too_dim
 from xdino.runtime import rng
 
 HEADERS, DECODED = 2000, 200  # images of a sample
@@ -85,7 +88,7 @@ class Survey:
         sampled: images whose headers were looked at; the next five are of these.
         shorter, longer: sides in pixels, as the image is shown. stretched, tiny: how many are
             `STRETCHED` times longer than high or wide, or below `TINY` pixels.
-        colours: "colour", "grey", with " and transparency" or " of 16 bits and more".
+        colours: "colour", "grey", with " and transparency" or " of 16 bits and more"; "4 bands of uint8".
         decoded: images that were decoded whole; unreadable: where, why, of these and of the headers.
         compared: images that were compared by content; equal: groups of equal ones, `NAMED` at most;
             copies: images that another one equals already.
@@ -164,7 +167,7 @@ def survey(data: str, everything: bool = False) -> Survey:
         equal=[[source.describe(i) for i in group[:NAMED]] for group in groups[:NAMED]],
         copies=sum(len(group) - 1 for group in groups),
         decode_seconds=seconds,
-        notices=source.notices(),
+        notices=[*source.notices(), *too_dim(source)],
     )
 
 
@@ -255,6 +258,10 @@ def _header(source: Source, index: int) -> tuple[int, int, str]:
     data = source.encoded(index)
     if not data:
         raise UnreadableImage("the file is empty")
+    if isinstance(source.channels, Bands):
+        found = layout_of(data)
+        count = f"{found.bands} band{'s' * (found.bands > 1)}"
+        return found.height, found.width, f"{count} of {found.kind}"
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width, _colour(image)

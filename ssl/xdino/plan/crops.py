@@ -29,4 +29,5 @@ def crops_of(config: Config, spec: BackboneSpec) -> augment.MultiCrop:
         **photometric_of(c),
         mean=spec.mean,
         std=spec.std,
+        rgb=None if spec.bands is None else spec.bands.rgb,
     )

@@ -6,6 +6,7 @@ from xdino import augment, data
 from xdino.config import Config
 from xdino.errors import UsageError, asked
 from xdino.plan.crops import crops_of
+from xdino.plan.measured import measured
 from xdino.plan.networks import spec_of
 from xdino.plan.plan import Plan
 from xdino.plan.proof import prove
@@ -31,9 +32,10 @@ def make_plan(config: Config, world_size: int = 1, precision: str | None = None)
         source = data.open_source(
             config.data.path,
             split="train",
-            channels=config.model.in_chans,
+            channels=config.channels,
             max_pixels=config.data.max_pixels,
         )
+    config = measured(config, source)
     spec = spec_of(config, source.channels)
     crops = crops_of(config, spec)
     total_batch = config.train.batch_size * config.train.accumulate * world_size

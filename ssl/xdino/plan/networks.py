@@ -8,6 +8,7 @@ from torch import nn
 from xdino import acceleration, checkpoint
 from xdino.backbones import BackboneSpec, compile_backbone, statistics
 from xdino.config import Config, Head, Loss
+from xdino.config.bands import Bands
 from xdino.errors import UsageError, asked
 from xdino.head import DINOHead
 from xdino.learner import Learner
@@ -20,7 +21,6 @@ from xdino.loss import (
     WithKoLeo,
 )
 from xdino.plan.plan import Plan
-from xdino.runtime import distributed
 from xdino.stepping import AUTOCAST
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.values import shown
@@ -45,12 +45,13 @@ def spec_of(config: Config, channels: int) -> BackboneSpec:
     }
     return BackboneSpec(
         m.arch,
-        in_chans=channels,
+        in_chans=int(channels),
         shape=shape,
         input_size=input_size,
         resize=config.evaluate.resize or max(1, round(input_size * 256 / 224)),
         mean=mean,
         std=std,
+        bands=channels if isinstance(channels, Bands) else None,
     )
 
 
@@ -135,6 +136,4 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         for network in (student, teacher):
             compile_backbone(network.backbone)
     acceleration.use_kernels((student, teacher), learner.kernels.network)
-    # Processes drop different paths; the first is as it would be alone.
-    torch.manual_seed(config.train.seed + distributed.rank())
     return learner

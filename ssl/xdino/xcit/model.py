@@ -108,7 +108,7 @@ class XCiT(Backbone):
         return trunk.tokens_after(self, images, after)
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
+        if images.ndim != 4 or images.shape[1] != self.spec.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(images.shape)}")
 
     def gather(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -23,6 +23,7 @@ class FileSource(StoredSource):
     one, and not found in folders. facts_are_old: they come from an index that was kept.
     """
 
+    lies_apart = True
     listed = False
     facts_are_old = False
 

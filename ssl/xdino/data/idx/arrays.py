@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from xdino.config.bands import Bands
 from xdino.data.idx.scattered import scattered
-from xdino.data.source import Source, png
+from xdino.data.source import Source, only_pictures, png
 from xdino.errors import UsageError
 from xdino.runtime.places import DATA_SETS
 
@@ -43,7 +44,9 @@ class ArraySource(Source):
         channels: int = 1,
         split: str = "train",
     ) -> None:
-        super().__init__(name, channels, labels, classes)
+        if channels not in (1, 3) or (isinstance(channels, Bands) and channels.range):
+            raise only_pictures(name)
+        super().__init__(name, int(channels), labels, classes)
         self._images, self._split = images, split
 
     def __len__(self) -> int:

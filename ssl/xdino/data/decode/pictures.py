@@ -62,7 +62,7 @@ class UnreadableImage(ValueError):
     """The bytes are no image that can be read whole; the message says why."""
 
 
-def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_picture(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The first image in `data`: uint8 [H, W, channels], RGB or (channels=1) ITU-R 601 luma.
 
     Raises UnreadableImage for what is empty, not an image, truncated, or larger than `max_pixels`
@@ -83,7 +83,7 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.n
         if bare is None:
             raise
         try:
-            turned = _jpeg_orientation(data) if data[:2] == b"\xff\xd8" else None
+            turned = jpeg_orientation(data) if data[:2] == b"\xff\xd8" else None
             return _decode_pillow(bare, channels, max_pixels, turned)
         except UnreadableImage:
             pass  # the first reason is the better one
@@ -115,7 +115,7 @@ _SIGNATURES = [
 ]
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise _too_large(f"{width} x {height}", max_pixels)
 
@@ -146,7 +146,7 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, RuntimeError, MemoryError):
         return None
-    _check_size(height, width, max_pixels)
+    check_size(height, width, max_pixels)
     scans = data.count(b"\xff\xda")  # pixels never hold this: an encoder puts 0 after 0xFF
     if scans > _SCANS and scans * height * width > _SCANS / 2 * max_pixels:
         raise UnreadableImage(f"its {scans:,} scans would take minutes to decode")
@@ -157,7 +157,7 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
         image = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     except (ValueError, RuntimeError, MemoryError):
         return None  # strict: this includes a warning about a file that Pillow reads in full
-    return _upright(image, _jpeg_orientation(data))
+    return upright(image, jpeg_orientation(data))
 
 
 def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
@@ -178,7 +178,7 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
     return segments
 
 
-def _jpeg_orientation(data: bytes) -> int:
+def jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation, 1 to 8; 1 if none or damaged."""
     for marker, start, end in _jpeg_segments(data):
         exif = data[start + 4 : end]
@@ -213,7 +213,7 @@ def _tiff_entries(tiff: bytes, order: str) -> range:
     return range(start + 2, start + 2 + 12 * count, 12)
 
 
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+def upright(image: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an EXIF orientation; uint8 [H, W, C], contiguous."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 0, 2)
@@ -228,7 +228,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """Those of `_FORMATS` that this Pillow has."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
@@ -239,12 +239,12 @@ def _decode_pillow(
 ) -> np.ndarray:
     """orientation: of the picture, where its metadata were taken away."""
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _check_size(image.height, image.width, max_pixels)
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
+            check_size(image.height, image.width, max_pixels)
             image.load()
             if orientation is None:
                 orientation = _orientation(image, data)
-            return _upright(_to_array(image, channels), orientation)
+            return upright(_to_array(image, channels), orientation)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -264,7 +264,7 @@ def _decode_pillow(
 def _orientation(image: Image.Image, data: bytes) -> int:
     """The EXIF orientation of a loaded image, 1 where it is damaged."""
     if data[:2] == b"\xff\xd8":
-        return _jpeg_orientation(data)
+        return jpeg_orientation(data)
     if image.format == "TIFF":
         return 1  # Pillow has turned it already
     try:
