@@ -61,8 +61,9 @@ def test_every_number_has_its_unit():
         ("data.path", "TEXT", "text"),
         ("crops.local_scale", "NUMBER,NUMBER",
          "2 values with a comma between them, each number above 0 and at most 1"),
-        ("evaluate.protocols", "knn|quality|logistic|grid,...",
-         "values with a comma between them, each knn, quality, logistic or grid"),
+        ("evaluate.protocols", "knn|quality|logistic|grid|patch-knn|patch-linear,...",
+         "values with a comma between them, each knn, quality, logistic, grid, patch-knn or "
+         "patch-linear"),
     ],
 )  # fmt: skip
 def test_types_in_words(name, metavar, values):
