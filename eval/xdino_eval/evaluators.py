@@ -176,7 +176,10 @@ EVALUATORS: dict[str, Evaluator] = {
 }
 """By the names that `evaluate.protocols` and `evaluate.linear` take."""
 
-LABEL_FREE = ("quality",)
+PATCH_PROBES = ("patch-knn", "patch-linear")
+"""More such names, of `xdino_transfer`: they look at pictures with masks of their own."""
+
+LABEL_FREE = ("quality", *PATCH_PROBES)
 
 
 def check_labels(train: Source, val: Source) -> None:

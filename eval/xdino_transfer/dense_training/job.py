@@ -3,7 +3,7 @@
     path -> bytes -> decoded -> one view with its labels -> device -> losses by name -> one update
 
 Which images a step takes and what happens to them follows from the seed and its number alone, and so
-does what is drawn from torch's generators (dropped paths and channels, samples).
+does what is drawn in the network (dropped paths and channels, samples).
 """
 
 from abc import abstractmethod
@@ -28,7 +28,9 @@ from xdino_transfer.dense_training import starting
 from xdino_transfer.dense_training.learner import DenseLearner, adamw, parameter_groups
 from xdino_transfer.dense_training.plan import DensePlan
 from xdino_transfer.dense_training.recipe import DenseConfig
+from xdino_transfer.detection.views import Views
 from xdino_transfer.pyramid import without_class_attention
+from xdino_transfer.segmentation.views import TestViews
 
 Batch = TypeVar("Batch")
 VIEWS_FILE = "views.png"
@@ -220,14 +222,22 @@ class DenseJob(LoaderJob[Batch], Generic[Batch]):
             **self._init,
         }
 
-    def write(self, path: Path, iteration: int, network: Any = None, **facts: Any) -> None:
-        """The whole network, as `dense_files.read_dense` reads it.
+    @property
+    @abstractmethod
+    def test_views(self) -> TestViews | Views:
+        """How a picture is shown in a test."""
 
-        `network`: as it was then, where it is another by now.
-        """
+    def write(self, path: Path, iteration: int, network: Any = None, **facts: Any) -> None:
+        """The whole network, as `dense_files.read_dense` reads it; `network`: as of `export`."""
         plan = self.plan
-        told = self.weights_facts(iteration) | facts
-        write_dense(path, network or self.judged, told, spec=plan.spec, classes=plan.classes)
+        write_dense(
+            path,
+            network or self.judged,
+            self.weights_facts(iteration) | facts,
+            spec=plan.spec,
+            classes=plan.classes,
+            views=self.test_views,
+        )
 
     def exporter(self, iteration: int) -> Callable[[Path], None]:
         network = self.copy_of(self.judged)
@@ -237,8 +247,8 @@ class DenseJob(LoaderJob[Batch], Generic[Batch]):
         """The backbone, and beside that of the run the whole network, which comes first: a run that
         was killed between the two writes both at its next start.
 
-        A pyramid's has stem and blocks, and no class attention, which took no part. `network`: as of
-        `write`.
+        A pyramid's has stem and blocks, and no class attention, which took no part. `network`: as it
+        was then, where it is another by now.
         """
         network = network or self.judged
         if path.name == checkpoint.BACKBONE_FILE:

@@ -1,4 +1,4 @@
-"""Stochastic depth (arXiv 1603.09382), and dropout, that do not depend on how images are shared out.
+"""Stochastic depth (arXiv 1603.09382) that does not depend on how images are shared out.
 
 What is dropped is drawn for the images of all processes, from a generator that is seeded alike on
 each (`job.LoaderJob`), and every process takes its own images' part of it. So the same images lose
@@ -43,21 +43,6 @@ def drop_path_mask(x: Tensor, rate: float, rows: Rows | None = None, scale: bool
     if scale:
         mask.div_(keep)
     return mask.view((B,) + (1,) * (x.ndim - 1))
-
-
-class SharedDropout2d(nn.Dropout2d):
-    """Whole channels of an image are dropped, `[B, C, h, w]`, as paths are: see `drop_path_mask`."""
-
-    rows: Rows | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        rows = self.rows
-        if not self.training or self.p == 0 or rows is None or len(input) != rows.images:
-            return super().forward(input)
-        keep = 1 - self.p
-        of_all = input.new_empty(rows.total, input.shape[1]).bernoulli_(keep).div_(keep)
-        mask = torch.cat([of_all[first:last] for first, last in rows.mine])
-        return input * mask[:, :, None, None]
 
 
 def tell_rows(network: nn.Module, rows: Rows | None) -> None:
