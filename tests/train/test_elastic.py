@@ -150,7 +150,7 @@ def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
                   "channels": 8, "drop_path": 0.2},
         "view": {"crop": 32, "longer": 128, "shorter": 32},
         "data": {"path": str(folder / "data")},
-        "optim": {"lr": 0.01},
+        "optim": {"lr": 0.01, "warmup": 0},
         "train": {"epochs": 4, "iterations": None, "batch_size": 4, "precision": "fp32"},
         "evaluate": {"every": 0},
         "runtime": {"device": "cpu", "workers": 0, "log_every": 1, "keep_every": 0,
