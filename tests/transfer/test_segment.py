@@ -156,6 +156,9 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_named(
     assert "--extend" not in error
     code, _, error = xdino(*words(finished, painted, model__head="upernet", optim__lr=0.5))
     assert (code, "optim.lr (0.01 against 0.5)" in error) == (2, True), error
+    code, _, error = xdino(*words(finished, painted, model__head="upernet", train__epochs=5))
+    assert (code, "another folder for a run of 5" in error) == (2, True), error
+    assert "--extend" not in error
     code, _, error = xdino("finetune", "finetune_small", "--run", finished)
     assert (code, "holds a run of xdino segment, which xdino finetune" in error) == (2, True), error
     code, _, error = xdino("pretrain", "segment_small", "--run", tmp_path / "x")
