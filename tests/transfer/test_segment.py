@@ -231,7 +231,7 @@ def test_two_processes_are_one(painted, tmp_path):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
 
 
-def test_from_weights_with_resting_statistics_micro_batches_add_up(finished, painted, tmp_path):
+def test_from_weights_with_resting_statistics(finished, painted, tmp_path):
     """And the head comes along where the classes are the same; a resting trunk stays as it is."""
     same = {"model__drop_path": 0, "model__dropout": 0, "train__iterations": 3, "train__epochs": "null",
             "train__init": finished, "model__norm": "frozen", "model__head": "upernet",
