@@ -8,6 +8,7 @@ Letters: K classes, H x W pixels.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -101,19 +102,29 @@ def score(
     if len(skipped) == len(val):
         raise RunFailed(f"no picture of {val.where} could be read: {skipped[0]} and others")
     scores = matrix.scores()
-    row = Row(
+    row = _row(val, views, scales, flip, scores, skipped)
+    return replace(row, seconds=round(time.perf_counter() - begun, 3)), scores
+
+
+def _row(
+    val: Maps,
+    views: TestViews,
+    scales: Sequence[float],
+    flip: bool,
+    scores: Scores,
+    skipped: Sequence[str],
+) -> Row:
+    return Row(
         protocol=PROTOCOL,
-        settings={"classes": classes, "scales": [*scales], "flip": flip},
+        settings={"classes": len(val.classes), "scales": [*scales], "flip": flip},
         top1=None,
         top5=None,
         data=val.where,
         transform=f"fitted into {views.longer:g} x {views.shorter:g}",
         train_size=0,
         val_size=len(val) - len(skipped),
-        seconds=round(time.perf_counter() - begun, 3),
         notes=[f"{len(skipped)} pictures could not be read ({skipped[0]})"] if skipped else [],
         metrics={
             "mIoU": 100 * scores.miou, "mAcc": 100 * scores.macc, "aAcc": 100 * scores.aacc,
         },
     )  # fmt: skip
-    return row, scores
