@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from xdino import weight_names
+from xdino.backbone import statistics
+from xdino.backbones import BackboneSpec
 from xdino.checkpoint.plain import load_plain, reading
 from xdino.checkpoint.weights import is_network
 from xdino.errors import RunFailed, UsageError, asked
@@ -22,6 +24,7 @@ from xdino.xcit import XCiT
 from xdino_transfer.pyramid import Pyramid
 
 BACKBONE = "backbone."
+PUBLISHED_CLASS_ATTENTION = 2  # layers of all named XCiTs, which a pyramid leaves out
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,28 @@ def pyramid_of(tensors: Mapping[str, Tensor], path: Path) -> Pyramid:
     Raises:
         UsageError: those are no XCiT's.
     """
+    return Pyramid(XCiT(**_shape(tensors, path)))
+
+
+def spec_of(file: DenseFile, arch: str | None = None) -> BackboneSpec:
+    """What a file's backbone is called, and the statistics that all published files are shown with.
+
+    Raises:
+        UsageError: it is not `arch`; its backbone is no XCiT.
+    """
+    shape = _shape(file.tensors, file.path)
+    channels = shape.pop("in_chans")
+    mean, std = statistics(channels)
+    shape["class_attention_layers"] = PUBLISHED_CLASS_ATTENTION
+    name = weight_names.xcit_name(shape)
+    if arch is not None and arch != name:
+        told = name or weight_names.described(shape)
+        raise UsageError(f"{file.path} is not on {arch}: its shapes are those of {told}")
+    nearest = name or weight_names.nearest_xcit(shape)
+    return BackboneSpec(nearest, channels, {} if name else shape, mean=mean, std=std)
+
+
+def _shape(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     own = {
         name.removeprefix(BACKBONE): value
         for name, value in tensors.items()
@@ -89,7 +114,7 @@ def pyramid_of(tensors: Mapping[str, Tensor], path: Path) -> Pyramid:
     shape = weight_names.xcit_shape(own)
     if shape is None or shape["patch_size"] not in (8, 16):
         raise UsageError(f"{path} holds no XCiT of patch 8 or 16 as its backbone")
-    return Pyramid(XCiT(**shape))
+    return shape
 
 
 def sizes(tensors: Mapping[str, Tensor], path: Path, *names: str) -> list[torch.Size]:

@@ -14,6 +14,7 @@ Letters: B images, C channels, H x W pixels, D width, N tokens, (h, w) patch gri
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from xdino import xcit
 from xdino.errors import UsageError
@@ -57,19 +58,19 @@ class Pyramid(nn.Module):
         self.patch_embed, self.pos_embeder = network.patch_embed, network.pos_embeder
         self.blocks = network.blocks
         self.fused, self.grad_checkpointing = False, False
-        self.statistics_rest = False
+        self.statistics_rest, self.trunk_rests = False, False
         D = network.embed_dim
         if network.patch_size == 16:
             # A convolution before a BatchNorm: its bias has no effect, and is there as published.
             self.fpn1 = nn.Sequential(_doubled(D), nn.BatchNorm2d(D), nn.GELU(), _doubled(D))
             self.fpn2 = nn.Sequential(_doubled(D))
             self.fpn3 = nn.Sequential(nn.Identity())
-            self.fpn4 = nn.Sequential(nn.MaxPool2d(2))
+            self.fpn4 = nn.Sequential(Pooled(2))
         else:
             self.fpn1 = nn.Sequential(_doubled(D))
             self.fpn2 = nn.Sequential(nn.Identity())
-            self.fpn3 = nn.Sequential(nn.MaxPool2d(2))
-            self.fpn4 = nn.Sequential(nn.MaxPool2d(4))
+            self.fpn3 = nn.Sequential(Pooled(2))
+            self.fpn4 = nn.Sequential(Pooled(4))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: keep the blocks' inputs only."""
@@ -83,8 +84,18 @@ class Pyramid(nn.Module):
         self.statistics_rest = True
         self.train(self.training)
 
+    def freeze_trunk(self) -> None:
+        """From now on stem, positions and blocks rest: no gradients, no dropped paths, no statistics."""
+        self.trunk_rests = True
+        for part in (self.patch_embed, self.pos_embeder, self.blocks):
+            part.requires_grad_(False)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> "Pyramid":
         super().train(mode)
+        if self.trunk_rests:
+            for part in (self.patch_embed, self.pos_embeder, self.blocks):
+                part.train(False)
         if self.statistics_rest:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -100,6 +111,15 @@ class Pyramid(nn.Module):
         levels = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         tokens = self.tokens(images)
         return [level(x) for level, x in zip(levels, tokens, strict=True)]
+
+
+class Pooled(nn.MaxPool2d):
+    """Max-pooling that rounds grids down, as published, but never to nothing: strips of few pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.kernel_size, int)
+        few = min(x.shape[2:]) < self.kernel_size
+        return F.max_pool2d(x, self.kernel_size, ceil_mode=few)
 
 
 def _doubled(width: int) -> nn.Module:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from xdino_launch.commands import (
     benchmarks,
     classifying,
     features,
-    finetuning,
     forecasting,
     knn,
+    learning,
     linear,
     listing,
     neighbours,
@@ -42,7 +43,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 CHAPTERS = {  # of the help; what is in none comes last
     "Pretrain": ("demo", "look", "plan", "recipes", "pretrain", "submit", "runs", "report", "replay"),
-    "Learn on": ("finetune", "score", "predict", "transfer"),
+    "Learn on": ("finetune", "segment", "detect", "score", "predict", "transfer"),
     "Judge the features": (
         "knn", "linear", "quality", "retrieval", "copydetection", "davis", "segment-score",
         "patch-probe",
@@ -65,7 +66,9 @@ for command in (
     listing.runs,
     pretraining.pretrain,
     pretraining.submit,
-    finetuning.finetune,
+    learning.finetune,
+    learning.segment,
+    learning.detect,
     forecasting.look,
     forecasting.plan,
     showing.replay,
@@ -97,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(arguments) if arguments is not None else sys.argv[1:]
     try:
         os.environ.update(rendezvous.from_slurm(os.environ))
-        # Commands learn whether they are all that this process is for.
-        xdino.main(given, "xdino", standalone_mode=False, obj=arguments is None)
+        with warnings.catch_warnings():
+            warnings.showwarning = _told  # type: ignore[assignment]  # the rest is not told
+            # Commands learn whether they are all that this process is for.
+            xdino.main(given, "xdino", standalone_mode=False, obj=arguments is None)
     except click.ClickException as error:
         fail(error.format_message(), EXIT_USAGE)
     except UsageError as error:
@@ -114,6 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_FAILED)
     except Exception as error:  # noqa: BLE001 - the last resort
         fail(_unforeseen(error, given), EXIT_FAILED)
+
+
+def _told(message: Warning | str, *_where: object) -> None:
+    """What Python calls a warning, without the line of code that it prints beside it."""
+    click.echo(f"xdino: {' '.join(str(message).split())}", err=True)
 
 
 def fail(sentence: str, code: int) -> None:

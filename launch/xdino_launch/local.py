@@ -1,7 +1,8 @@
 """Training in this process, alone or as one of those that a launcher started."""
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from xdino.config import QUALITY_VIEWS, Config, RunConfig
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
-from xdino.job import Evaluator, Listener
+from xdino.job import Evaluator, Listener, OfAllProcesses
 from xdino.metrics import MetricsLog
-from xdino.pretraining import Watching, pretrain
+from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
 from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
@@ -28,9 +29,18 @@ from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.live import Watcher
 from xdino_transfer.classification.files import MODEL_FILE
+from xdino_transfer.dense_training.detecting.job import DetectionJob
+from xdino_transfer.dense_training.detecting.judging import DetectionJudge
+from xdino_transfer.dense_training.detecting.recipe import Detection
+from xdino_transfer.dense_training.job import DenseJob
+from xdino_transfer.dense_training.judging import DenseJudge
+from xdino_transfer.dense_training.segmenting.job import SegmentationJob
+from xdino_transfer.dense_training.segmenting.judging import SegmentationJudge
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.judging import Judge
 from xdino_transfer.finetuning.recipe import FineTuning
+from xdino_transfer.segmentation.while_pretraining import OfMasks, probes
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
@@ -42,11 +52,12 @@ def run_pretraining(
     stop: StopSignal | None = None,
     extend: int | None = None,
     profile: int = 0,
+    from_iteration: int | None = None,
 ) -> Path:
     """`pretrain` with the evaluations that the configuration asks for, drawn on the console.
 
-    `stop`: who listens to signals already; None to listen from here on. `extend`: as `train.run`.
-    `profile`: of so many steps a trace.
+    `stop`: who listens to signals already; None to listen from here on. `extend`, `from_iteration`:
+    as `train.run`. `profile`: of so many steps a trace.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -59,55 +70,85 @@ def run_pretraining(
         first = distributed.rank() == 0
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
-            evaluator = evaluator_of(config, splits, best, watcher.look)
-            path = pretrain(
-                config, run_dir, evaluator, watcher, command, stop, extend,
-                Watching(profile, capacity),
-            )  # fmt: skip
+            patches = patch_probes(config)
+            evaluator = evaluator_of(config, splits, best, watcher.look, patches)
+            job = Pretraining(config, Watching(profile, capacity))
+            train.run(job, run_dir, evaluator, watcher, command, stop, extend, from_iteration)
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)
+            if patches and first:
+                with stop.abandoning("while patches were probed"):
+                    patches_at_end(config, Path(run_dir), patches, watcher)
             if first:
                 watcher.conclude()
-        return path
+        return Path(run_dir) / checkpoint.BACKBONE_FILE
 
 
-def run_finetuning(
-    config: FineTuning,
+def run_finetuning(config: FineTuning, *told: Any) -> Path:
+    """Train a classifier, see `run_labelled`."""
+    return run_labelled(ClassificationJob(config), Judge, *told)
+
+
+def run_segmentation(config: Segmentation, *told: Any) -> Path:
+    """Train a segmenter, see `run_labelled`."""
+    return run_labelled(SegmentationJob(config), SegmentationJudge, *told)
+
+
+def run_detection(config: Detection, *told: Any) -> Path:
+    """Train a detector, see `run_labelled`."""
+    return run_labelled(DetectionJob(config), DetectionJudge, *told)
+
+
+def run_labelled(
+    job: ClassificationJob | DenseJob[Any],
+    judging: Callable[[Any, Path, Callable[[str], None]], Judge | DenseJudge],
     run_dir: str | Path,
     command: list[str] | None = None,
     stop: StopSignal | None = None,
+    from_iteration: int | None = None,
 ) -> Path:
-    """Train a classifier in `run_dir` or continue it there, scored as the configuration asks for.
+    """Train what learns with labels in `run_dir` or continue it there, scored as its configuration asks.
+
+    Args:
+        judging: a job, its folder and who is told of what is odd -> what scores it.
+        from_iteration: as `train.run`.
 
     Returns:
-        The path of the classifier.
+        The path of the whole network.
     """
-    run = Path(run_dir)
+    run, config = Path(run_dir), job.config
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while its processes met"):
             if distributed.start(resolve_device(config.runtime.device)):
                 stack.callback(distributed.stop)
         listener = stack.enter_context(ConsoleListener())
-        job = ClassificationJob(config)
-        judge = Judge(job, run, listener.notice)
+        judge = judging(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
-            evaluator = judge if config.evaluate.every else None
-            train.run(job, run, evaluator, watcher, command, stop)
+            evaluator: Evaluator | None = None
+            if config.evaluate.every:
+                evaluator = of_all(judge) if isinstance(judge, Judge) else judge
+            train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
-                with stop.abandoning("while the last classifier was scored"):
+                with stop.abandoning("while the last network was scored"):
                     _score_at_end(job, judge, run, watcher)
                 watcher.conclude()
         return run / MODEL_FILE
 
 
-def _score_at_end(job: ClassificationJob, judge: Judge, run: Path, listener: Listener) -> None:
-    """The row of the last classifier in results.json; a run that was killed before comes back to it."""
+def _score_at_end(
+    job: ClassificationJob | DenseJob[Any],
+    judge: Judge | DenseJudge,
+    run: Path,
+    listener: Listener,
+) -> None:
+    """The row of the last network in results.json; a run that was killed before comes back to it."""
     try:
         scores = judge.conclude()
         if scores is not None and not RunDirectory(run).evaluated(job.iterations):
-            told = {"iteration": job.iterations, "epoch": job.config.train.epochs, **scores}
+            epoch = math.ceil(job.iterations / job.steps_per_epoch)
+            told = {"iteration": job.iterations, "epoch": epoch, **scores}
             _write_row(job.config, run, told, listener)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         listener.notice(f"the score at the end failed: {error}. The run is whole without it")
@@ -150,18 +191,66 @@ def evaluator_of(
     splits: tuple[Source, Source] | None,
     best: BestTeacher | None = None,
     after: Callable[[Backbone, Remembering], None] | None = None,
+    patches: Mapping[str, OfMasks] | None = None,
 ) -> Evaluator | None:
     """What judges for the trainer, or none where `evaluate.every` is 0.
 
     Args:
-        best: is shown what k-NN finds. after: as of `callback`.
+        best: is shown what k-NN finds. after: as of `callback`. patches: as of `patch_probes`.
     """
     if not config.evaluate.every or splits is None:
         return None
     quality = Quality(config.crops, views=QUALITY_VIEWS)
-    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality}
+    probes = patch_probes(config) if patches is None else patches
+    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality, **probes}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
-    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
+    shared = distributed.world_size() > 1
+    options = Options(limit=config.evaluate.limit, shared=shared)
+    return of_all(callback(chosen, *splits, options, best, after))
+
+
+def of_all(evaluator: Evaluator) -> Evaluator:
+    """The same on every process, where there are several."""
+    return OfAllProcesses(evaluator) if distributed.world_size() > 1 else evaluator
+
+
+def patch_probes(config: Config) -> dict[str, OfMasks]:
+    """Those of `evaluate.protocols` that look at pictures with masks, by name.
+
+    Raises:
+        UsageError: there are none.
+    """
+    evaluate = config.evaluate
+    if not evaluate.every:
+        return {}
+    return probes(evaluate.protocols, evaluate.masks or config.data.path, evaluate.limit)
+
+
+def patches_at_end(
+    config: Config, run: Path, patches: Mapping[str, OfMasks], listener: Listener
+) -> None:
+    """A row of results.json of each patch probe on the backbone in `run`, once.
+
+    If it fails, a notice says so and the run is whole without it.
+    """
+    try:
+        backbone = checkpoint.load_backbone(run)
+        file, sha256 = run / "results.json", backbone.origin.sha256
+        backbone.to(resolve_device(config.runtime.device))
+        for probe in patches.values():
+            mine = [
+                r for r in results.load(file) if r.checkpoint == sha256 and AT_END in r.settings
+            ]
+            if any(row.protocol == probe.probe.method.protocol for row in mine):
+                continue
+            told = {AT_END: config.evaluate.limit}
+            rows = [replace(r, settings=r.settings | told) for r in probe.of(backbone)]
+            results.append(file, results.signed(rows, sha256, backbone.origin.name))
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        listener.notice(
+            f"the patch probe at the end failed: {error}. The run is whole; "
+            f"`xdino patch-probe {run} --data MASKS` scores it"
+        )
 
 
 def judge_at_end(

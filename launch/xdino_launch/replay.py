@@ -2,8 +2,7 @@
 
 The step follows from the run's configuration, a state from before it and its number: images and
 crops are functions of them. Steps between the state and the one asked for are made first. A run of
-several processes is replayed by one, on the images of all of them: the same step but for rounding
-and for the paths that each process dropped.
+several processes is replayed by one, on the images of all of them: the same step but for rounding.
 """
 
 import dataclasses
@@ -24,6 +23,8 @@ from xdino.loss import Views
 from xdino.plan import Plan, build_learner, continue_published, make_plan
 from xdino.pretraining import loader_of, to_device
 from xdino.run_directory import CONFIG_FILE, INITIAL_FILE, RunDirectory
+from xdino.runtime import rng
+from xdino.runtime.batch_layout import BatchLayout
 from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.schedules import StepSettings
 from xdino.student_teacher import Embedded
@@ -73,12 +74,12 @@ def replay(run: Path, iteration: int | None = None, device: str | None = None) -
         iteration = int(events[-1]["iteration"])
     event = next((e for e in reversed(events) if e["iteration"] == iteration), None)
     state = _state_before(run, iteration)
-    config = _configuration(run, device)
+    config, processes = _as_shared_out(_configuration(run, device), event, state)
     before = RunDirectory(run).last_start().get("precision")
     precision = resolve_precision(
         config.train.precision, resolve_device(config.runtime.device), before
     )
-    plan = make_plan(config, _processes(event, state), precision)
+    plan = make_plan(config, processes, precision)
     if not 1 <= iteration <= plan.iterations:
         raise UsageError(f"--iteration goes from 1 to {plan.iterations:,}, got {iteration:,}")
     learner = build_learner(plan)
@@ -126,10 +127,19 @@ def _state_before(run: Path, iteration: int) -> dict[str, Any] | None:
     return None
 
 
-def _processes(event: dict[str, Any] | None, state: dict[str, Any] | None) -> int:
+def _as_shared_out(
+    config: configuration.Config, event: dict[str, Any] | None, state: dict[str, Any] | None
+) -> tuple[configuration.Config, int]:
+    """The configuration with the step's own batches, and its number of processes."""
+    train = config.train
+    own = BatchLayout.from_dict(event.get("batch")) if event is not None else None
+    if own is not None:
+        train = dataclasses.replace(train, batch_size=own.batch_size, accumulate=own.accumulate)
+        return dataclasses.replace(config, train=train), own.processes
     if event is not None:
-        return max(1, len(event["ranks"]))
-    return len(state["rng"]) if state is not None else 1
+        return config, max(1, len(event["ranks"]))
+    total = state["sampler"]["total_batch"] if state is not None else 0
+    return config, max(1, total // (train.batch_size * train.accumulate))
 
 
 def _restore(learner: Learner, guard: nonfinite.Guard, state: dict[str, Any], plan: Plan) -> int:
@@ -142,9 +152,6 @@ def _restore(learner: Learner, guard: nonfinite.Guard, state: dict[str, Any], pl
             )
     learner.load_state_dict(state["learner"])
     guard.restore(state.get("nonfinite", {}))
-    torch.set_rng_state(state["rng"][0]["torch"])
-    if plan.device.type == "cuda" and "cuda" in state["rng"][0]:
-        torch.cuda.set_rng_state(state["rng"][0]["cuda"], plan.device)
     return int(state["iteration"])
 
 
@@ -168,7 +175,9 @@ def _steps(plan: Plan, start: int, end: int) -> Iterator[tuple[int, Batches]]:
 
 
 def _views(batches: Batches, plan: Plan, learner: Learner) -> Iterator[list[Tensor]]:
-    for batch in batches:
+    seed = plan.config.train.seed
+    for part, batch in enumerate(batches):
+        torch.manual_seed(rng.of_step(seed, batch[0].iteration + 1, part))
         groups = [to_device(b, plan.crops, plan.device, learner.kernels.views) for b in batch]
         yield [torch.cat(same, dim=1) for same in zip(*groups, strict=True)]
 

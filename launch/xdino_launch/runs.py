@@ -27,7 +27,7 @@ class RunState:
 
     `state`: "running", "finished", "stopped" (resumable) or "begun" (no weights yet). `knn`, `linear`:
     the best top-1 in per cent, of results.json or while training; `classifier`: that of a fine-tuned
-    run. `changed`: seconds since 1970.
+    run, mIoU of a segmenter, box AP of a detector. `changed`: seconds since 1970.
     """
 
     path: str
@@ -101,7 +101,13 @@ def describe(run: Path) -> RunState:
         linear=linear,
         changed=max(path.stat().st_mtime for path in files if path.exists()),
         classifier=max(
-            (s for row in rows if (s := _number(row.get("val_top1"))) is not None), default=None
+            (
+                s
+                for row in rows
+                for key in ("val_top1", "val_miou", "val_box_ap")
+                if (s := _number(row.get(key))) is not None
+            ),
+            default=None,
         ),
     )
 

@@ -7,17 +7,20 @@ for numbers that are not finite, metrics and evaluations.
 Steps carry their number, counted from 1; `iteration` counts completed steps.
 """
 
+import copy
 import math
 import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
+from torch import nn
 
 from xdino.backbone import Origin
 from xdino.checkpoint import STATE_FILE
@@ -25,12 +28,27 @@ from xdino.config import RunConfig
 from xdino.data import BadImage, fingerprint
 from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError, reason
-from xdino.runtime import distributed
+from xdino.runtime import distributed, rng
 from xdino.runtime.device import resolve_device, resolve_precision
+from xdino.runtime.drop_path import Rows, tell_rows
 from xdino.stepping import StepResult
 
 #: What a job gives to be judged -> its scores, for metrics.jsonl; leaves the network as it was.
 Evaluator = Callable[[Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class OfAllProcesses:
+    """An evaluator that every process calls, each to do its part; others run on the first alone.
+
+    It leaves in the same exception on all, asks for signals by `stopping.asked`, and writes on the
+    first.
+    """
+
+    evaluate: Evaluator
+
+    def __call__(self, judged: Any) -> dict[str, float]:
+        return self.evaluate(judged)
 
 
 class Judged(Protocol):
@@ -45,7 +63,8 @@ class Job(Protocol):
     device: torch.device  # from `make_plan` on, as the next two
     iterations: int
     steps_per_epoch: int
-    last_start: Mapping[str, Any]  # of environment.json; set before `make_plan`
+    last_start: Mapping[str, Any]  # of environment.json; set before `make_plan`. "batch": how the
+    # run's first start shared out its images (`BatchLayout`), also where this one is the first
 
     @property
     def config(self) -> RunConfig:
@@ -148,15 +167,26 @@ class Job(Protocol):
     def load_state_dict(self, state: dict[str, Any], run_dir: Path) -> None:
         """
         Raises:
-            UsageError: the state was made with other data or other processes.
+            UsageError: the state was made with other data.
             RunFailed: it is not a state of this configuration.
         """
 
     def export(self, path: Path, iteration: int) -> None:
         """Write the weights that others load."""
 
+    def exporter(self, iteration: int) -> Callable[[Path], None] | None:
+        """What `export` would do now, to be done later by a thread, whatever is learned meanwhile.
+
+        None where that cannot be: training then waits for every state. One is asked for at a time.
+        """
+
+    def before_moving(self, wait: Callable[[], None]) -> None:
+        """From here on every step calls `wait` before it moves what `state_dict` gives; small
+        tensors (running statistics) may have moved. Without `exporter` it need not."""
+
 
 Batch = TypeVar("Batch")
+Trained = TypeVar("Trained", bound=nn.Module)
 
 
 class LoaderJob(ABC, Generic[Batch]):
@@ -174,6 +204,8 @@ class LoaderJob(ABC, Generic[Batch]):
         self.config = config
         self.last_start: Mapping[str, Any] = {}
         self._batches: Generator[Batch, None, None] | None = None
+        self._copy: nn.Module | None = None
+        self._number = 0  # of the step that comes next, less one
 
     @property
     @abstractmethod
@@ -218,7 +250,16 @@ class LoaderJob(ABC, Generic[Batch]):
 
     def start(self, iteration: int) -> None:
         self.close()
+        self._number = iteration
+        rows = self.rows() if distributed.world_size() > 1 else None
+        for network in self.learner.stepping.networks.values():
+            tell_rows(network, rows)
         self._batches = self.loader.iterate(iteration, self.iterations)
+
+    def rows(self) -> Rows:
+        """Which images of every micro-batch over all processes are this process's."""
+        size, rank = self.config.train.batch_size, distributed.rank()
+        return Rows(size * distributed.world_size(), ((rank * size, (rank + 1) * size),))
 
     def close(self) -> None:
         if self._batches is not None:
@@ -230,9 +271,17 @@ class LoaderJob(ABC, Generic[Batch]):
             pass
 
     def next_batches(self) -> Iterator[Batch]:
-        """The micro-batches of the next step, as they are asked for."""
+        """The micro-batches of the next step, as they are asked for.
+
+        What is drawn between one and the next follows from the seed, the step and the micro-batch,
+        whatever was drawn before and by how many processes.
+        """
         assert self._batches is not None
-        return islice(self._batches, self.config.train.accumulate)
+        self._number += 1
+        train = self.config.train
+        for part, batch in enumerate(islice(self._batches, train.accumulate)):
+            torch.manual_seed(rng.of_step(train.seed, self._number, part))
+            yield batch
 
     def check(self) -> None:
         self.learner.check()
@@ -266,7 +315,7 @@ class LoaderJob(ABC, Generic[Batch]):
     def check_sampler(self, state: dict[str, Any], run_dir: Path, parts: Sequence[str]) -> None:
         """
         Raises:
-            UsageError: the state was made with other data or other processes.
+            UsageError: the state was made with other data, or other images a step.
             RunFailed: it lacks one of its parts.
         """
         for part in parts:
@@ -277,9 +326,12 @@ class LoaderJob(ABC, Generic[Batch]):
         sampler = state["sampler"]
         for key, now in (("images", len(self.source)), ("total_batch", self.plan.total_batch)):
             if sampler[key] != now:
+                mend = "the same data"
+                if key == "total_batch":
+                    mend = "train.batch_size x train.accumulate x processes as they were"
                 raise UsageError(
                     f"{run_dir} was made with {key.replace('_', ' ')} {sampler[key]}, now it "
-                    f"is {now}: continue it with the same data and the same number of processes"
+                    f"is {now}: continue it with {mend}"
                 )
         if sampler.get("fingerprint", self.fingerprint) != self.fingerprint:
             raise UsageError(
@@ -287,6 +339,20 @@ class LoaderJob(ABC, Generic[Batch]):
                 "as many, but of other names, sizes or content. Continue it with its own images, "
                 "which may lie anywhere, or choose another folder"
             )
+
+    def exporter(self, iteration: int) -> Callable[[Path], None] | None:
+        return None
+
+    def before_moving(self, wait: Callable[[], None]) -> None:
+        self.learner.stepping.before_moving = wait
+
+    def copy_of(self, network: Trained) -> Trained:
+        """`network` as it is now, on the CPU; the copy that was made before is no more."""
+        if self._copy is None:
+            self._copy = copy.deepcopy(network).cpu()
+        else:
+            self._copy.load_state_dict(network.state_dict())
+        return cast(Trained, self._copy)
 
     def load_learner(self, state: dict[str, Any], run_dir: Path) -> None:
         """

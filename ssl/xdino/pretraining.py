@@ -308,10 +308,15 @@ class Pretraining(LoaderJob[CropBatch]):
         self.check_sampler(state, run_dir, ("learner", "sampler", "spec"))
         self.load_learner(state, run_dir)
 
-    def export(self, path: Path, iteration: int) -> None:
+    def exporter(self, iteration: int) -> Callable[[Path], None]:
+        teacher = self.copy_of(self.judged)
+        return lambda path: self.export(path, iteration, teacher)
+
+    def export(self, path: Path, iteration: int, teacher: Backbone | None = None) -> None:
+        """`teacher`: as it was then, where it is another by now."""
         checkpoint.save_backbone(
             path,
-            self.judged,
+            teacher or self.judged,
             self.plan.spec,
             role="teacher",
             iteration=iteration,

@@ -12,11 +12,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from timm.layers import Attention
+from timm.layers import Attention, DropPath
 from torch import Tensor, nn
 
 from xdino.backbone import Backbone, Intermediate, chosen_layers, whole_patches
 from xdino.errors import UsageError
+from xdino.runtime.drop_path import Rows, drop_path_mask
 
 _VIT = ("blocks", "patch_embed", "num_prefix_tokens", "forward_intermediates", "cls_token")
 
@@ -33,6 +34,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        share_drop_path(network)
         self.network = network
         # Some networks widen their features on the way to the head that is left out here.
         self.embed_dim = getattr(network, "head_hidden_size", None) or self.network.num_features
@@ -126,6 +128,25 @@ class TimmBackbone(Backbone):
                 stack.enter_context(_class_row(self.network.blocks[i - 1].attn, i, found))
             self.network.forward_features(images)
         return [found[i] for i in numbers]
+
+
+class SharedDropPath(DropPath):
+    """timm's layer, whose draws do not depend on how images are shared out (`drop_path`)."""
+
+    rows: Rows | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        return x * drop_path_mask(x, self.drop_prob, self.rows, self.scale_by_keep)
+
+
+def share_drop_path(network: nn.Module) -> None:
+    """Put `SharedDropPath` in the place of timm's layers; what timm drops otherwise stays."""
+    for module in [*network.modules()]:
+        for name, child in [*module.named_children()]:
+            if type(child) is DropPath:
+                setattr(module, name, SharedDropPath(child.drop_prob, child.scale_by_keep))
 
 
 def _without_prefix(

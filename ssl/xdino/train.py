@@ -7,22 +7,23 @@ where a run continues. What a step is, the job knows (`job.Job`).
 import contextlib
 import io
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from xdino import checkpoint, metrics, nonfinite
+from xdino import checkpoint, metrics, nonfinite, starting
 from xdino import config as configuration
 from xdino.backbone import Origin
 from xdino.data import BadImage
 from xdino.errors import NonFinite, RunFailed, Stopped
-from xdino.job import Evaluator, Job, Listener
-from xdino.run_directory import INITIAL_FILE, RunDirectory, environment
-from xdino.runtime import distributed
+from xdino.job import Evaluator, Job, Listener, OfAllProcesses
+from xdino.run_directory import INITIAL_FILE, RunDirectory, batches, environment
+from xdino.run_directory.background import StateWriter
+from xdino.runtime import distributed, rng, stopping
 from xdino.runtime.stopping import StopSignal
-from xdino.stepping import StepResult, failure_of, rng_state, set_rng_state
+from xdino.stepping import StepResult, failure_of
 
 
 def run(
@@ -33,6 +34,7 @@ def run(
     command: list[str] | None = None,
     stop: StopSignal | None = None,
     extend: int | None = None,
+    from_iteration: int | None = None,
 ) -> None:
     """Run the job in `run_dir`, or continue it there.
 
@@ -46,6 +48,7 @@ def run(
         command: what a person typed, for environment.json.
         stop: who listens to signals already; None to listen from here on.
         extend: epochs that a finished run is given on top.
+        from_iteration: of a kept state to go back to.
 
     Raises:
         UsageError: cannot be done as configured; nothing was written.
@@ -57,20 +60,18 @@ def run(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         with stop.abandoning("while it was planned"), distributed.heard():
-            if not _prepared(job, place, evaluator, extend):
-                listener.notice(
-                    f"{place.path} holds a finished run of {job.iterations} iterations: left alone"
-                    " (--extend N adds epochs)"
-                )
+            wanted = starting.Wanted(evaluator is not None, extend, from_iteration)
+            if not starting.prepared(job, place, wanted, listener):
                 return
         for sentence in job.notices():
             listener.notice(sentence)
         facts = environment(job.device, distributed.world_size(), job.config.train.seed)
-        facts |= job.facts() | {"command": command}
+        facts |= job.facts() | {"command": command, batches.FACT: job.last_start[batches.FACT]}
         loop: _Loop | None = None
         try:
             with distributed.heard():
-                notice = distributed.from_first(lambda: place.own(job.config, stack))
+                own = partial(place.own, job.config, stack, from_iteration)
+                notice = distributed.from_first(own)
                 if notice is not None:
                     listener.notice(notice)
                 loop = _Loop(job, place, evaluator, listener, stop)
@@ -81,44 +82,8 @@ def run(
             failure = failure_of(error)
             if failure is None:
                 raise
-            good = f". {loop.last_good()}" if loop is not None else ""
+            good = f". {loop.writer.last_good()}" if loop is not None else ""
             raise RunFailed(f"{failure}{good}") from error
-
-
-def _prepared(
-    job: Job, place: RunDirectory, evaluator: Evaluator | None, extend: int | None
-) -> bool:
-    """Plan and build; False where the folder holds the finished run."""
-    told = {"the configuration": configuration.to_yaml(job.config), "--extend": extend}
-    distributed.agree(told)
-    config = distributed.from_first(lambda: place.resolve(job.config, extend))
-    job.last_start = distributed.from_first(place.last_start)
-    job.make_plan(config)
-    distributed.agree(job.same_everywhere())
-    shape = job.iterations, job.steps_per_epoch
-    settled = distributed.from_first(lambda: place.settle(job.config, *shape, extend))
-    if settled != job.config:  # an extension that was cut off
-        job.make_plan(settled)
-    if distributed.from_first(lambda: _is_finished(place, job, evaluator)):
-        return False
-    distributed.from_first(lambda: job.check_disk(place.path))
-    begun = distributed.from_first(place.has_state)
-    job.build(from_init=not begun)
-    return True
-
-
-def _is_finished(run: RunDirectory, job: Job, evaluator: Evaluator | None) -> bool:
-    """Whether nothing is left to do; a damaged state is noticed here, and mended by going on."""
-    reached = run.reached(job.iterations)
-    return reached is not None and not _owes_evaluation(run, job, evaluator, reached)
-
-
-def _owes_evaluation(
-    run: RunDirectory, job: Job, evaluator: Evaluator | None, iteration: int
-) -> bool:
-    """Whether the state of this iteration is to be evaluated and was not (a kill came between)."""
-    every = job.config.evaluate.every if evaluator is not None else 0
-    return run.owes_evaluation(iteration, every * job.steps_per_epoch)
 
 
 class _Loop:
@@ -135,12 +100,14 @@ class _Loop:
         self.job, self.run = job, run
         self.evaluator, self.listener, self.stop = evaluator, listener, stop
         self.iteration = self.loaded_at = job.begins_at
-        self.saved_at: int | None = None
+        self.saved_at: int | None = None  # a state was handed to the writer, or loaded
+        self.writer = StateWriter(run, job.config.runtime.keep_last, self._milestone)
         self.guard = nonfinite.Guard(nonfinite.Policy.parse(job.config.train.nonfinite))
         if self.guard.policy.kind == "skip":
             # A step can be skipped only if its trouble is known before the next one.
             job.ask_every_step()
         self.first: io.BytesIO | None = None  # the state to go back to before one is saved
+        job.before_moving(self.writer.copied)
         job.open(known_bad=distributed.from_first(run.unreadable))
 
     # --- steps ---
@@ -166,13 +133,15 @@ class _Loop:
                 self._evaluate(log)
             while True:
                 try:
-                    return self._steps(log)
+                    self._steps(log)
+                    return self._settle()
                 except NonFinite as error:
                     self._go_back(error)
                     if log is not None:
                         log.close()
                     log = self._open_log()  # without the rows of what is made again
         finally:
+            self.writer.join()
             if distributed.rank() == 0:  # others may not come: a failure is one process's
                 self._tell_bad(self.job.take_bad_report())
             if log is not None:
@@ -196,7 +165,7 @@ class _Loop:
                     if warning:
                         self.listener.notice(warning)
                 epoch, left = divmod(done, job.steps_per_epoch)
-                if left == 0 or done % runtime.checkpoint_every == 0:
+                if left == 0 or done % runtime.checkpoint_every == 0 or done == total:
                     self.save()
                     clock.restart()
                 if done < total:
@@ -208,9 +177,14 @@ class _Loop:
             job.close()
 
     def _stop_if_asked(self) -> None:
-        """Raises Stopped on all processes, after saving, where one of them was asked to stop."""
-        if distributed.any_true(self.stop.name is not None):
+        """Raises Stopped on all processes, after saving, where one of them was asked to stop.
+
+        And RunFailed where a state could not be written.
+        """
+        if distributed.any_true(self.stop.name is not None or self.writer.failed):
+            self._settle()
             self.save()
+            self._settle()
             raise Stopped(
                 f"stopped by {self.stop.name or 'a signal'} after iteration {self.iteration} of "
                 f"{self.job.iterations}; the same command continues it"
@@ -224,6 +198,7 @@ class _Loop:
         if number in self.guard.left_out:
             self.job.skip(number)
             return None
+        torch.manual_seed(rng.of_step(self.job.config.train.seed, number))
         try:
             result = self.job.step(number, self.guard.lr_factor, logs, self.run.path)
         except NonFinite as error:
@@ -252,6 +227,7 @@ class _Loop:
             "state_iteration": self.loaded_at,
             "precision": self.job.facts()["precision"],
             "policy": self.job.config.train.nonfinite,
+            "batch": batches.of_config(self.job.config, distributed.world_size()).to_dict(),
             "action": error.action,
             "ranks": distributed.gather(mine),
         }
@@ -268,6 +244,7 @@ class _Loop:
         Raises:
             NonFinite: it does not; with what can be done.
         """
+        self._settle()
         if error.action is None:  # noticed before saving
             self._not_finite(error, self.iteration - error.standing + 1)
         if error.action != "rollback":
@@ -304,25 +281,28 @@ class _Loop:
         }
 
     def _owes(self) -> bool:
-        return _owes_evaluation(self.run, self.job, self.evaluator, self.iteration)
+        evaluated = self.evaluator is not None
+        return starting.owes_evaluation(self.run, self.job, evaluated, self.iteration)
 
     def _evaluates_after(self, epoch: int) -> bool:
         every = self.job.config.evaluate.every
         return self.evaluator is not None and every > 0 and epoch % every == 0
 
     def _evaluate(self, log: metrics.MetricsLog | None) -> None:
-        """Score the network of a state that is saved already, on the first process.
+        """Score the network of a state that is saved already, on the first process or on all.
 
         A stop signal abandons it; the next start comes back to it.
         """
         epoch = self.iteration // self.job.steps_per_epoch
-        if distributed.rank() == 0:
+        shared = distributed.world_size() > 1 and isinstance(self.evaluator, OfAllProcesses)
+        if shared or distributed.rank() == 0:
             assert self.evaluator is not None
             facts = {"iteration": self.iteration, "iterations": self.job.iterations}
             judged = self.job.judged
             judged.origin = Origin(facts={**facts, "data": self.job.facts()["data"]})
             try:
-                with self.stop.abandoning("while evaluating"):
+                heard = self.stop.abandoning("while evaluating")
+                with stopping.heeding(self.stop) if shared else heard:
                     scores = self.evaluator(judged)
             except Stopped:
                 pass  # all processes stop below
@@ -374,42 +354,48 @@ class _Loop:
     def save(self) -> None:
         """The whole state, then the weights; once an iteration.
 
-        In this order: the weights follow from the state, and a run that was killed between the
-        two writes them at its next start.
+        Both are written while training goes on, from copies.
 
         Raises:
-            RunFailed: it cannot be written, or should not be; on all processes.
+            RunFailed: the one before could not be written, or this should not be; on all processes.
         """
         if self.saved_at == self.iteration:
             return
+        self._settle()
         self.job.check()
-        rng, bad = zip(
-            *distributed.gather((rng_state(self.job.device), self.job.take_bad_report())),
-            strict=True,
-        )
+        bad = distributed.gather(self.job.take_bad_report())
         self._tell_bad([image for images in bad for image in images])
         self.guard.saved(self.iteration)
-        distributed.from_first(lambda: self._write(list(rng)))
+        distributed.from_first(self._begin_to_write)
         self.saved_at, self.first = self.iteration, None
 
-    def _state(self, rng: list[dict[str, Tensor]]) -> dict[str, Any]:
+    def _settle(self) -> None:
+        """What was saved is on the disk.
+
+        Raises:
+            RunFailed: it cannot be written; on all processes.
+        """
+        distributed.from_first(self.writer.wait)
+        self.writer.good_at = self.saved_at  # of the others, too
+
+    def _begin_to_write(self) -> None:
+        iteration, later = self.iteration, self.job.exporter(self.iteration)
+        now = partial(self.job.export, iteration=iteration)
+        self.writer.begin(iteration, self._state(), now, later)
+
+    def _milestone(self, iteration: int) -> str | None:
+        epoch, step = divmod(iteration, self.job.steps_per_epoch)
+        every = self.job.config.runtime.keep_every
+        return f"epoch_{epoch:04}.pt" if every and step == 0 and epoch % every == 0 else None
+
+    def _state(self) -> dict[str, Any]:
         return {
             "iteration": self.iteration,
-            "rng": rng,
             **self.job.state_dict(self.iteration),
             "nonfinite": self.guard.state(),
             "config": configuration.to_tree(self.job.config),
             "versions": {"torch": str(torch.__version__)},
         }
-
-    def _write(self, rng: list[dict[str, Tensor]]) -> None:
-        self.run.save(self._state(rng))
-        self.saved_at = self.iteration
-        self.job.export(self.run.path / checkpoint.BACKBONE_FILE, self.iteration)
-        epoch, step = divmod(self.iteration, self.job.steps_per_epoch)
-        keep = self.job.config.runtime.keep_every
-        if keep and step == 0 and epoch % keep == 0:
-            self.run.keep(f"epoch_{epoch:04}.pt")
 
     def restore(self) -> None:
         """Go on from the first process's newest good state, if there is one.
@@ -430,21 +416,17 @@ class _Loop:
         state = distributed.broadcast_tree(loaded.pop() if loaded else None)
         if state is not None:
             self._restore(state)
-            self.saved_at = self.iteration
+            self.saved_at = self.writer.good_at = self.iteration
         elif self.guard.policy.kind == "rollback":
             self.first = io.BytesIO()
-            rng = [rng_state(self.job.device)] * distributed.world_size()  # its own, on each
-            torch.save(self._state(rng), self.first)
+            torch.save(self._state(), self.first)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.job.load_state_dict(state, self.run.path)
         self.iteration = self.loaded_at = state["iteration"]
         self.guard.restore(state.get("nonfinite", {}))
-        if len(state["rng"]) == distributed.world_size():
-            set_rng_state(state["rng"][distributed.rank()], self.job.device)
-
-    def last_good(self) -> str:
-        """A sentence that names what can be continued from."""
-        if self.saved_at is None:
-            return "No checkpoint was written yet"
-        return f"The last good checkpoint is {self.run.state_file}, iteration {self.saved_at}"
+        if state.get("rng") and getattr(vars(self.job.config).get("model"), "drop_path", 0):
+            self.listener.notice(
+                f"the state of iteration {self.iteration} is of an earlier version: from here on "
+                "dropped paths follow from the iteration, and are others than they would have been"
+            )

@@ -119,7 +119,9 @@ def resizing() -> None:
             began = time.process_time()
             work()
             laps[name].append(time.process_time() - began)
-    told = ", ".join(f"{name} {1e3 * statistics.median(each):.2f} ms" for name, each in laps.items())
+    told = ", ".join(
+        f"{name} {1e3 * statistics.median(each):.2f} ms" for name, each in laps.items()
+    )
     print(f"one crop of 224 pixels, 13 bands: {told}")
 
 

@@ -79,6 +79,12 @@ ARMS = {
     "no colour": Arm("ours", COLOUR | {"crops.jitter": "0", "crops.grayscale": "0"}),
     "larger local crops": Arm("ours", {"crops.local_scale": "0.15,0.4"}),
     "head with BatchNorm": Arm("ours", {"head.use_bn": "true"}),
+    # What BatchNorm takes its statistics of; the first three: a total batch of 256 in micro-batches.
+    "256 x 1": Arm("ours", {"train.batch_size": "256"}),
+    "64 x 4": Arm("ours", {"train.batch_size": "64", "train.accumulate": "4"}),
+    "16 x 16": Arm("ours", {"train.batch_size": "16", "train.accumulate": "16"}),
+    "teacher in evaluation": Arm("ours", change="teacher in evaluation"),
+    "statistics at rest": Arm("ours", change="statistics at rest"),
     "few steps": Arm("ours", FEW_STEPS),
     "few steps + colour": Arm("ours", FEW_STEPS | COLOUR),
     "few steps + colour + sinkhorn": Arm("ours", FEW_STEPS | COLOUR | {"loss.targets": "sinkhorn"}),

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from xdino import checkpoint, config, data
+from xdino import checkpoint, config, data, student_teacher
 from xdino.job import Listener
 from xdino.plan import Plan, make_plan
 from xdino.pretraining import pretrain
@@ -52,11 +53,13 @@ TRAINED = ("ours", "published", "supervised")
 class Arm:
     """kind: "pixels", "untrained", "supervised", "published" or "ours".
 
-    settings: dotted keys of the configuration that differ from the board's.
+    settings: dotted keys of the configuration that differ from the board's. change: of `CHANGES`,
+    what no key says.
     """
 
     kind: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,51 @@ def run(job: Job, say: Say) -> None:
     say({"step": 0, "minutes": 0.0, "last": True, **Judge(plan)(backbone, at_end=True)})
 
 
+# What BatchNorm normalises by: no keys, for none of it is published
+
+
+@contextlib.contextmanager
+def teacher_in_evaluation() -> Iterator[None]:
+    """The teacher normalises by the student's running statistics, not by those of its own batch."""
+
+    def follow(
+        teacher: nn.Module, student: nn.Module, momentum: float, still: Tensor | None = None
+    ) -> None:
+        student_teacher.update_teacher(teacher, student, momentum, still)
+        theirs = dict(student.named_buffers())
+        for name, buffer in teacher.named_buffers():
+            buffer.copy_(theirs[name])
+        teacher.eval()
+
+    with mock.patch("xdino.learner.update_teacher", follow):
+        yield
+
+
+@contextlib.contextmanager
+def statistics_at_rest(after: int = 200) -> Iterator[None]:
+    """From step `after` on, student and teacher normalise by the statistics gathered until then."""
+    steps = itertools.count(1)
+
+    def follow(
+        teacher: nn.Module, student: nn.Module, momentum: float, still: Tensor | None = None
+    ) -> None:
+        student_teacher.update_teacher(teacher, student, momentum, still)
+        if next(steps) == after:
+            for module in (*teacher.modules(), *student.modules()):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    with mock.patch("xdino.learner.update_teacher", follow):
+        yield
+
+
+CHANGES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "": contextlib.nullcontext,
+    "teacher in evaluation": teacher_in_evaluation,
+    "statistics at rest": statistics_at_rest,
+}
+
+
 # Ours
 
 
@@ -201,7 +249,8 @@ def train_ours(job: Job, say: Say) -> None:
                     say({"step": number, "minutes": minutes, **found})
             return {"knn_top1": found["knn"] or 0.0}
 
-        path = pretrain(asked, Path(folder) / "run", evaluate)
+        with CHANGES[job.arm.change]():
+            path = pretrain(asked, Path(folder) / "run", evaluate)
         minutes = clock.seconds / 60
         found = judge(checkpoint.load_backbone(path), at_end=True)
     say({"step": epochs * steps, "minutes": minutes, "last": True, **found})

@@ -175,7 +175,7 @@ def test_tuples_need_no_brackets():
           for text in ("1:30", "on", "true", "0x10", "1_000", "nan", "inf", ".inf", "٣", "1e999", "")),
         ("train.seed", "12345678901234567890"), ("train.seed", "9" * 5000), ("train.epochs", "1e2"),
         ("optim.warmup_epochs", "-1"), ("optim.warmup_epochs", "nan"), ("optim.warmup_epochs", "-5%"),
-        ("loss.student_temp", "0"), ("crops.std", "nan"), ("crops.mean", "inf"), ("model.in_chans", "17"),
+        ("loss.student_temp", "0"), ("crops.std", "nan"), ("crops.mean", "inf"), ("model.in_chans", "0"),
         ("model.in_chans", "17"), ("head.prototypes", "99999999999999"), ("head.use_bn", "maybe"),
         ("crops.global_scale", "0.5"), ("train.init", ""), ("data.path", "a\0b"), ("data.path", "\ud800"),
         ("runtime.wandb", "maybe"), ("optim.lr", "1" * 400),

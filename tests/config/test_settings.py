@@ -9,12 +9,18 @@ import yaml
 from xdino import config
 from xdino.config import keys as described
 from xdino.errors import UsageError
+from xdino_transfer.dense_training.detecting.recipe import Detection
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.recipe import FineTuning
 
 ALL = [key for keys in config.settings().values() for key in keys]
-TUNING = [key for keys in config.settings(FineTuning).values() for key in keys]
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
-OTHERS = ((FineTuning, "eval/xdino_transfer/finetuning/recipe.py"),)
+OTHERS = (
+    (FineTuning, "eval/xdino_transfer/finetuning/recipe.py"),
+    (Segmentation, "eval/xdino_transfer/dense_training/segmenting/recipe.py"),
+    (Detection, "eval/xdino_transfer/dense_training/detecting/recipe.py"),
+)
+WITH_LABELS = [key for kind, _ in OTHERS for keys in config.settings(kind).values() for key in keys]
 UNITS = (
     "pixels", "epochs", "iterations", "images", "share", "probability", "factor", "number", "width",
     "micro-batches", "temperature", "learning rate", "strength", "norm", "channels", "a value a channel",
@@ -26,16 +32,17 @@ def test_every_key_says_what_it_is():
     assert [key.name for key in ALL] == config.dotted_keys()
     assert [key.name for key in ALL if not key.meaning.endswith(".")] == []
     assert [section for section in config.settings() if not config.about(section)] == []
-    assert [key.name for key in TUNING] == config.dotted_keys(FineTuning)
-    assert [key.name for key in TUNING if not key.meaning.endswith((".", "?"))] == []
-    sections = config.settings(FineTuning)
-    assert [section for section in sections if not config.about(section, FineTuning)] == []
+    named = [name for kind, _ in OTHERS for name in config.dotted_keys(kind)]
+    assert [key.name for key in WITH_LABELS] == named
+    assert [key.name for key in WITH_LABELS if not key.meaning.endswith((".", "?"))] == []
+    for kind, _ in OTHERS:
+        assert [name for name in config.settings(kind) if not config.about(name, kind)] == []
 
 
 def test_every_number_has_its_unit():
     numbers = [key for key in ALL if re.search("number", key.values)]
     assert len(numbers) > 50
-    numbers += [key for key in TUNING if re.search("number", key.values)]
+    numbers += [key for key in WITH_LABELS if re.search("number", key.values)]
     bare = [k.name for k in numbers if not any(unit in k.meaning.lower() for unit in UNITS)]
     assert bare == []
 
@@ -54,8 +61,9 @@ def test_every_number_has_its_unit():
         ("data.path", "TEXT", "text"),
         ("crops.local_scale", "NUMBER,NUMBER",
          "2 values with a comma between them, each number above 0 and at most 1"),
-        ("evaluate.protocols", "knn|quality|logistic|grid,...",
-         "values with a comma between them, each knn, quality, logistic or grid"),
+        ("evaluate.protocols", "knn|quality|logistic|grid|patch-knn|patch-linear,...",
+         "values with a comma between them, each knn, quality, logistic, grid, patch-knn or "
+         "patch-linear"),
     ],
 )  # fmt: skip
 def test_types_in_words(name, metavar, values):

@@ -242,6 +242,36 @@ def test_folders_that_are_held_out_by_name(tmp_path, held):
         open_source(str(only), "train")
 
 
+@pytest.mark.parametrize("held", ["test", "Test", "validation"])
+def test_what_lies_beside_a_train_may_be_val_by_another_name(tmp_path, held):
+    for name in (f"train/{n}/1.png" for n in "ab"):
+        picture(tmp_path / "folder" / name)
+    for name in (f"{held}/{n}/2.png" for n in "ab"):
+        picture(tmp_path / "folder" / name)
+    tar = write_tar(
+        tmp_path / "x.tar", "train/a/1.png", "train/b/1.png", f"{held}/a/2.png", f"{held}/b/2.png"
+    )
+    for data in (str(tmp_path / "folder"), str(tar)):
+        assert splits_of(data) == ("train", "val")
+        train, val = open_splits(data)
+        assert (names(train), names(val)) == (["a/1.png", "b/1.png"], ["a/2.png", "b/2.png"])
+        assert train.notices() == []
+        assert [held in notice for notice in val.notices()] == [True]
+    picture(tmp_path / "folder" / "val" / "a" / "3.png")  # the name itself wins
+    assert names(open_source(str(tmp_path / "folder"), "val")) == ["a/3.png"]
+
+
+@pytest.mark.parametrize("test", ["test-0.tar", "val-0.tar"])
+def test_tars_beside_train_ones_are_val_by_their_names(tmp_path, test):
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "train-0.tar", "a/1.png", "b/1.png")
+    write_tar(tmp_path / "shards" / test, "a/2.png", "b/2.png")
+    for data in (str(tmp_path / "shards"), str(tmp_path / "shards" / "*.tar")):
+        assert splits_of(data) == ("train", "val")
+        train, val = open_splits(data)
+        assert (names(train), names(val)) == (["a/1.png", "b/1.png"], ["a/2.png", "b/2.png"])
+
+
 @pytest.mark.parametrize(
     ("files", "train"),
     [

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from xdino import config
-from xdino_transfer.finetuning.recipe import FineTuning
+from xdino_launch.commands.overrides import schema_of
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for top in ("ssl", "eval", "launch") for path in (ROOT / top).rglob("*.py"))
@@ -162,9 +162,13 @@ def test_every_recipe_parses_and_is_found():
         config.load(name)
     others = config.recipes("finetune")
     assert {"finetune_small", "finetune_imagenet_s12_p16", "finetune_cifar10"} <= set(others)
-    for name in others:
-        config.load(name, None, FineTuning)
-    assert sorted([*names, *others]) == config.recipes(None)
+    assert {"segment_small", "segment_ade20k_fpn_s12_p16"} <= set(config.recipes("segment"))
+    assert {"detect_small", "detect_coco_s12_p16"} <= set(config.recipes("detect"))
+    for kind in set(config.KINDS) - {"pretrain"}:
+        for name in config.recipes(kind):
+            config.load(name, None, schema_of(kind))
+            names.append(name)
+    assert sorted(names) == config.recipes(None)
 
 
 def test_every_recipe_says_how_to_run_it_and_what_to_expect():
@@ -187,7 +191,7 @@ def test_every_recipe_s_command_is_understood(xdino):
         if words[1] in config.KINDS:
             code, told, error = xdino(*words[1:], "--print-config")
             assert (code, error) == (0, ""), line
-            assert told.startswith("model:" if words[1] == "pretrain" else "kind: finetune\n")
+            assert told.startswith("model:" if words[1] == "pretrain" else f"kind: {words[1]}\n")
 
 
 def test_torchrun_is_never_given_an_option_that_it_takes_for_its_own():

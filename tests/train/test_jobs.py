@@ -117,6 +117,12 @@ class Regression:
         self.judged.load_state_dict(state["classifier"])
         self.stepping.load_state_dict(state)
 
+    def exporter(self, iteration: int):
+        return None
+
+    def before_moving(self, wait):
+        pass
+
     def export(self, path: Path, iteration: int):
         path.parent.mkdir(exist_ok=True)
         facts = {"iteration": iteration}

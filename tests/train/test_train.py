@@ -38,7 +38,7 @@ def test_a_run_directory_says_everything(tiny, tmp_path):
     assert (backbone.input_size, backbone.in_chans, backbone.training) == (24, 3, False)
     assert backbone.origin.facts["iteration"] == 6
     state = checkpoint.load_state(run / "checkpoints" / "last.pt")
-    assert {"learner", "rng", "sampler", "config", "iteration", "versions"} <= set(state)
+    assert {"learner", "sampler", "config", "iteration", "versions"} <= set(state)
     assert state["sampler"]["epoch"] == 2
     picture = Image.open(run / "views.png")
     assert picture.width > 4 * 24
@@ -46,7 +46,7 @@ def test_a_run_directory_says_everything(tiny, tmp_path):
 
 @pytest.mark.parametrize("stop_at", [2, 3, 4])
 def test_six_iterations_equal_some_then_a_stop_then_the_rest(tiny, tmp_path, stop_at):
-    # Drop path draws from torch's generator, so its state must come back too.
+    # Drop path draws from torch's generator, which every step seeds anew.
     configuration = tiny(model__drop_path=0.3, runtime__checkpoint_every=2)
     pretrain(configuration, tmp_path / "whole")
     broken = tmp_path / "broken"

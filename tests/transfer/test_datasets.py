@@ -367,7 +367,7 @@ def test_wrong_inaturalist(inat):
 
 def test_wrong_halves(halves):
     (halves / "test" / "10").rename(halves / "test" / "11")
-    refused(halves, "differ between train and test; only in train: 10; only in test: 11")
+    refused(halves, "differ between train and val; only in train: 10; only in val: 11")
     (halves / "test" / "12").mkdir()
     refused(halves, "class folders without an image: 12")
 

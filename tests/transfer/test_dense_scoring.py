@@ -13,7 +13,7 @@ from xdino.xcit import XCiT
 from xdino_transfer.detection import detector, scoring
 from xdino_transfer.detection.layouts.opening import open_annotated
 from xdino_transfer.detection.objects import Detections, Objects
-from xdino_transfer.detection.views import Views, cut_out, oriented_order, together
+from xdino_transfer.detection.views import Views, cut_out, oriented_order, repeats_of, together
 from xdino_transfer.pyramid import Pyramid
 from xdino_transfer.segmentation import scoring as segmentation
 from xdino_transfer.segmentation.maps import open_maps
@@ -184,10 +184,33 @@ def test_a_batch_of_pictures():
 
 def test_batches_hold_one_orientation():
     portrait = np.arange(23) % 3 == 0  # 8 of 23
-    first, second = (oriented_order(portrait, 4, 0, epoch).reshape(-1, 4) for epoch in (0, 1))
-    assert len(first) == 5
+    first, second = (oriented_order(portrait, 6, 0, epoch).reshape(-1, 6) for epoch in (0, 1))
+    assert len(first) == 5  # 15 are filled up to 18, 8 to 12
     assert all(len(set(portrait[rows])) == 1 for rows in first)
-    assert len(set(first.ravel())) == 20
+    assert set(first.ravel()) == set(range(23))  # none is lost
+    assert np.bincount(first.ravel()).max() == 2
     assert not np.array_equal(first, second)
-    assert np.array_equal(oriented_order(portrait, 4, 0, 0).reshape(-1, 4), first)
-    assert oriented_order(portrait[:3], 4, 0, 0).size == 0
+    assert np.array_equal(oriented_order(portrait, 6, 0, 0).reshape(-1, 6), first)
+    alone = oriented_order(portrait[:1], 4, 0, 0)
+    assert alone.tolist() == [0] * 4
+    assert repeats_of(alone).tolist() == [0, 1, 2, 3]
+    repeats = repeats_of(first.ravel())
+    assert sorted(zip(first.ravel()[repeats == 0], repeats[repeats == 0], strict=True)) == [
+        (n, 0) for n in range(23)
+    ]
+    assert oriented_order(portrait[:0], 4, 0, 0).size == 0
+
+
+def test_pictures_are_finished_as_one_by_one():
+    """uint8 in a loader's threads, the rest of the view in batches."""
+    views = Views(MEAN, STD, (40, 60), 120, (60, 80), 400, (20, 40))
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    mask = torch.ones(1, 60, 90, dtype=torch.uint8)
+    whole = Objects(torch.tensor([[10.0, 10.0, 60.0, 50.0]]), torch.tensor([0]), mask)
+    drawn = [views.draw(0, 0, index, index % 2) for index in range(6)]
+    wanted, _, objects = together([views.training(image, whole, own) for own in drawn])
+    pixels, shown, same = together([views.cut(image, whole, own) for own in drawn])
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(views.finish(pixels, shown), wanted)
+    assert torch.equal(same[0].masks, objects[0].masks)
+    assert not np.array_equal(views.draw(0, 0, 3), views.draw(0, 0, 3, 1))

@@ -7,6 +7,7 @@ import torch
 from xdino.data.decode import UnreadableImage
 from xdino.data.idx import ArraySource
 from xdino.errors import UsageError
+from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.classification.views import TrainingView
 from xdino_transfer.finetuning.loader import LabelledLoader
 
@@ -73,6 +74,40 @@ def test_processes_share_a_step_of_one(source, repeats):
         for ours, theirs in ((whole.crops.flatten(1), together),):
             assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, theirs.tolist()))
         assert [part.part for part in parts] == [0, 1]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_step_is_mixed_alike_however_it_is_shared_out(source, repeats):
+    """Of images 0 to 15 of a part, image i faces 15 - i: with two processes and with one of both
+    parts, with four that share them, and with eight."""
+
+    def facing(found):
+        pairs = set()
+        for batch in found:
+            size = batch.part_size
+            for part, at in enumerate(range(0, len(batch.indices), size), start=batch.part):
+                drawn = [*zip(batch.indices, batch.drawn.crops["position"][:, 0], strict=True)]
+                mine = drawn[at : at + size]
+                pairs |= {
+                    (batch.iteration, part, *a, *b) for a, b in zip(mine, mine[::-1], strict=True)
+                }
+        return pairs
+
+    first = BatchLayout(16, 2, 2)
+    ways = [(16, 2, 2), (32, 2, 1), (8, 2, 4), (4, 2, 8), (16, 4, 1), (64, 1, 1)]
+    told = [
+        facing(
+            batch
+            for rank in range(processes)
+            for batch in batches(
+                source, repeats=repeats, batch_size=size, accumulate=accumulate, rank=rank,
+                world_size=processes, first=first,
+            )
+        )
+        for size, accumulate, processes in ways
+    ]  # fmt: skip
+    assert len(told[0]) == 512 // 64 * 64 if repeats == 3 else len(told[0]) == N // 64 * 64
+    assert all(other == told[0] for other in told[1:])
 
 
 def test_an_image_comes_three_times_in_a_row_cut_differently(source):

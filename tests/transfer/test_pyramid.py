@@ -106,3 +106,13 @@ def test_statistics_may_rest():
     assert pyramid.blocks[0].training
     assert all(torch.equal(value, before[name]) for name, value in pyramid.named_buffers())
     assert pyramid.blocks[0].local_mp.bn.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("patch", [16, 8])
+def test_a_strip_of_few_pixels_has_four_levels(patch):
+    """Published pooling rounds down to no cell at all."""
+    network = Pyramid(XCiT(patch, 32, 4, 2)).eval()
+    with torch.no_grad():
+        for height, width in ((5, 300), (300, 5), (9, 9)):
+            levels = network(torch.randn(1, 3, height, width))
+            assert all(min(level.shape[2:]) >= 1 for level in levels)

@@ -99,6 +99,16 @@ def test_a_stopped_suite_goes_on(there, monkeypatch):
     assert [line.split(",")[0] for line in said] == ["two: knn", "two: linear"]
 
 
+def test_where_the_results_go_unless_told(xdino, there):
+    Path("suite.yaml").write_text("data:\n  one: one\nknn:\n  k: 13\n")
+    code, _, error = xdino("transfer", "w.safetensors", "--suite", "suite.yaml")
+    assert code == 0, error
+    assert len(load("w-transfer/results.json")) == 1
+    # Of 12 images to learn from: a sentence, and no line of code.
+    assert "xdino: k = 13 asks for more neighbours than the 12 training images" in error
+    assert "UserWarning" not in error
+
+
 def test_two_processes_do_not_fill_one_table(xdino, there):
     going(there / "out").begin()
     with Lock(there / "out"):

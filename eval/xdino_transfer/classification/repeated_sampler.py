@@ -28,7 +28,18 @@ def deal(
     permutation: the epoch's order [N] before the repetition.
     """
     n = images_per_epoch(len(permutation), world_size)
-    place = rank + world_size * np.arange(n)
+    return dealt(permutation, rank, np.arange(n), world_size, times)
+
+
+def dealt(
+    permutation: np.ndarray,
+    rank: int | np.ndarray,
+    numbers: np.ndarray,
+    world_size: int = 1,
+    times: int = TIMES,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of what `deal` gives to process `rank`, the images of these numbers."""
+    place = rank + world_size * numbers
     return permutation[place // times], place % times
 
 

@@ -11,7 +11,7 @@ from xdino.config import MAX_PIXELS
 from xdino.data import Source, open_source, open_splits
 from xdino.data.listing import folders_in, holds_images
 from xdino.data.sources import limit_pixels, splits_of
-from xdino.errors import UsageError, asked
+from xdino.errors import asked
 from xdino_transfer.datasets import cifar, inaturalist, matlab
 from xdino_transfer.datasets.checks import checked
 
@@ -119,29 +119,6 @@ def _open(
         train, val = (matlab.open_cars(folder, split, wanted) for split in SPLITS)
     elif inaturalist.year(folder) is not None:
         train, val = (inaturalist.open_split(folder, split, category, wanted) for split in SPLITS)
-    elif (
-        (folder / "train").is_dir() and (folder / "test").is_dir() and not (folder / "val").is_dir()
-    ):
-        return _train_and_test(data, folder, channels, max_pixels)
     else:
         return open_splits(data, channels, max_pixels)
-    return train, val
-
-
-def _train_and_test(
-    data: str, folder: Path, channels: int | None, max_pixels: int
-) -> tuple[Source, Source]:
-    """FOLDER/train and FOLDER/test, each with one folder a class."""
-    train, val = (
-        open_source(str(folder / part), None, channels, labelled=True, max_pixels=max_pixels)
-        for part in ("train", "test")
-    )
-    if train.classes != val.classes:
-        ours, theirs = set(train.classes or ()), set(val.classes or ())
-        parts = [
-            f"only in {split}: {', '.join(sorted(names)[:5])}"
-            for split, names in (("train", ours - theirs), ("test", theirs - ours))
-            if names
-        ]
-        raise UsageError(f"the classes of {data} differ between train and test; {'; '.join(parts)}")
     return train, val

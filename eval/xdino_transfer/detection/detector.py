@@ -6,7 +6,7 @@ its tensors by `published.from_published`.
 Letters: B images, H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,18 @@ class Shape:
     width: int = 256
     hidden: int = 1024
     mask_width: int = 256
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a step over several processes is told besides its pictures.
+
+    generators: one of each picture, on its device, which anchors and regions are drawn from; None =
+    torch's own there. average: of three counts [3], over the processes; None = this one alone.
+    """
+
+    generators: Sequence[torch.Generator | None] | None = None
+    average: Callable[[Tensor], Tensor] | None = None
 
 
 class Detector(nn.Module):
@@ -55,22 +67,36 @@ class Detector(nn.Module):
         batch: Size,
         shown: Sequence[Shown],
         objects: Sequence[Objects],
+        drawing: Drawing | None = None,
     ) -> dict[str, Tensor]:
-        """The same from the backbone's levels; those of the proposals level by level."""
+        """The same from the backbone's levels; those of the proposals level by level.
+
+        drawing: with its average every loss is divided as if all processes' pictures were one batch,
+        so that the mean of the processes' losses is that batch's. Published: each for itself.
+        """
+        drawing = drawing or Drawing()
+        generators = drawing.generators or [None] * len(objects)
         features = self.neck(levels)
         outputs = self.rpn(features)
         boxes = [own.boxes for own in objects]
         samples = [
-            self.rpn.settings.sampler(self.rpn.assign(outputs[0], batch, picture, own))
-            for picture, own in zip(shown, boxes, strict=True)
+            self.rpn.settings.sampler(self.rpn.assign(outputs[0], batch, picture, own), generator)
+            for picture, own, generator in zip(shown, boxes, generators, strict=True)
         ]
-        losses = self.rpn.losses(outputs, batch, samples, boxes)
         proposals = self.rpn.proposals(outputs, batch, shown, self.rpn.settings.train)
         regions = []
-        for (proposed, _), own in zip(proposals, objects, strict=True):
-            candidates, sample = self.roi.sample(proposed, own)
+        for (proposed, _), own, generator in zip(proposals, objects, generators, strict=True):
+            candidates, sample = self.roi.sample(proposed, own, generator)
             regions.append(self.roi.regions(candidates, sample, own))
-        return losses | self.roi.losses(features, regions, objects)
+        if drawing.average is None:
+            losses = self.rpn.losses(outputs, batch, samples, boxes)
+            return losses | self.roi.losses(features, regions, objects)
+        numbers = [rpn.counted(samples), *roi.counted(regions)]
+        mine = torch.tensor(numbers, dtype=torch.float32, device=features[0].device)
+        counts = drawing.average(mine)
+        counts = torch.where(counts > 0, counts, 1.0)
+        losses = self.rpn.losses(outputs, batch, samples, boxes, counts[0])
+        return losses | self.roi.losses(features, regions, objects, [*counts[1:]])
 
     # --- test -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torchvision import ops
 
 from xdino_transfer.detection.boxes import Size, clipped
 
-_AT_ONCE = 1 << 24  # pixels of masks that are pasted together
+AT_ONCE = 1 << 24  # pixels of masks that are pasted together
 _OUTSIDE = 4.0  # in halves of a mask's side from its middle: where nothing has a value any more
 
 
@@ -34,9 +34,9 @@ def mask_targets(
         return boxes.new_zeros(0, side, side)
     if threshold is not None:
         boxes = clipped(boxes, (masks.shape[1], masks.shape[2]))
-    numbers = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-    rois = torch.cat([numbers[:, None], boxes], dim=1)
-    own = masks[objects][:, None].to(boxes.dtype)
+    asked, numbers = objects.unique(return_inverse=True)  # a mask once, however many regions ask
+    rois = torch.cat([numbers[:, None].to(boxes.dtype), boxes], dim=1)
+    own = masks[asked][:, None].to(boxes.dtype)
     found = ops.roi_align(own, rois, side, 1.0, 0, aligned)[:, 0]
     return found if threshold is None else (found >= threshold).to(boxes.dtype)
 
@@ -48,7 +48,7 @@ def pasted(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> 
     """
     H, W = size
     out = torch.zeros(len(masks), H, W, dtype=torch.bool, device=masks.device)
-    together = max(1, _AT_ONCE // max(H * W, 1))
+    together = max(1, AT_ONCE // max(H * W, 1))
     for start in range(0, len(masks), together):
         rows = slice(start, start + together)
         out[rows] = _pasted(masks[rows], boxes[rows], size) >= threshold

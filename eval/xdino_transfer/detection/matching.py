@@ -72,23 +72,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampler:
-    """At most `count` boxes of an image, of them at most `positives` (a share) positive ones.
-
-    Drawn from torch's generator of the device.
-    """
+    """At most `count` boxes of an image, of them at most `positives` (a share) positive ones."""
 
     count: int
     positives: float
 
-    def __call__(self, assigned: Tensor) -> Sample:
-        positive = _some(torch.where(assigned > BACKGROUND)[0], int(self.count * self.positives))
-        negative = _some(torch.where(assigned == BACKGROUND)[0], self.count - len(positive))
+    def __call__(self, assigned: Tensor, generator: torch.Generator | None = None) -> Sample:
+        """`generator`: on the boxes' device; None = torch's own there."""
+        positive = torch.where(assigned > BACKGROUND)[0]
+        positive = _some(positive, int(self.count * self.positives), generator)
+        negative = torch.where(assigned == BACKGROUND)[0]
+        negative = _some(negative, self.count - len(positive), generator)
         return Sample.of(assigned, positive, negative)
 
 
-def _some(numbers: Tensor, most: int) -> Tensor:
+def _some(numbers: Tensor, most: int, generator: torch.Generator | None) -> Tensor:
     """At most `most` of `numbers`, ascending."""
     if len(numbers) <= most:
         return numbers
-    drawn = torch.randperm(len(numbers), device=numbers.device)[:most]
+    drawn = torch.randperm(len(numbers), generator=generator, device=numbers.device)[:most]
     return numbers[drawn].sort().values

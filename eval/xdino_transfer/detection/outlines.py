@@ -15,7 +15,7 @@ import numpy as np
 from xdino.errors import UsageError
 from xdino_transfer.detection.boxes import Size
 
-Outline = Sequence[Sequence[float]] | Mapping[str, Any]
+Outline = Sequence[Sequence[float] | np.ndarray] | Mapping[str, Any]
 """Polygons [x, y, x, y, ...], or {"size": [H, W], "counts": a list or a string of runs}."""
 
 
@@ -53,10 +53,14 @@ def checked(outline: Any, size: Size) -> Outline | None:
             or sum(counts) != size[0] * size[1]
         ):
             raise ValueError("its mask's runs of pixels do not add up to its image")
+        if not isinstance(counts, list):
+            text = counts.encode() if isinstance(counts, str) else counts
+            if not _adds_up(text, size[0] * size[1]):
+                raise ValueError("its mask's runs of pixels do not add up to its image")
         return outline
     if not isinstance(outline, list):
         raise ValueError("its mask is neither polygons nor runs of pixels")
-    polygons = [polygon for polygon in outline if _is_polygon(polygon)]
+    polygons = [np.array(polygon, np.float64) for polygon in outline if _is_polygon(polygon)]
     return polygons or None
 
 
@@ -90,12 +94,13 @@ def runs(outline: Outline, size: Size) -> dict[str, Any]:
     counts = outline["counts"]
     counts = counts.encode() if isinstance(counts, str) else counts
     found = {"size": [H, W], "counts": counts}
-    _check_string(counts, H * W)
+    if not _adds_up(counts, H * W):
+        raise UsageError("a mask's runs of pixels do not add up to its image: the file is damaged")
     return found
 
 
-def _check_string(counts: bytes, pixels: int) -> None:
-    """Runs in COCO's string must add up, or decoding would read beyond the mask."""
+def _adds_up(counts: bytes, pixels: int) -> bool:
+    """Whether runs in COCO's string do; if not, decoding them would read beyond the mask."""
     total, previous, value, shift = 0, [0, 0, 0], 0, 0
     for byte in counts:
         digit = byte - 48
@@ -113,9 +118,8 @@ def _check_string(counts: bytes, pixels: int) -> None:
         if run < 0:
             break
     else:
-        if total == pixels:
-            return
-    raise UsageError("a mask's runs of pixels do not add up to its image: the file is damaged")
+        return total == pixels
+    return False
 
 
 def encoded(mask: np.ndarray) -> dict[str, Any]:

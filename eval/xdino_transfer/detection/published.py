@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xdino_transfer import fpn, published_files
 from xdino_transfer.detection.detector import Detector, Shape, build
+from xdino_transfer.published_files import DenseFile
 
 _NAMES = {
     "rpn_head.rpn_conv.": "rpn.head.conv.0.0.",
@@ -74,7 +75,11 @@ def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...] | None]:
     Raises:
         UsageError, RunFailed: as `published_files.read`; names or shapes that are not all there.
     """
-    file = published_files.read(path)
+    return detector_in(published_files.read(path))
+
+
+def detector_in(file: DenseFile) -> tuple[Detector, tuple[str, ...] | None]:
+    """The same of a file that was read."""
     fc, classes, mask, lateral = published_files.sizes(
         file.tensors,
         file.path,

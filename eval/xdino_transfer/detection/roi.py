@@ -130,12 +130,14 @@ class RegionHeads(nn.Module):
     # --- training -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, proposals: Tensor, objects: Objects) -> tuple[Tensor, Sample]:
+    def sample(
+        self, proposals: Tensor, objects: Objects, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Sample]:
         """Of one image: the candidates [M + P, 4], objects first, and which of them are learned from."""
         matched = self.settings.matcher(proposals, objects.boxes)
         own = torch.arange(1, len(objects) + 1, device=matched.device)
         candidates = torch.cat([objects.boxes, proposals])
-        return candidates, self.settings.sampler(torch.cat([own, matched]))
+        return candidates, self.settings.sampler(torch.cat([own, matched]), generator)
 
     def regions(self, candidates: Tensor, sample: Sample, objects: Objects) -> Regions:
         boxes = candidates[torch.cat([sample.positive, sample.negative])]
@@ -149,9 +151,16 @@ class RegionHeads(nn.Module):
         return self.settings.coder.encode(positive, objects.boxes[regions.objects])
 
     def losses(
-        self, levels: Sequence[Tensor], regions: Sequence[Regions], objects: Sequence[Objects]
+        self,
+        levels: Sequence[Tensor],
+        regions: Sequence[Regions],
+        objects: Sequence[Objects],
+        counts: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """`class`, `box` and `mask`, one number each."""
+        """`class`, `box` and `mask`, one number each.
+
+        counts: of regions and of positives, to divide by; None = of those that are given.
+        """
         logits, deltas = self.classified(levels, [own.boxes for own in regions])
         labels = torch.cat([own.labels for own in regions])
         targets = torch.cat([self.targets(*pair) for pair in zip(regions, objects, strict=True)])
@@ -159,15 +168,19 @@ class RegionHeads(nn.Module):
         chosen = deltas[positive, labels[positive]]
         apart = F.smooth_l1_loss(chosen, targets, reduction="sum", beta=self.settings.beta)
         classes = F.cross_entropy(logits, labels, reduction="sum")
-        count = max(len(labels), 1)
+        count, positives = (max(len(labels), 1), None) if counts is None else counts
         return {
             "class": classes / count,
             "box": apart / count,
-            "mask": self._mask_loss(levels, regions, objects),
+            "mask": self._mask_loss(levels, regions, objects, positives),
         }
 
     def _mask_loss(
-        self, levels: Sequence[Tensor], regions: Sequence[Regions], objects: Sequence[Objects]
+        self,
+        levels: Sequence[Tensor],
+        regions: Sequence[Regions],
+        objects: Sequence[Objects],
+        count: Tensor | None,
     ) -> Tensor:
         boxes = [own.boxes[: len(own.objects)] for own in regions]
         logits = self.masked(levels, boxes)
@@ -178,7 +191,10 @@ class RegionHeads(nn.Module):
         targets = torch.cat(
             [self.mask_targets(*pair) for pair in zip(regions, objects, strict=True)]
         )
-        return F.binary_cross_entropy_with_logits(found, targets)
+        if count is None:
+            return F.binary_cross_entropy_with_logits(found, targets)
+        cells = found[0].numel()
+        return F.binary_cross_entropy_with_logits(found, targets, reduction="sum") / (count * cells)
 
     def mask_targets(self, regions: Regions, objects: Objects) -> Tensor:
         """[P, 28, 28] of the positives of one image."""
@@ -231,6 +247,12 @@ class RegionHeads(nn.Module):
         boxes, found, label = boxes[large], found[large], label[large]
         stay = suppressed(boxes, found, label, self.settings.overlap)[: self.settings.most]
         return boxes[stay], found[stay], label[stay]
+
+
+def counted(regions: Sequence[Regions]) -> tuple[int, int]:
+    """How many regions are learned from (one where there is none), and how many of them are positive."""
+    count = sum(len(own.labels) for own in regions)
+    return max(count, 1), sum(len(own.objects) for own in regions)
 
 
 def without_sampling(settings: RegionSettings) -> RegionSettings:

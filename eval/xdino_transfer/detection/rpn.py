@@ -100,18 +100,19 @@ class RegionProposals(nn.Module):
         batch: Size,
         samples: Sequence[Sample],
         objects: Sequence[Tensor],
+        count: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """`rpn_class` and `rpn_box`, each [L]: sums over what was sampled, divided by its number.
 
         Args:
             outputs: of `forward`. samples: of each image. objects: their boxes [M, 4].
+            count: what to divide by; None = `counted` of the samples.
         """
         anchors = self.anchors(outputs[0], batch)
         sizes = [len(level) for level in anchors]
         every = torch.cat(anchors)
         logits, deltas = (_by_anchor(part) for part in zip(*_flat(outputs), strict=True))
-        # Of an image without positives (or negatives) one is counted, as published.
-        count = sum(max(len(s.positive), 1) + max(len(s.negative), 1) for s in samples)
+        count = counted(samples) if count is None else count
         classes, boxes = torch.zeros_like(logits), torch.zeros_like(logits)
         for i, (sample, own) in enumerate(zip(samples, objects, strict=True)):
             chosen = torch.cat([sample.positive, sample.negative])
@@ -170,6 +171,11 @@ class RegionProposals(nn.Module):
         boxes, score = boxes[large], torch.cat(scores)[large]
         stay = suppressed(boxes, score, torch.cat(numbers)[large], kept.overlap)[: kept.after]
         return boxes[stay], score[stay]
+
+
+def counted(samples: Sequence[Sample]) -> int:
+    """How many anchors are learned from, at least one positive and one negative each, as published."""
+    return sum(max(len(s.positive), 1) + max(len(s.negative), 1) for s in samples)
 
 
 def _flat(outputs: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:

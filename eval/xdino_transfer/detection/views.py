@@ -49,14 +49,20 @@ class Views:
     flip: float = 0.5
     test_side: int = 800
 
-    def draw(self, seed: int, epoch: int, index: int) -> np.ndarray:
-        """The picture's numbers in an epoch, float64 in (0, 1)."""
-        return uniforms(seed, Stream.DETECTING, counters(epoch, np.array([index])), _DRAWN)[0]
+    def draw(self, seed: int, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
+        """The picture's numbers in an epoch, float64 in (0, 1); `repeat`: how often it came before."""
+        place = counters(epoch, np.array([index]), repeat)
+        return uniforms(seed, Stream.DETECTING, place, _DRAWN)[0]
 
     def training(
         self, image: np.ndarray, objects: Objects, drawn: np.ndarray
     ) -> tuple[Tensor, Objects]:
         """uint8 [H, W, 3] and its objects -> float32 [3, h, w], normalised, and what is left of them."""
+        pixels, objects = self.cut(image, objects, drawn)
+        return self._normalised(pixels), objects
+
+    def cut(self, image: np.ndarray, objects: Objects, drawn: np.ndarray) -> tuple[Tensor, Objects]:
+        """As `training`, to uint8: what a loader's threads do. `finish` does the rest."""
         flip, way, side, first, *cut = drawn.tolist()
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         if flip < self.flip:
@@ -66,8 +72,15 @@ class Views:
             pixels, objects = resized(pixels, objects, size)
             pixels, objects = self._cropped(pixels, objects, cut)
         size = _fitted(pixels, self.longer, _one(self.sides, side))
-        pixels, objects = resized(pixels, objects, size)
-        return self._normalised(pixels), objects
+        return resized(pixels, objects, size)
+
+    def finish(self, pixels: Tensor, shown: Sequence[Shown]) -> Tensor:
+        """uint8 [B, 3, H, W] of `together` -> float32, normalised where they are; around them 0."""
+        images = self._normalised(pixels)
+        for image, own in zip(images, shown, strict=True):
+            image[:, own.size[0] :] = 0
+            image[:, :, own.size[1] :] = 0
+        return images
 
     def _cropped(
         self, pixels: Tensor, objects: Objects, drawn: list[float]
@@ -99,7 +112,7 @@ class Views:
 def together(
     pictures: Sequence[tuple[Tensor, Objects]],
 ) -> tuple[Tensor, list[Shown], list[Objects]]:
-    """Pictures [3, h_i, w_i] and their objects as one batch: [B, 3, H, W], padded with the mean.
+    """Pictures [3, h_i, w_i] and their objects as one batch: [B, 3, H, W], padded with 0, the mean.
 
     Masks are padded to their own picture's multiples, as boxes may reach there.
     """
@@ -117,20 +130,40 @@ def together(
 def oriented_order(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> np.ndarray:
     """An epoch's order of pictures where each batch holds one orientation: int64 [n * batch].
 
-    `portrait`: bool [N]. What does not fill a batch is left out for this epoch.
+    As the published sampler's, no picture is left out: the last batch of each orientation is filled
+    up with the first pictures of that orientation, which come once more.
+
+    Args:
+        portrait: bool [N]. batch: pictures that are shown together, over all processes, so that the
+            pictures of a step are the same however many there are (published: of each process).
     """
     order = epoch_order(len(portrait), seed, epoch)
+    place = np.empty(len(portrait), np.int64)
+    place[order] = np.arange(len(order))
     batches = []
     for kind in (False, True):
         own = order[portrait[order] == kind]
-        whole = own[: len(own) // batch * batch].reshape(-1, batch)
-        # As a batch comes where its first picture stood in the order.
-        place = np.empty(len(portrait), np.int64)
-        place[order] = np.arange(len(order))
-        batches += [(int(place[rows[0]]), rows) for rows in whole]
+        if len(own):
+            whole = np.resize(own, -(-len(own) // batch) * batch).reshape(-1, batch)
+            # A batch comes where its first picture stood in the order.
+            batches += [(int(place[rows[0]]), rows) for rows in whole]
     batches.sort(key=lambda pair: pair[0])
     rows = [rows for _, rows in batches]
     return np.concatenate(rows) if rows else np.empty(0, np.int64)
+
+
+def repeats_of(order: np.ndarray) -> np.ndarray:
+    """How often the picture at each place of an order [n] came before it: int64 [n].
+
+    >>> repeats_of(np.array([4, 2, 4, 4]))
+    array([0, 0, 1, 2])
+    """
+    by_picture = np.argsort(order, kind="stable")
+    begins = np.flatnonzero(np.diff(order[by_picture], prepend=-1))
+    runs = np.diff(begins, append=len(order))
+    found = np.empty(len(order), np.int64)
+    found[by_picture] = np.arange(len(order)) - np.repeat(begins, runs)
+    return found
 
 
 def _one(values: tuple[int, ...], drawn: float) -> int:

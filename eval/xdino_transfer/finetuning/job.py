@@ -8,7 +8,7 @@ Which images a step takes and what happens to them follows from the seed and its
 Letters: B images, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from xdino.errors import UsageError
 from xdino.job import LoaderJob
 from xdino.plan.feasibility import gigabytes
 from xdino.runtime import distributed, transfer
+from xdino.runtime.batch_layout import BatchLayout
+from xdino.runtime.drop_path import Rows
 from xdino.stepping import StepResult
 from xdino_transfer.classification import optim
 from xdino_transfer.classification.classifier import Classifier
@@ -68,9 +70,15 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
         spec = self.last_start.get("spec")
         self.take_plan(
             config,
-            lambda precision: planning.make_plan(config, distributed.world_size(), precision, spec),
+            lambda precision: planning.make_plan(
+                config, distributed.world_size(), precision, spec, self._first
+            ),
         )
         self.config = self.plan.config  # with what was measured of bands
+
+    @property
+    def _first(self) -> BatchLayout | None:
+        return BatchLayout.from_dict(self.last_start.get("batch"))
 
     def same_everywhere(self) -> dict[str, Any]:
         return super().same_everywhere() | {"the classes": list(self.plan.classes)}
@@ -104,8 +112,6 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
         )
         if config.runtime.compile:
             compile_backbone(classifier.backbone)  # type: ignore[arg-type]
-        # Processes drop different paths; the first is as it would be alone.
-        torch.manual_seed(config.train.seed + distributed.rank())
 
     def notices(self) -> Iterator[str]:
         yield from self.plan.train.notices()
@@ -146,8 +152,12 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
             self.plan.view,
             distributed.rank(),
             distributed.world_size(),
+            first=self._first,
             **self.loader_options(known_bad),
         )
+
+    def rows(self) -> Rows:
+        return Rows(self.config.train.batch_size * distributed.world_size(), self.loader.mine)
 
     def step(self, number: int, lr_factor: float, diagnose: bool, run_dir: Path) -> StepResult:
         settings = StepSettings(self.lr(number) * lr_factor)
@@ -165,8 +175,15 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
         crops = transfer.to_device(batch.crops, self.device)
         labels = transfer.to_device(batch.labels, self.device)
         images = plan.view.finish(crops, batch.drawn, seed)
-        mix = plan.mixup.draw(seed, batch.iteration, batch.part, *images.shape[2:])
-        return plan.mixup(images, labels, len(plan.classes), mix)
+        size, mixed = batch.part_size, []
+        for i in range(0, len(images), size):
+            mix = plan.mixup.draw(seed, batch.iteration, batch.part + i // size, *images.shape[2:])
+            part = slice(i, i + size)
+            mixed.append(plan.mixup(images[part], labels[part], len(plan.classes), mix))
+        if len(mixed) == 1:
+            return mixed[0]
+        shown, targets = zip(*mixed, strict=True)
+        return torch.cat(shown), torch.cat(targets)
 
     def _draw(self, images: Tensor, run_dir: Path) -> None:
         """The first batch as the network sees it."""
@@ -242,10 +259,17 @@ class ClassificationJob(LoaderJob[LabelledBatch]):
             **self._init,
         }
 
-    def export(self, path: Path, iteration: int) -> None:
+    def exporter(self, iteration: int) -> Callable[[Path], None]:
+        classifier = self.copy_of(self.judged)
+        return lambda path: self.export(path, iteration, classifier)
+
+    def export(self, path: Path, iteration: int, classifier: Classifier | None = None) -> None:
         """The backbone, and beside that of the run the whole classifier, which comes first: a run
-        that was killed between the two writes both at its next start."""
+        that was killed between the two writes both at its next start.
+
+        `classifier`: as it was then, where it is another by now."""
+        classifier = classifier or self.judged
         facts = self.weights_facts(iteration)
         if path.name == checkpoint.BACKBONE_FILE:
-            write_classifier(path.with_name(MODEL_FILE), self.judged, facts)
-        checkpoint.save_backbone(path, self.judged.backbone, self.plan.spec, **facts)
+            write_classifier(path.with_name(MODEL_FILE), classifier, facts)
+        checkpoint.save_backbone(path, classifier.backbone, self.plan.spec, **facts)

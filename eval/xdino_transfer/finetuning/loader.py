@@ -2,25 +2,27 @@
 
 An image's view follows from (seed, epoch, index, repeat), see `views`; which images a step takes, from
 the seed and its number. With repeated augmentation the epoch's order is the published sampler's, see
-`repeated_sampler`.
+`repeated_sampler`, dealt to the processes that the run began on.
+
+Images are mixed within a part of a step, which the run's first start had on one process at a time.
+Where there are other processes now, each takes whole parts, or of a part images that face each other:
+what is mixed with what stays the same.
 
 Letters: B images of a micro-batch on one rank, s side of a crop, C channels.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xdino.data import BadImage, Loader, Source, steps_per_epoch
+from xdino.data import BadImage, Loader, Source, epoch_order, steps_per_epoch
 from xdino.errors import UsageError
-from xdino_transfer.classification.repeated_sampler import images_per_epoch, repeated_order
+from xdino.runtime.batch_layout import BatchLayout
+from xdino_transfer.classification.repeated_sampler import dealt, images_per_epoch, repeated_order
 from xdino_transfer.classification.views import Draws, TrainingView
-
-_order = lru_cache(maxsize=2)(repeated_order)  # every micro-batch asks for its epoch's
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class LabelledBatch:
     """One micro-batch of one rank.
 
     crops: uint8 [B, s, s, C]; labels: int64 [B], of what the crops show; drawn: what happened, and
-    is still to happen, to them. indices: int64 [B] of what was asked for. part: the number of the
-    micro-batch among all processes' of the step.
+    is still to happen, to them. indices: int64 [B] of what was asked for. part: the number, among
+    the step's, of the part that they begin in; part_size: how many in a row are of one part.
     """
 
     crops: Tensor
@@ -39,11 +41,15 @@ class LabelledBatch:
     iteration: int
     epoch: int
     part: int
+    part_size: int
 
 
 @dataclass(eq=False)
 class LabelledLoader(Loader[LabelledBatch]):
-    """As `data.CropLoader`; repeats: how often an image comes in a row in an epoch, 1 for once."""
+    """As `data.CropLoader`; repeats: how often an image comes in a row in an epoch, 1 for once.
+
+    first: how the run's first start shared a step out, of as many images; None for as here.
+    """
 
     source: Source
     view: TrainingView
@@ -57,6 +63,7 @@ class LabelledLoader(Loader[LabelledBatch]):
     prefetch: int = 3
     pin_memory: bool = False
     max_bad_share: float = 0.05
+    first: BatchLayout | None = None
     known_bad: InitVar[Iterable[BadImage]] = ()
 
     bad: dict[int, tuple[str, str]] = field(init=False, default_factory=dict)
@@ -70,6 +77,10 @@ class LabelledLoader(Loader[LabelledBatch]):
                 f"{self.source.name} has {self.source.channels} channels, but mean and std have "
                 f"{len(self.view.mean)}"
             )
+        here = BatchLayout(self.batch_size, self.accumulate, self.world_size)
+        self.first = self.first or here
+        if self.first.total != here.total:
+            raise ValueError(f"a step of {self.first.total} images is {here.total} here")
         self._labels = torch.from_numpy(np.asarray(self.source.labels, np.int64))
         self._begin(known_bad)
 
@@ -77,22 +88,49 @@ class LabelledLoader(Loader[LabelledBatch]):
         n = len(self.source)
         if self.repeats > 1:
             repeated_order(n, self.seed, 0, 0, 1, self.repeats)  # refuses what is too small
-            n = images_per_epoch(n, self.world_size) * self.world_size
+            assert self.first is not None
+            n = images_per_epoch(n, self.first.processes) * self.first.processes
         return steps_per_epoch(n, self.global_batch)
 
     def images_at(self, iteration: int, micro: int) -> tuple[int, np.ndarray, np.ndarray]:
         """The epoch of iteration `iteration`, counted from 0; a micro-batch's images [B], and which
         repeat of its image each of them is [B]."""
-        if self.repeats == 1:
-            epoch, indices = self.indices_at(iteration, micro)
-            return epoch, indices, np.zeros_like(indices)
+        assert self.first is not None
+        first, n = self.first, len(self.source)
         epoch, step = divmod(iteration, self.steps_per_epoch)
-        indices, repeats = _order(
-            len(self.source), self.seed, epoch, self.rank, self.world_size, self.repeats
+        begins = micro * self.batch_size * self.world_size
+        places = np.concatenate([np.arange(a, b) for a, b in self.mine]) + begins  # in the step [B]
+        if self.repeats == 1:
+            indices = epoch_order(n, self.seed, epoch)[step * self.global_batch + places]
+            return epoch, indices, np.zeros_like(indices)
+        # Which of the first start's processes would have it, and where in that one's epoch.
+        rank, i = places % first.micro // first.batch_size, places % first.batch_size
+        i += (step * first.accumulate + places // first.micro) * first.batch_size
+        order = epoch_order(n, self.seed, epoch)
+        return epoch, *dealt(order, rank, i, first.processes, self.repeats)
+
+    @property
+    def mine(self) -> tuple[tuple[int, int], ...]:
+        """From and up to which images of every micro-batch over all processes are this one's."""
+        assert self.first is not None
+        size, part = self.batch_size, self.first.batch_size
+        begins = self.rank * size
+        if part % size or size == part or size % 2 or self.global_batch // self.accumulate % part:
+            return ((begins, begins + size),)
+        # Several processes share a part: each has images from its front and those that face them.
+        whole, nth, half = begins // part * part, begins % part // size, size // 2
+        front, back = whole + nth * half, whole + part - nth * half
+        return ((front, front + half), (back - half, back))
+
+    @property
+    def part_size(self) -> int:
+        """How many images in a row are of one part."""
+        assert self.first is not None
+        return (
+            self.first.batch_size
+            if self.batch_size % self.first.batch_size == 0
+            else self.batch_size
         )
-        first = (step * self.accumulate + micro) * self.batch_size
-        mine = slice(first, first + self.batch_size)
-        return epoch, indices[mine], repeats[mine]
 
     def _prepare(
         self, iteration: int, micro: int
@@ -116,6 +154,8 @@ class LabelledLoader(Loader[LabelledBatch]):
                     error.add_note(f"while cutting {self.source.describe(shown)}")
                     raise
 
-        part = micro * self.world_size + self.rank
-        batch = LabelledBatch(crops, labels, drawn, indices, iteration, epoch, part)
+        assert self.first is not None
+        size = self.first.batch_size if len(self.mine) > 1 else self.part_size
+        part = (micro * self.world_size * self.batch_size + self.mine[0][0]) // size
+        batch = LabelledBatch(crops, labels, drawn, indices, iteration, epoch, part, self.part_size)
         return batch, self._tasks(fill)

@@ -23,6 +23,7 @@ from xdino.forecast.costs import Meter
 from xdino.plan import feasibility
 from xdino.plan.measured import measured
 from xdino.plan.networks import checkpoint_activations
+from xdino.runtime.batch_layout import BatchLayout
 from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.schedules import Array
 from xdino.values import shown
@@ -77,12 +78,13 @@ def make_plan(
     world_size: int = 1,
     precision: str | None = None,
     spec: Mapping[str, Any] | None = None,
+    first: BatchLayout | None = None,
 ) -> Plan:
     """Open the data, work everything out, and prove that the run can start; nothing is written.
 
     Args:
         precision: what "auto" was found to be. spec: of a run that is continued, whose first
-            weights may be gone.
+            weights may be gone. first: how its first start shared a step out.
 
     Raises:
         UsageError: whatever cannot be done as configured.
@@ -111,7 +113,7 @@ def make_plan(
     known = _shown_as(config, known or _spec_from_scratch(config, train.channels))
     view = view_of(config, known)
     total = config.train.batch_size * config.train.accumulate * world_size
-    steps = loader_of(config, train, view, 0, world_size).steps_per_epoch
+    steps = loader_of(config, train, view, 0, world_size, first=first).steps_per_epoch
     plan = Plan(
         config,
         train,
@@ -359,8 +361,9 @@ def _activations(network: Classifier, plan: Plan) -> int:
 
 
 def check_disk(plan: Plan, run_dir: Path) -> None:
-    """Raises UsageError where the disk has no room for two checkpoints of the run."""
-    feasibility.check_disk(run_dir, 2 * plan.state_bytes)
+    """Raises UsageError where the disk has no room for the newest checkpoints of the run."""
+    states = plan.config.runtime.keep_last
+    feasibility.check_disk(run_dir, states * plan.state_bytes, states)
 
 
 def init_facts(config: FineTuning) -> dict[str, Any]:

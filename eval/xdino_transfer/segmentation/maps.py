@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from xdino.config import MAX_PIXELS
 from xdino.data.decode import SUFFIXES, decode
 from xdino.data.image_files import DAMAGED, listed, why
 from xdino.data.listing import printable
@@ -39,7 +40,11 @@ _ONE_NUMBER = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes
 
 @dataclass(frozen=True)
 class Maps:
-    """N pictures and their masks. zero_is_void: labels begin at 1, and 0 is none."""
+    """N pictures and their masks.
+
+    zero_is_void: labels begin at 1, and 0 is none. channels: of the pictures, 1 for grey.
+    max_pixels: of a picture; a larger one cannot be read.
+    """
 
     where: str
     classes: tuple[str, ...]
@@ -47,6 +52,8 @@ class Maps:
     masks: list[Path]
     zero_is_void: bool = False
     notices: list[str] = field(default_factory=list)
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,21 +62,25 @@ class Maps:
         return printable(bytes(self.images[index]))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A picture uint8 [H, W, 3] and its labels uint8 [H, W], VOID where there is none.
+        """A picture uint8 [H, W, channels] and its labels uint8 [H, W], VOID where there is none.
 
         Raises:
             UnreadableImage, OSError: the picture cannot be read.
             UsageError: its mask cannot, is of another size, or has labels that are no classes.
         """
-        image = decode(self.images[index].read_bytes(), 3)
+        image = decode(self.images[index].read_bytes(), self.channels, self.max_pixels)
+        return image, self.labels(index, image.shape[:2])
+
+    def labels(self, index: int, size: Sequence[int]) -> np.ndarray:
+        """The labels alone, of a picture of this size (H, W). Raises as `read`."""
         path = self.masks[index]
         labels = read_mask(path)
-        if labels.shape != image.shape[:2]:
+        if labels.shape != tuple(size):
             raise UsageError(
                 f"{path} has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
-                f"{image.shape[1]} x {image.shape[0]} (upright)"
+                f"{size[1]} x {size[0]} (upright)"
             )
-        return image, self._checked(labels, path)
+        return self._checked(labels, path)
 
     def _checked(self, labels: np.ndarray, path: Path) -> np.ndarray:
         K = len(self.classes)

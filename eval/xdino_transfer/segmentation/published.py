@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from xdino_transfer import fpn, published_files
+from xdino_transfer.published_files import DenseFile
 from xdino_transfer.pyramid import STRIDES
 from xdino_transfer.segmentation import heads
 from xdino_transfer.segmentation.segmenter import Segmenter
@@ -18,7 +19,11 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, tuple[str, ...] | None]
     Raises:
         UsageError, RunFailed: as `published_files.read`; names or shapes that are not all there.
     """
-    file = published_files.read(path)
+    return segmenter_in(published_files.read(path))
+
+
+def segmenter_in(file: DenseFile) -> tuple[Segmenter, tuple[str, ...] | None]:
+    """The same of a file that was read."""
     (shape,) = published_files.sizes(file.tensors, file.path, _CLASSES)
     classes, channels = shape[0], shape[1]
     pyramid = published_files.pyramid_of(file.tensors, file.path)

@@ -1,4 +1,4 @@
-"""`xdino score`, `xdino predict` and `xdino transfer`."""
+"""`xdino score`, `xdino predict` and `xdino transfer`: of classifiers, segmenters and detectors."""
 
 import sys
 from collections import Counter
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from xdino import values
 from xdino.errors import UsageError
 from xdino.runtime import places
 from xdino_launch.commands.options import (
@@ -16,12 +18,14 @@ from xdino_launch.commands.options import (
     PIXELS,
     BackboneOptions,
     Number,
+    Numbers,
     OutputOptions,
     Place,
     Whole,
     batch_option,
     device_option,
     given,
+    on_all_processes,
     on_one_process,
     option,
     precision_option,
@@ -35,12 +39,23 @@ if TYPE_CHECKING:
 
 SCORED = (
     "Folder with train/ and val/ (or test/), or of class folders; tars; the archives of CIFAR-10, "
-    "CIFAR-100, Flowers-102, Stanford Cars, iNaturalist; a named source."
+    "CIFAR-100, Flowers-102, Stanford Cars, iNaturalist; a named source. Of a segmenter images/ and "
+    "masks/, ADE20K or VOC; of a detector COCO's layout, JSON beside images, or VOC."
 )
 RATIO = (
     "Side of the crop as a share of the resized shorter side: 1 is the published full crop, 0.875 is "
     "256/224.  [1; of a timm network what timm says]"
 )
+
+
+# Parameters that mean nothing to networks of another kind.
+OF_CLASSIFIERS = (
+    "size", "crop_ratio", "full_crop", "max_bad_share", "batch_size", "max_pixels", "workers",
+    "precision", "category", "top",
+)  # fmt: skip
+OF_SEGMENTERS = ("scales", "flip", "zero_is_void")
+OF_DETECTORS = ("threshold",)
+OF_DENSE = (*OF_SEGMENTERS, *OF_DETECTORS, "shorter_side", "memory", "tile")
 
 
 @dataclass(frozen=True)
@@ -90,8 +105,87 @@ class ClassifierOptions:
         return Judged.open(**told)
 
 
+@dataclass(frozen=True)
+class ShowingOptions:
+    """How annotated pictures are shown."""
+
+    scales: tuple[float, ...] = option(
+        "--scales",
+        type=Numbers(values.number, above=0, what="scales"),
+        default="1",
+        show_default=True,
+        help="Of a segmenter: views of these sizes are averaged, published 0.5,0.75,1,1.25,1.5,1.75.",
+    )
+    flip: bool = option("--flip", is_flag=True, help="Of a segmenter: and mirrored ones.")
+    shorter_side: int | None = option(
+        "--shorter-side",
+        type=PIXELS,
+        help="Of a segmenter or detector: pixels as the network sees it.  [as it was trained]",
+    )
+    zero_is_void: bool = option(
+        "--zero-is-void", is_flag=True, help="Of images/ and masks/: labels begin at 1."
+    )
+
+
+@dataclass(frozen=True)
+class LookingOptions:
+    """How pictures are looked at."""
+
+    threshold: float = option(
+        "--threshold",
+        type=Number(0, 1),
+        default=0.5,
+        show_default=True,
+        help="Of a detector: the least score of an object.",
+    )
+    shorter_side: int | None = option(
+        "--shorter-side",
+        type=PIXELS,
+        help="Pixels as the network sees it.  [its own, and not less than in a test]",
+    )
+    memory: float | None = option(
+        "--memory",
+        type=Number(0, 1e6, min_open=True),
+        help="GB that a picture may take; a larger one is cut into tiles.  [half of what is free]",
+    )
+    tile: int | None = option(
+        "--tile", type=Whole(128, 2**16), help="Pixels a side of tiles.  [whole pictures]"
+    )
+
+
+def _given(*names: str) -> str | None:
+    """The first of these parameters that a person typed, as an option."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        typed = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if typed and parameter.name in names:
+            return parameter.opts[0]
+    return None
+
+
+def _task(weights: str) -> str | None:
+    """ "segmentation" or "detection" where a run or a file is for that, by what it says; else None.
+
+    Raises:
+        UsageError: an option was given that means nothing to such a network.
+    """
+    from xdino_transfer.dense_files import dense_task
+
+    task = dense_task(weights)
+    if task is None and (name := _given(*OF_DENSE)):
+        raise UsageError(f"{name} is of segmenters and detectors, and {weights} holds neither")
+    if task is not None:
+        segments = task == "segmentation"
+        kind = "a segmenter" if segments else "a detector"
+        other = (OF_DETECTORS, "detectors") if segments else (OF_SEGMENTERS, "segmenters")
+        for names, whose in ((OF_CLASSIFIERS, "classifiers"), other):
+            if name := _given(*names):
+                raise UsageError(f"{name} is of {whose}, and {weights} holds {kind}")
+    return task
+
+
 @click.command()
-@takes(judged=ClassifierOptions, output=OutputOptions)
+@takes(judged=ClassifierOptions, showing=ShowingOptions, output=OutputOptions)
 @click.option("--data", required=True, type=Place(), help=SCORED)
 @click.option(
     "--split",
@@ -101,45 +195,113 @@ class ClassifierOptions:
     help="Of DATA.",
 )
 @click.option("--category", default="name", show_default=True, help="Of iNaturalist: the rank.")
-@on_one_process
+@on_all_processes
 def score(
-    judged: ClassifierOptions, output: OutputOptions, data: str, split: str, category: str
+    judged: ClassifierOptions,
+    showing: ShowingOptions,
+    output: OutputOptions,
+    data: str,
+    split: str,
+    category: str,
 ) -> None:
-    """Top-1 and top-5 of a classifier, in the published evaluation.
+    """What a network with a head is worth on annotated images, in the published evaluation.
 
-    RUN|FILE is a fine-tuned run, a file of ours, a published XCiT classification file, or a classifier
-    of timm's (a file with --arch, or a folder with config.json). Classes are matched by name where the
-    file names them; published files name none, and are matched by ImageNet's synsets, else in the
-    order of the data's. The row says which.
+    RUN|FILE is a run that learned with labels, a file of ours, or a published XCiT file: of
+    classification (top-1 and top-5), segmentation (mIoU, mAcc, aAcc) or detection (AP of boxes and
+    masks); or a classifier of timm's (a file with --arch, or a folder with config.json). Classes are
+    matched by name where the file names them, else in the order of the data's; published classifiers
+    by ImageNet's synsets. The row says which. Under torchrun every process looks at its share of what a
+    classifier is shown.
     """
     judged.there(data)
-    opened = judged.open()
+    from xdino.runtime import distributed, turns
+
+    if _task(judged.weights) is not None:
+        from xdino_launch.evaluation import dense
+
+        def of_dense() -> None:
+            loaded = dense.opened(judged.weights, judged.arch, judged.device)
+            found = dense.score(loaded, data, split=split, **asdict(showing))
+            output.tell([found.row], judged.weights)
+            dense.keep_per_class(found, output.file(judged.weights))
+
+        turns.on_first(of_dense, distributed.world_size() > 1)
+        return
+    opened = judged.open().on_all()
+    from xdino_launch.evaluation.dense import refuse_annotated
     from xdino_transfer.datasets import open_scored
 
+    refuse_annotated(judged.weights, data)
     limit = {} if judged.max_pixels is None else {"max_pixels": judged.max_pixels}
     source, train_size = open_scored(data, split, opened.channels, category, **limit)
     output.tell(opened.score(source, train_size), judged.weights)
 
 
 @click.command()
-@takes(judged=ClassifierOptions)
+@takes(judged=ClassifierOptions, looking=LookingOptions)
 @click.argument("images", nargs=-1, required=True, type=Place())
 @click.option(
-    "--out", type=Place(Path), help="FILE.csv, FILE.json, or a folder for both.  [a table]"
+    "--out",
+    type=Place(Path),
+    help="FILE.csv, FILE.json, or a folder for both; of pictures and masks a folder.  [a table]",
 )
 @click.option("--top", default=5, show_default=True, type=Whole(1, 100_000), help="Classes.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @on_one_process
 def predict(
-    judged: ClassifierOptions, images: tuple[str, ...], out: Path | None, top: int, as_json: bool
+    judged: ClassifierOptions,
+    looking: LookingOptions,
+    images: tuple[str, ...],
+    out: Path | None,
+    top: int,
+    as_json: bool,
 ) -> None:
-    """The likeliest classes of images, with their probabilities.
+    """The likeliest classes of images; classes of pixels, and objects, as pictures and files.
 
-    IMAGES are image files, folders of images, lists, tars and videos (every frame of them).
+    IMAGES are image files, folders of images and videos (every frame of them); for a classifier lists
+    and tars, too. Of a segmenter or a detector --out DIR gets an overlay of every image, class
+    numbers as masks/*.png, and predictions.json (of a detector COCO's). They look at a whole image in
+    its own pixels, and at tiles where it would take more than --memory.
     """
     judged.there()
     named = [name for name in images if name.partition(":")[0] not in places.DATA_SETS]
     places.check_files("image, folder or video", *named)
+    if (task := _task(judged.weights)) is not None:
+        _predict_dense(judged, images, looking, out, as_json, task == "segmentation")
+        return
+    _predict_classes(judged, images, out, top, as_json)
+
+
+def _predict_dense(
+    judged: ClassifierOptions,
+    images: tuple[str, ...],
+    looking: LookingOptions,
+    out: Path | None,
+    as_json: bool,
+    segments: bool,
+) -> None:
+    if out is None and not as_json:
+        made = "masks and overlays" if segments else "overlays and a COCO file"
+        raise UsageError(f"--out DIR is needed for {made}; --json prints without them")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out needs a folder, and {out} is a file")
+    from xdino_eval.results import as_json as text
+    from xdino_launch.evaluation import dense
+
+    loaded = dense.opened(judged.weights, judged.arch, judged.device)
+    tree, paths = dense.predict(loaded, images, dense.Looking(out, **asdict(looking)))
+    lines = [text(tree).rstrip("\n")] if as_json else dense.shown_paths(paths)
+    for line in lines:
+        click.echo(line)
+
+
+def _predict_classes(
+    judged: ClassifierOptions,
+    images: tuple[str, ...],
+    out: Path | None,
+    top: int,
+    as_json: bool,
+) -> None:
     from xdino_transfer.classification import predicting
 
     folder = out is not None and (out.is_dir() or not out.suffix)
@@ -168,7 +330,11 @@ def predict(
     "--suite", required=True, type=Place(Path, file=True), help="YAML: data sets, and columns."
 )
 @click.option(
-    "--run", "--run-dir", "run_dir", required=True, type=Place(Path), help="Folder of the results."
+    "--run",
+    "--run-dir",
+    "run_dir",
+    type=Place(Path),
+    help="Folder of the results.  [transfer in a run's own; FILE-transfer here]",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @batch_option()
@@ -176,7 +342,7 @@ def predict(
 @precision_option()
 @on_one_process
 def transfer(
-    judged: BackboneOptions, suite: Path, run_dir: Path, as_json: bool, **how: Any
+    judged: BackboneOptions, suite: Path, run_dir: Path | None, as_json: bool, **how: Any
 ) -> None:
     """What weights are worth on many data sets: one table, results.json and report.html.
 
@@ -197,6 +363,9 @@ def transfer(
     from xdino_launch.evaluation.transferring import table
     from xdino_launch.evaluation.transferring import transfer as go
 
+    if run_dir is None:
+        weights = Path(judged.weights)
+        run_dir = weights / "transfer" if weights.is_dir() else Path(f"{weights.stem}-transfer")
     options = options_for(resolve_device(judged.device), **how)
     rows = go(judged.backbone(), judged.weights, suite, run_dir, options, judged.arch)
     if as_json:
@@ -231,4 +400,5 @@ def _summarise(found: "Sequence[Prediction]") -> None:
     likeliest = Counter(prediction.classes[0] for prediction in found).most_common()
     told = ", ".join(f"{name} {count:,}" for name, count in likeliest[:5])
     more = f" and {len(likeliest) - 5:,} other classes" if len(likeliest) > 5 else ""
-    stderr_console().print(f"{len(found):,} images: {told}{more}", soft_wrap=True)
+    count = "1 image" if len(found) == 1 else f"{len(found):,} images"
+    stderr_console().print(f"{count}: {told}{more}", soft_wrap=True)

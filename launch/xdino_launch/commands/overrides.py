@@ -20,6 +20,14 @@ def schema_of(kind: str) -> "type[RunConfig]":
         from xdino_transfer.finetuning.recipe import FineTuning
 
         return FineTuning
+    if kind == "segment":
+        from xdino_transfer.dense_training.segmenting.recipe import Segmentation
+
+        return Segmentation
+    if kind == "detect":
+        from xdino_transfer.dense_training.detecting.recipe import Detection
+
+        return Detection
     from xdino.config import Config
 
     return Config
@@ -122,3 +130,15 @@ class KeyedToFineTuning(Keyed):
     """The same for recipes of `xdino finetune`."""
 
     kind = "finetune"
+
+
+class KeyedToSegmentation(Keyed):
+    """The same for recipes of `xdino segment`."""
+
+    kind = "segment"
+
+
+class KeyedToDetection(Keyed):
+    """The same for recipes of `xdino detect`."""
+
+    kind = "detect"

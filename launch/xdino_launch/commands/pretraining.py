@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xdino.errors import UsageError, asked
-from xdino_launch.commands.options import Number, Whole
+from xdino_launch.commands.options import Number, Whole, from_iteration_option
 from xdino_launch.commands.overrides import (
     KEYED,
     Keyed,
@@ -51,6 +51,7 @@ HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no li
     metavar="N",
     help="N further epochs behind a finished run's; while these are unfinished, continues them.",
 )
+@from_iteration_option()
 @click.option("--gpus", type=click.IntRange(1), help="Start a process for each of N GPUs here.")
 @click.option("--processes", type=click.IntRange(1), help="Start N processes on this CPU.")
 @click.option(
@@ -71,6 +72,7 @@ def pretrain(
     init: str | None,
     continue_from: str | None,
     extend: int | None,
+    from_iteration: int | None,
     gpus: int | None,
     processes: int | None,
     print_config: bool,
@@ -83,7 +85,6 @@ def pretrain(
     Of a run that was begun, `pretrain --run RUN` is enough. `xdino recipes` lists the recipes. CONFIG
     auto makes one from a look at the images, at the machine and at some timed steps, for --minutes or
     --epochs, and tells the reasons: pretrain auto --data.path FOLDER --minutes 30 --run RUN.
-
     --gpus N starts N processes. Several machines: torchrun ... --run-dir DIR, or submit.
     """
     began = time.monotonic()
@@ -105,10 +106,10 @@ def pretrain(
             overrides.setdefault("runtime.device", "cpu" if gpus is None else "cuda")
         length = {"--minutes": minutes, "--epochs": epochs}
         if config == AUTO:
-            _not_with_auto(extend, profile)
+            _not_with_auto(extend, profile, from_iteration)
             show, train = _by_choices(overrides, run_dir, length, stop, began)
         else:
-            more = {"extend": extend, "profile": profile or 0}
+            more = {"extend": extend, "from_iteration": from_iteration, "profile": profile or 0}
             show, train = _by_recipe(config, overrides, run_dir, {**length}, more, stop)
         if print_config:
             click.echo(show(), nl=False)
@@ -119,15 +120,18 @@ def pretrain(
         count = launcher.count(gpus, processes)
         if count == 1:
             path = train()
-            if os.environ.get("RANK", "0") == "0":
-                click.echo(str(path))
-            return
-    told = words({**length, "--extend": extend, "--profile": profile}, overrides)
-    sys.exit(launcher.launch(count, ["pretrain", config, "--run-dir", run_dir, *told]))
+            return click.echo(str(path)) if os.environ.get("RANK", "0") == "0" else None
+    told = {**length, "--extend": extend, "--from-iteration": from_iteration, "--profile": profile}
+    command = ["pretrain", config, "--run-dir", run_dir, *words(told, overrides)]
+    sys.exit(launcher.launch(count, command))
 
 
-def _not_with_auto(extend: int | None, profile: int | None) -> None:
+def _not_with_auto(extend: int | None, profile: int | None, back: int | None) -> None:
     """Raises UsageError over options that go with a recipe only."""
+    if back is not None:
+        raise UsageError(
+            f"auto begins a run: pretrain --run RUN --from-iteration {back} goes back in one"
+        )
     if extend is not None:
         raise UsageError(f"auto begins a run: pretrain --run RUN --extend {extend} extends one")
     if profile is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from xdino import data
+from xdino.data.files import split_folder
 from xdino.errors import UsageError
 from xdino_eval.linear.probe import Probe, apply, write_predictions
 from xdino_eval.results import Row
@@ -63,7 +64,7 @@ def open_one(
     chosen = split
     if split is None and not Path(name).expanduser().exists():
         chosen = "val"  # of a named source
-    elif split is None and (Path(name).expanduser() / "val").is_dir():
+    elif split is None and split_folder(Path(name).expanduser(), "val").is_dir():
         chosen = "val"
     try:
         return data.open_source(name, chosen, channels, labelled=True)

@@ -17,6 +17,11 @@ LARGEST = 1e100  # of a number in a curve; a figure has no axis for more
 PANELS = (
     ("loss", {"loss": "loss"}),
     ("top-1 of the classifier, per cent", {"val_top1": "top-1"}),
+    ("mIoU of the segmenter, per cent", {"val_miou": "mIoU"}),
+    (
+        "average precision of the detector, per cent",
+        {"val_box_ap": "boxes", "val_mask_ap": "masks"},
+    ),
     (
         "top-1 of frozen features, per cent",
         {"knn_top1": "k-NN", "logistic_top1": "linear probe", "grid_top1": "linear probe (grid)"},

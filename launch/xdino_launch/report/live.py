@@ -25,7 +25,7 @@ from xdino.runtime.atomic import write_text
 from xdino_eval.during_training import Remembering
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.film_strip import FOLDER, FilmStrip
-from xdino_launch.report.next_commands import next_commands, next_of_classifier
+from xdino_launch.report.next_commands import next_commands, next_of_labelled
 from xdino_launch.report.page import write_report
 from xdino_launch.report.run import VERDICT_FILE, Run
 from xdino_launch.report.verdict import BelowUntrained
@@ -128,8 +128,8 @@ class Watcher(Listener):
         self._going = True  # a run that was finished before: its page may be older than its results
 
     def _next(self) -> list[tuple[str, str]]:
-        if self.config.kind == "finetune":
-            return next_of_classifier(self.run, self.config.data.path)
+        if self.config.kind != "pretrain":
+            return next_of_labelled(self.config.kind, self.run, self.config.data.path)
         labelled = None if self.splits is None else self.splits[1].labels is not None
         data = self.config.evaluate.data or self.config.data.path
         return next_commands(self.run, data, labelled)

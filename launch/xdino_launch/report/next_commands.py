@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from xdino.data.decode import SUFFIXES
+from xdino.data.files import split_folder
 from xdino.data.idx import NAMES
 
 LOOKED_AT = 2_000  # names below a folder of images, at most, to find one of them
@@ -65,13 +66,29 @@ def next_of_classifier(run: Path, data: str) -> list[tuple[str, str]]:
     return [(what, shlex.join(["xdino", *words])) for what, words in commands]
 
 
+def next_of_labelled(kind: str, run: Path, data: str) -> list[tuple[str, str]]:
+    """The same after a run of this kind has learned from labels of `data`."""
+    if kind == "finetune":
+        return next_of_classifier(run, data)
+    place, data = _operand(str(run)), _operand(data or "DATA")  # files may be named instead
+    image = an_image(data) or IMAGE
+    commands = [
+        ("the score", ["score", place, "--data", data]),
+        (
+            "a picture of what it finds",
+            ["predict", place, image, "--out", os.path.join(place, "found")],
+        ),
+    ]
+    return [(what, shlex.join(["xdino", *words])) for what, words in commands]
+
+
 def has_splits(data: str) -> bool:
     """Whether `data` looks like train/ and val/ of classes; their images are not listed."""
     if data.partition(":")[0] in NAMES:
         return True
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         place = Path(data).expanduser()
-        return (place / "train").is_dir() and (place / "val").is_dir()
+        return (place / "train").is_dir() and split_folder(place, "val").is_dir()
     return False
 
 
@@ -79,7 +96,7 @@ def an_image(data: str) -> str | None:
     """An image file of the folder `data`, of its val/ if it has one; None where none is soon found."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         place = Path(data).expanduser()
-        for folder in (place / "val", place):
+        for folder in (split_folder(place, "val"), place):
             files = (
                 os.path.join(where, name)
                 for where, folders, names in os.walk(folder)

@@ -261,7 +261,7 @@ def write_report(
     for run in [*runs, *others] if others else ():
         if not run.fine_tuned:
             raise UsageError(
-                f"--beside compares classifiers, and {run.path} is a run of xdino pretrain: name "
+                f"--beside compares classifiers, and {run.path} is a run of xdino {run.learner}: name "
                 "runs of xdino finetune, or give it as RUN2"
             )
     if out is None:

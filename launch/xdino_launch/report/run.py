@@ -22,11 +22,17 @@ from xdino.metrics import METRICS_FILE, collapse_warning, read_rows
 from xdino.run_directory import CONFIG_FILE
 from xdino_eval.results import Row
 from xdino_launch.report.curves import KEYS, Level, Levels, is_number
-from xdino_launch.report.next_commands import next_commands, next_of_classifier
+from xdino_launch.report.next_commands import next_commands, next_of_labelled
 from xdino_launch.report.verdict import MEASURES, Scores, Verdict, judge, scores_of
 
 ABSENT = "–"  # noqa: RUF001
 VERDICT_FILE = "verdict.json"
+#: Kinds of runs that learn with labels, and what they are trained for.
+LEARNED = {
+    "finetune": "trained to tell classes apart",
+    "segment": "trained to tell the class of every pixel",
+    "detect": "trained to find objects",
+}
 SCORED = tuple(key for key, _, _ in MEASURES)  # of an evaluation while training
 T = TypeVar("T")
 
@@ -84,6 +90,32 @@ class Run:
     def fine_tuned(self) -> bool:
         """Whether it is one of `xdino finetune`."""
         return self.value("kind") == "finetune"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it learned with labels."""
+        return self.value("kind") in LEARNED
+
+    @property
+    def learner(self) -> str:
+        """The command that made it."""
+        return self.value("kind") if self.labelled else "pretrain"
+
+    @property
+    def task(self) -> str:
+        """What it was trained for, where it learned with labels."""
+        return LEARNED.get(self.value("kind"), ABSENT)
+
+    @property
+    def judged(self) -> str:
+        """Of what its scores while training are."""
+        network = {"segment": "segmenter", "detect": "detector"}.get(
+            self.value("kind"), "classifier"
+        )
+        whose = f"Of the {network} on the val images; in per cent."
+        return (
+            whose if self.labelled else "Of the teacher's frozen features; accuracies in per cent."
+        )
 
     @property
     def finished(self) -> bool:
@@ -157,8 +189,8 @@ class Run:
         """What to type next: (what for, command)."""
         data = [self.value(key) for key in ("evaluate.data", "data.path")]
         known = next((path for path in data if path not in (ABSENT, "null", "~", "")), "DATA")
-        if self.fine_tuned:
-            return next_of_classifier(self.path, known)
+        if self.labelled:
+            return next_of_labelled(self.value("kind"), self.path, known)
         return next_commands(self.path, known)
 
     @property
@@ -187,15 +219,22 @@ class Run:
         device = f"{first['device']}, {first.get('precision', '')}" if "device" in first else ABSENT
         return {
             "network": self.network,
-            "trained on" if self.fine_tuned else "pretrained on": self.value("data.path"),
-            **({"from": self.value("train.init")} if self.fine_tuned else {}),
-            "epochs": self.value("train.epochs"),
+            "trained on" if self.labelled else "pretrained on": self.value("data.path"),
+            **({"from": self.value("train.init")} if self.labelled else {}),
+            **self._length,
             "images a micro-batch": self.value("train.batch_size"),
             "seed": self.value("train.seed"),
             "reached": self.reached,
             "on": device.removesuffix(", "),
             "code": short(str(first.get("commit", ABSENT))),
         }
+
+    @property
+    def _length(self) -> dict[str, str]:
+        iterations = self.value("train.iterations")
+        if iterations in (ABSENT, "null", "~", ""):
+            return {"epochs": self.value("train.epochs")}
+        return {"iterations": iterations}
 
     @property
     def last(self) -> dict[str, Any]:

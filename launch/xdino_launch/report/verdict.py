@@ -20,12 +20,17 @@ Rows = Sequence[Mapping[str, Any]]
 #: key of what guessing scores. All but RankMe in per cent.
 MEASURES = (
     ("val_top1", "top-1", "chance_top1"),  # of a classifier
+    ("val_miou", "mIoU", ""),  # of a segmenter
+    ("val_box_ap", "box AP", ""),  # of a detector
     ("knn_top1", "k-NN", "chance_top1"),
     ("logistic_top1", "linear probe", "chance_top1"),
     ("grid_top1", "linear probe", "chance_top1"),
     ("quality_agreement", "agreement of two views", "chance_agreement"),
     ("quality_rankme", "RankMe", ""),
 )
+#: Those that are no share of so many images, whose chance differences nobody knows.
+NO_SHARES = ("val_miou", "val_box_ap", "quality_rankme")
+LITTLE = 1.0  # points that the first two may fall without a word
 NEAR = 0.01  # of ln K: a loss so near to it has not moved
 
 TRY = (
@@ -43,7 +48,7 @@ ADVICE = {
     "unscored": "A falling loss does not say that features are good: score them, as below, or while "
     "training by evaluate.every",
 }
-#: The same of a classifier.
+#: The same of networks that learn with labels, whose scores are called val_....
 TUNING = {
     "worse": "What to try: another optim.lr, longer training, a look at views.png and at the labels",
     "fell": "What to try: a lower optim.lr or fewer epochs; best.safetensors holds the best",
@@ -105,7 +110,7 @@ class Scores:
         images = self.rows[-1].get("val_images")
         if self.key == "quality_agreement":
             images = 100 / self.guessed if self.guessed else None
-        if self.key == "quality_rankme" or not is_number(images) or images < 1:
+        if self.key in NO_SHARES or not is_number(images) or images < 1:
             return None
         return round(images)
 
@@ -183,10 +188,10 @@ def _scored(scores: Scores, start: str) -> Verdict:
     elif against is not None and last - against <= (few := scores.noise(last, against)):
         lead, kind = f"not clearly better than {name}: ", "unclear"
         numbers.append(f"of {scores.images:,} images, differences up to {few:.1f} may be chance")
-    elif top - last > scores.noise(top, last):
+    elif top - last > max(scores.noise(top, last), LITTLE * (scores.key in NO_SHARES[:2])):
         lead, kind = "learned, and lost some of it again: ", "fell"
     advice = ADVICE.get(kind, "")
-    if scores.key == MEASURES[0][0]:
+    if scores.key.startswith("val_"):
         advice = TUNING.get(kind, "")
     return replace(told, kind=kind, sentence=lead + "; ".join(numbers), advice=advice)
 
@@ -240,7 +245,7 @@ class BelowUntrained:
         new, self._below = below and not self._below, below or (self._below and last < before)
         if not new:
             return None
-        if scores.key == MEASURES[0][0]:
+        if scores.key.startswith("val_"):
             return (
                 f"{scores.name} {last:.1f} has fallen below {before:.1f}, that of before the first "
                 "step: it can pass while optim.lr warms up; if it stays, lower optim.lr"

@@ -224,7 +224,9 @@ def _load_bytes(
 ) -> None:
     w, C = pixels.shape[1:]
     for y in range(count):
-        if C == 3 and len(places) == 3 and places[0] == 0 and places[1] == 1:  # all at once: the form that becomes shuffles of whole registers
+        if (
+            C == 3 and len(places) == 3 and places[0] == 0 and places[1] == 1
+        ):  # all at once: the form that becomes shuffles of whole registers
             for x in range(w):
                 tile[0, y * w + x] = pixels[top + y, x, 0]
                 tile[1, y * w + x] = pixels[top + y, x, 1]
@@ -237,9 +239,7 @@ def _load_bytes(
 
 
 @_compiled
-def _load(
-    tile: np.ndarray, planes: np.ndarray, top: int, count: int, places: np.ndarray
-) -> None:
+def _load(tile: np.ndarray, planes: np.ndarray, top: int, count: int, places: np.ndarray) -> None:
     w = planes.shape[2]
     for c in range(len(places)):
         for y in range(count):
@@ -248,9 +248,7 @@ def _load(
 
 
 @_compiled
-def _store(
-    planes: np.ndarray, tile: np.ndarray, top: int, count: int, places: np.ndarray
-) -> None:
+def _store(planes: np.ndarray, tile: np.ndarray, top: int, count: int, places: np.ndarray) -> None:
     w = planes.shape[2]
     for c in range(len(places)):
         for y in range(count):

@@ -110,6 +110,16 @@ def _fitted(model: nn.Module, file: WeightsFile, arch: str) -> dict[str, Tensor]
     problems = weight_names.differences(tensors, model)
     if not problems:
         return tensors
+    if (task := file.facts.get("task")) and any(name.startswith("backbone.") for name in tensors):
+        raise UsageError(
+            f"{file.path} is a network for {task}, which gives pixels or boxes and no vector of an "
+            "image: name the weights that it began from"
+        )
+    if part := file.facts.get("part"):
+        raise UsageError(
+            f"{file.path} holds the {part} of a network for pixels or boxes; they give no vector of "
+            "an image: name the weights that it began from"
+        )
     fits = weight_names.fitting(file.tensors)
     if fits is not None and fits != arch:
         advice = f"it fits {fits}: --arch {fits}"

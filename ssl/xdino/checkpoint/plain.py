@@ -58,8 +58,10 @@ def reading(path: Path) -> Iterator[None]:
         raise RunFailed(f"{path} is damaged or not a checkpoint ({kind})") from None
 
 
-def load_plain(path: Path) -> Any:
+def load_plain(path: Path, mapped: bool = False) -> Any:
     """What torch.save wrote of tensors and plain types; to be called inside `reading`.
+
+    `mapped`: tensors stay on the disk until somebody looks at them.
 
     Refuses what would take more memory than the file has bytes.
     """
@@ -84,7 +86,9 @@ def load_plain(path: Path) -> Any:
             # By its name torch would take a file for safetensors; other names it opens faster itself.
             misnamed = path.suffix == ".safetensors"
             source = stack.enter_context(open(path, "rb")) if misnamed else path
-            return torch.load(source, map_location="cpu", weights_only=True)
+            return torch.load(
+                source, map_location="cpu", weights_only=True, mmap=mapped and not misnamed
+            )
 
 
 def plain_types() -> list[Any]:

@@ -43,10 +43,22 @@ def load_state(path: Path) -> dict[str, Any]:
         state = load_plain(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise RunFailed(f"{path} is not the state of a run")
-    for key, kind in {"iteration": int, "rng": list}.items():  # the rest is its job's
-        if not isinstance(state.get(key), kind):
-            raise RunFailed(f"{path} is the state of a run, but lacks its {key}")
+    if not isinstance(state.get("iteration"), int):  # the rest is its job's
+        raise RunFailed(f"{path} is the state of a run, but lacks its iteration")
     return state
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration of a state, whose tensors are not read; its checksum is not looked at.
+
+    Raises:
+        RunFailed: it is none, or damaged as far as that shows.
+    """
+    with reading(path):
+        state = load_plain(path, mapped=True)
+    if not isinstance(state, dict) or not isinstance(state.get("iteration"), int):
+        raise RunFailed(f"{path} is not the state of a run")
+    return int(state["iteration"])
 
 
 def _seal(path: Path) -> None:

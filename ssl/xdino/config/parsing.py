@@ -230,13 +230,17 @@ def head_of(config: RunConfig) -> str:
     return "" if config.kind == Config.kind else f"kind: {config.kind}\n"
 
 
-def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, but for those that may change when a run is continued."""
+def differing_keys(a: RunConfig, b: RunConfig, besides: Iterable[str] = ()) -> list[str]:
+    """Dotted keys whose values differ, but for those that may change when a run is continued.
+
+    `besides`: others that may.
+    """
+    free = a.free | {*besides}
     left, right = to_tree(a), to_tree(b)
     return [
         f"{section}.{key} ({left[section][key]} against {right[section][key]})"
         for section in left
         if section != "runtime"
         for key in left[section]
-        if left[section][key] != right[section][key] and f"{section}.{key}" not in a.free
+        if left[section][key] != right[section][key] and f"{section}.{key}" not in free
     ]

@@ -19,7 +19,12 @@ from xdino.values import Quoted, shown
 
 LARGEST_FILE = 100_000  # bytes of a recipe; the shipped ones have 1,500
 DEEPEST = 3  # the file, its sections, a list: nothing in a recipe lies deeper
-KINDS = ("pretrain", "finetune")  # what `kind:` may say, each the name of a command
+KINDS = (
+    "pretrain",
+    "finetune",
+    "segment",
+    "detect",
+)  # what `kind:` may say, each the name of a command
 
 
 def recipes_dir() -> Path:

@@ -305,13 +305,18 @@ class Evaluate:
 
     every: Count = 0
     """Epochs between evaluations by protocols, with one before the first step; 0 for never."""
-    protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
+    protocols: tuple[
+        Literal["knn", "quality", "logistic", "grid", "patch-knn", "patch-linear"], ...
+    ] = ("knn",)
     """What judges then, several with commas: quality needs no labels (and looks at
-    four views of an image), grid wants many images."""
+    four views of an image), grid wants many images, patch-knn and patch-linear pictures with masks."""
     linear: Literal["logistic", "grid"] | None = None
     """The linear probe at the end; grid wants many images; null for none."""
     data: str | None = None
     """Labelled images with train/ and val/; null: those of data.path."""
+    masks: str | None = None
+    """Pictures with masks, as xdino patch-probe takes them, for patch-knn and patch-linear; null:
+    those of data.path."""
     limit: Positive = 10_000
     """Images of each split at most, the same ones every time."""
     input_size: Pixels | None = None
@@ -341,7 +346,9 @@ class Runtime:
     checkpoint_every: Positive = 500
     """Iterations between saved states; the end of an epoch is always saved."""
     keep_every: Count = 20
-    """Epochs between states that are kept; 0 to keep none but the last two."""
+    """Epochs between states that are kept; 0 to keep none but the newest."""
+    keep_last: Annotated[int, Field(ge=2, le=10_000)] = 2
+    """Number of the newest states that are kept; --from-iteration goes back to any that is."""
     report: bool = True
     """Whether report.html is redrawn while training, with a frame of film/ an evaluation."""
     wandb: Literal["off", "online", "offline"] = "off"

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -222,14 +222,21 @@ class Loader(abc.ABC, Generic[Batch]):
         """The images found unreadable since the last call, for a notice."""
         return [self._news.get() for _ in range(self._news.qsize())]
 
-    def _read(self, index: int) -> tuple[int, np.ndarray]:
-        """Image `index`, or the next one after it that can be read: which, and uint8 [H, W, C]."""
+    def take(self, index: int) -> Any:
+        """What is read of an image: uint8 [H, W, C], and more in subclasses.
+
+        Raises UnreadableImage or OSError for an image that cannot be used.
+        """
+        return self.source.read(index)
+
+    def _read(self, index: int) -> tuple[int, Any]:
+        """Image `index`, or the next one after it that can be used: which, and what `take` gives."""
         n = len(self.source)
         for candidate in range(index, index + n):
             if candidate % n in self.bad:
                 continue
             try:
-                return candidate % n, self.source.read(candidate % n)
+                return candidate % n, self.take(candidate % n)
             except (UnreadableImage, OSError) as error:
                 self._record(candidate % n, error)
             except Exception as error:
@@ -243,7 +250,7 @@ class Loader(abc.ABC, Generic[Batch]):
         if not 0 <= index < len(self.source) or self.source.describe(index) != known.where:
             return
         try:
-            self.source.read(index)
+            self.take(index)
         except (UnreadableImage, OSError) as error:
             self.bad[index] = (known.where, str(error) or type(error).__name__)
 

@@ -206,12 +206,9 @@ def open_parquet(
         ) from None
     remarks: list[str] = []
     if split == "val":
-        said = splits.tars_that_say("val", paths) or splits.tars_that_say("test", paths)
-        if not said:
+        paths, remarks = splits.val_tars(paths)
+        if not paths:
             raise UsageError(f"{data} has no Parquet file that calls itself validation or test")
-        if splits.split_said(said[0]) == "test":
-            remarks.append(f"val is {first([path.name for path in said])}")
-        paths = said
     elif split == "train":
         paths, remarks = splits.train_tars(paths)
         remarks = [remark.replace("tar", "Parquet file", 1) for remark in remarks]

@@ -6,13 +6,14 @@ for folders on disk and folders in tars.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from xdino.data.listing import first
 
-_HELD_OUT = {"val", "valid", "validation", "test", "testing", "eval"}  # names of folders
-_PARTS = _HELD_OUT | {"train", "unlabeled", "unlabelled"}
+# Names of folders: which is val where several are there, the first.
+_HELD_OUT = ("val", "valid", "validation", "test", "testing", "eval")
+_PARTS = {*_HELD_OUT, "train", "unlabeled", "unlabelled"}
 _SPLIT_WORDS = {"train": "train(ing)?", "val": "val(id|idation)?", "test": "test(ing)?|eval"}
 
 
@@ -24,6 +25,12 @@ def is_held_out(folder: str) -> bool:
 def is_a_part(folder: str) -> bool:
     """Whether a folder calls itself a part of the data."""
     return folder.lower() in _PARTS
+
+
+def val_among(folders: Iterable[str]) -> str:
+    """The folder that is val, of those beside a train: it may have another name of what is held out."""
+    named = {folder.lower(): folder for folder in folders}
+    return next((named[name] for name in _HELD_OUT if name in named), "val")
 
 
 def is_split(
@@ -61,9 +68,13 @@ def split_said(path: Path) -> str | None:
     return said.lastgroup if said else None
 
 
-def tars_that_say(split: str, tars: Sequence[Path]) -> list[Path]:
-    """Those of `tars` whose names speak of `split`."""
-    return [tar for tar in tars if split_said(tar) == split]
+def val_tars(tars: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Those of `tars` that are val, and a sentence where they call themselves test."""
+    said = [split_said(tar) for tar in tars]
+    wanted = "val" if "val" in said else "test"
+    chosen = [tar for tar, split in zip(tars, said, strict=True) if split == wanted]
+    told = wanted == "test" and chosen
+    return chosen, [f"val is {first([tar.name for tar in chosen])}"] if told else []
 
 
 def train_tars(tars: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -83,6 +94,6 @@ def train_tars(tars: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def splits_said(tars: Sequence[Path]) -> list[str]:
     """The splits that the names of `tars` divide them into; none where they say too little."""
     said = [split_said(tar) for tar in tars]
-    if "val" in said:
+    if "val" in said or {"train", "test"} <= set(said):
         return ["train", "val"] if train_tars(tars)[0] else ["val"]
     return ["train"] if said and set(said) == {"train"} else []

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xdino.kernels import batch_norm, lpi, residual, xca
+from xdino.runtime.drop_path import drop_path_mask
 
 
 def stem(patch_embed: Any, images: Tensor) -> tuple[Tensor, int, int]:
@@ -32,11 +33,11 @@ def stem(patch_embed: Any, images: Tensor) -> tuple[Tensor, int, int]:
     return rows.view(B, h * w, D), h, w
 
 
-def _drop(rate: float, B: int, device: torch.device) -> Tensor | None:
+def _drop(block: Any, B: int, device: torch.device) -> Tensor | None:
     """One number an image, 0 or 1 / (1 - rate): float32 `[B]`, or None where nothing is dropped."""
-    if rate == 0.0:
+    if block.drop_path_rate == 0.0:
         return None
-    return torch.empty(B, device=device).bernoulli_(1.0 - rate).div_(1.0 - rate)
+    return drop_path_mask(torch.empty(B, device=device), block.drop_path_rate, block.rows)
 
 
 def _attend(attn: Any, x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
@@ -77,12 +78,14 @@ def _block(
     dtype: torch.dtype, norm_eps: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """One XCA block: the stream and its norm -> the stream and what `next_norm` makes of it."""
-    B, device, rate = len(x), x.device, block.drop_path_rate
+    B, device = len(x), x.device
     branch = _attend(block.attn, normed, dtype, norm_eps)
-    x, read = residual.add_norm(x, branch, block.gamma1, _drop(rate, B, device), block.norm3, dtype)
+    x, read = residual.add_norm(
+        x, branch, block.gamma1, _drop(block, B, device), block.norm3, dtype
+    )
     assert read is not None
     x, read = lpi.interact(
-        read, x, block.local_mp, block.gamma3, _drop(rate, B, device), block.norm2, size, dtype
+        read, x, block.local_mp, block.gamma3, _drop(block, B, device), block.norm2, size, dtype
     )
     branch = block.mlp(read)
-    return residual.add_norm(x, branch, block.gamma2, _drop(rate, B, device), next_norm, dtype)
+    return residual.add_norm(x, branch, block.gamma2, _drop(block, B, device), next_norm, dtype)

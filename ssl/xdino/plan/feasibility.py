@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xdino.errors import UsageError, reason
+from xdino.runtime import device as devices
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -151,6 +152,8 @@ def _nearest_sizes(
 
 # Room
 
+free_memory = devices.free_memory
+
 
 def _bytes(network: nn.Module, trained: bool = False) -> int:
     parameters = [p for p in network.parameters() if p.requires_grad or not trained]
@@ -168,22 +171,6 @@ def trained_bytes(student: nn.Module) -> int:
     return _bytes(student, trained=True)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes: of a GPU, all that it has; of the machine, what is free. None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    found = []
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        found += [int(limit)] if limit.isdigit() else []
-    except (OSError, ValueError, KeyError):
-        pass
-    return min(found, default=None)
-
-
 def check_memory(what: str, needed: int, device: torch.device, mend: str) -> None:
     """Raises UsageError where `needed` bytes are more than there can be."""
     free = free_memory(device)
@@ -193,8 +180,11 @@ def check_memory(what: str, needed: int, device: torch.device, mend: str) -> Non
         )
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises UsageError where the disk of `folder`, which need not exist, has no such room."""
+def check_disk(folder: Path, needed: int, states: int = 2) -> None:
+    """Raises UsageError where the disk of `folder`, which need not exist, has no such room.
+
+    `states`: how many of them it is for.
+    """
     parent = folder.absolute()
     try:
         while not parent.exists() and parent != parent.parent:
@@ -205,8 +195,9 @@ def check_disk(folder: Path, needed: int) -> None:
     except OSError:  # a quota, a network: the save will tell
         return
     if total and needed > free:
+        count = "two" if states == 2 else states
         raise UsageError(
-            f"two checkpoints take about {gigabytes(needed)}, and the disk of {folder} has "
+            f"{count} checkpoints take about {gigabytes(needed)}, and the disk of {folder} has "
             f"{gigabytes(free)} free: make room, or choose another folder"
         )
 

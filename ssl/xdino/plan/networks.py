@@ -21,7 +21,6 @@ from xdino.loss import (
     WithKoLeo,
 )
 from xdino.plan.plan import Plan
-from xdino.runtime import distributed
 from xdino.stepping import AUTOCAST
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.values import shown
@@ -137,6 +136,4 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         for network in (student, teacher):
             compile_backbone(network.backbone)
     acceleration.use_kernels((student, teacher), learner.kernels.network)
-    # Processes drop different paths; the first is as it would be alone.
-    torch.manual_seed(config.train.seed + distributed.rank())
     return learner

@@ -77,5 +77,6 @@ def _trials(plan: Plan, world_size: int) -> list[feasibility.Trial]:
 
 
 def check_disk(plan: Plan, run_dir: str | Path) -> None:
-    """Raises UsageError where the disk has no room for two checkpoints of the run."""
-    feasibility.check_disk(Path(run_dir), 2 * plan.state_bytes)
+    """Raises UsageError where the disk has no room for the newest checkpoints of the run."""
+    states = plan.config.runtime.keep_last
+    feasibility.check_disk(Path(run_dir), states * plan.state_bytes, states)

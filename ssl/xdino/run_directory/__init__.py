@@ -4,11 +4,11 @@ from xdino.run_directory.directory import (
     CONFIG_FILE,
     INITIAL_FILE,
     METRICS_FILE,
-    PREVIOUS,
     UNREADABLE_FILE,
     RunDirectory,
 )
 from xdino.run_directory.environment import commit, environment
+from xdino.run_directory.states import PREVIOUS
 
 __all__ = [
     "CONFIG_FILE",

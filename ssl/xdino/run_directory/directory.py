@@ -6,7 +6,7 @@ metrics.jsonl             see `metrics`
 unreadable.jsonl          images that could not be read, if any: index, image, reason, iteration
 nonfinite.json            steps whose numbers were not finite, if any (see `nonfinite`)
 views.png                 the first batch as the networks saw it
-checkpoints/last.pt       the whole state; previous.pt the one before it; epoch_0020.pt and so on are kept
+checkpoints/last.pt       the whole state; previous.pt the one before it; the others see `states`
 checkpoints/initial.safetensors   the teacher before the first step
 backbone.safetensors      the teacher, refreshed with every checkpoint
 best.safetensors          the teacher whose k-NN was best while training, where k-NN was asked for; of
@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,15 +33,17 @@ from xdino.config import RunConfig
 from xdino.data.loader import BadImage
 from xdino.errors import RunFailed, UsageError, asked, world
 from xdino.metrics import check_writable, read_rows
-from xdino.run_directory import extension
-from xdino.runtime.atomic import remove_left, write_text, written_beside
+from xdino.run_directory import batches, extension, states
+from xdino.run_directory.states import PREVIOUS
+from xdino.runtime.atomic import remove_left, write_text
+from xdino.runtime.batch_layout import BatchLayout
+from xdino.runtime.device import resolve_device
 from xdino.runtime.lock import LOCK_FILE, Lock
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 UNREADABLE_FILE = "unreadable.jsonl"
-PREVIOUS = "previous.pt"
 INITIAL_FILE = Path("checkpoints") / "initial.safetensors"
 _WEIGHTS = (checkpoint.BACKBONE_FILE, checkpoint.BEST_FILE)  # only a run that was trained has them
 C = TypeVar("C", bound=RunConfig)
@@ -80,7 +81,7 @@ class RunDirectory:
                 )
             return config
         config = config.following(before)
-        differing = configuration.differing_keys(before, config)
+        differing = configuration.differing_keys(before, config, batches.KEYS)
         if differing:
             if len(differing) == 1 and before.train.epochs != config.train.epochs:
                 raise UsageError(extension.raised(self.path, before, config))
@@ -96,6 +97,26 @@ class RunDirectory:
         }
         own = {key: value for key, value in begun.items() if key in vars(config.train)}
         return _with_train(config, **own)
+
+    def share_out(self, config: C, processes: int) -> tuple[C, BatchLayout, str | None]:
+        """`config`, which `resolve` gave, with the batches of so many processes.
+
+        Returns:
+            That, how the run's first start shared a step out, and a sentence where the last one did
+            so otherwise than this one.
+
+        Raises:
+            UsageError: they cannot share the run's images a step.
+        """
+        before, start = self._begun_with(type(config)), self.last_start()
+        first = None if before is None else batches.first_of(before, start)
+        if before is None or first is None:
+            return config, batches.of_config(config, processes), None
+        on_cpu = resolve_device(config.runtime.device).type == "cpu"
+        now = batches.of_start(self.path, before, config, first, processes, on_cpu)
+        last = batches.of_config(before, start.get("processes", processes))
+        config = _with_train(config, batch_size=now.batch_size, accumulate=now.accumulate)
+        return config, first, batches.told(first, last, now, batches.mixes(config))
 
     def settle(self, config: C, iterations: int, steps_per_epoch: int, extend: int | None) -> C:
         """`config`, which `resolve` gave, if the epochs that it adds to the run may be added.
@@ -158,8 +179,12 @@ class RunDirectory:
             "write the file again, or choose another folder"
         )
 
-    def own(self, config: RunConfig, stack: contextlib.ExitStack) -> str | None:
+    def own(
+        self, config: RunConfig, stack: contextlib.ExitStack, from_iteration: int | None = None
+    ) -> str | None:
         """Take the folder until `stack` ends, making it if need be.
+
+        `from_iteration`: the kept state of this iteration is then what is continued from.
 
         Returns:
             A notice where a dead process held it.
@@ -170,16 +195,20 @@ class RunDirectory:
         check_writable(self.path)
         lock = stack.enter_context(Lock(self.path))
         self.resolve(config)  # once more: another process may have begun a run since
+        if from_iteration is not None:
+            states.go_back(self.state_file, from_iteration)
         return lock.notice
 
     # --- states ---
 
     def kept_states(self) -> list[Path]:
         """The states besides last.pt, the newest first."""
-        folder = self.state_file.parent
-        previous = folder / PREVIOUS
-        epochs = sorted(folder.glob("epoch_[0-9]*.pt"), reverse=True)
-        return [path for path in (previous, *epochs) if path.is_file()]
+        return states.kept(self.state_file.parent)
+
+    def find(self, iteration: int) -> None:
+        """Raises UsageError where no state of this iteration is kept."""
+        with asked(f"--from-iteration {iteration}"):
+            states.find(self.state_file, iteration)
 
     def has_state(self) -> bool:
         """Whether there is a state to continue from.
@@ -222,23 +251,28 @@ class RunDirectory:
             except RunFailed:
                 continue
             aside = self.state_file.with_name("damaged.pt")
-            _linked(self.state_file, aside)  # last.pt is never absent
-            _linked(path, self.state_file)
+            states.linked(self.state_file, aside)  # last.pt is never absent
+            states.linked(path, self.state_file)
             return state, (
                 f"{damaged}; it lies in {aside.name} now. Continuing from {path}, "
                 f"iteration {state['iteration']}"
             )
         raise RunFailed(f"{damaged}. There is no other good state in {self.state_file.parent}")
 
-    def save(self, state: dict[str, Any]) -> None:
-        """The state becomes last.pt, and the one that was becomes previous.pt."""
+    def save(self, state: dict[str, Any], newest: int = 2) -> None:
+        """The state becomes last.pt, and the one that was becomes previous.pt.
+
+        `newest`: how many are kept in all, under their iterations where it is more than these two.
+        """
         if self.state_file.is_file():
-            _linked(self.state_file, self.state_file.with_name(PREVIOUS))
+            states.linked(self.state_file, self.state_file.with_name(PREVIOUS))
         checkpoint.save_state(self.state_file, state)
+        with world(f"keep {newest} states"):
+            states.keep_newest(self.state_file, state["iteration"], newest)
 
     def keep(self, name: str) -> None:
         """The newest state under another name, which later ones do not overwrite."""
-        _linked(self.state_file, self.state_file.with_name(name))
+        states.linked(self.state_file, self.state_file.with_name(name))
 
     def backbone_iteration(self) -> int | None:
         """The iteration of the backbone in the folder, None where there is no good one."""
@@ -354,16 +388,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
                 if isinstance(row, dict):
                     rows.append(row)
     return rows
-
-
-def _linked(path: Path, name: Path) -> None:
-    """`name` becomes another name of the file `path`, or a copy where the disk knows no such thing.
-
-    Never half of it, and `name` is never absent.
-    """
-    with written_beside(name) as beside:
-        beside.unlink()
-        try:
-            os.link(path, beside)
-        except OSError:
-            shutil.copyfile(path, beside)

@@ -6,6 +6,7 @@ The one place that decides either.
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,6 +25,22 @@ def device_of(network: nn.Module) -> torch.device:
     """Where the network's first parameter is; the CPU for a network without any."""
     parameter = next(network.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes: of a GPU, all that it has; of the machine, what is free. None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = []
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        found += [int(limit)] if limit.isdigit() else []
+    except (OSError, ValueError, KeyError):
+        pass
+    return min(found, default=None)
 
 
 def resolve_device(name: str) -> torch.device:

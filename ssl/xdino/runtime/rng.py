@@ -9,8 +9,8 @@ A row is named by a key of two words and a counter of four. The key is (seed, `S
 (a place in the row, image, epoch, 0), so that two streams share no number. The probe's rows are older
 and have the epoch where the others have their stream: they share no number among themselves, except
 as `probe_held_out` says, but a few with the streams of the same number (image 0 of epochs 1 to 3 and
-16 to 20); what is drawn from them has nothing to do with each other. torch's generators (weights at
-the start, dropped paths) are seeded where networks are built.
+16 to 20); what is drawn from them has nothing to do with each other. torch's generator is seeded where
+networks are built, and then anew for every micro-batch (`of_step`).
 """
 
 from enum import IntEnum
@@ -32,6 +32,8 @@ class Stream(IntEnum):
     SUBSETS = 20  # which images of a class are learned from
     SEGMENTING = 24  # of a picture with a mask: its scale, crop, flip and colours
     DETECTING = 25  # of a picture with objects: its flip, sizes and crop
+    REGIONS = 26  # of such a picture in a step: which anchors and regions are learned from
+    STEPS = 32  # of a micro-batch: torch's generator, from which paths are dropped
 
 
 def raw(stream: Stream, seed: int, epoch: int, count: int) -> np.ndarray:
@@ -59,6 +61,11 @@ def raw_of_places(stream: Stream, seed: int, places: np.ndarray, count: int) -> 
         generator.state = state
         numbers[row] = generator.random_raw(count)
     return numbers
+
+
+def of_step(seed: int, number: int, part: int = 0) -> int:
+    """What torch's generator is seeded with for micro-batch `part` of step `number`."""
+    return int(raw_of_places(Stream.STEPS, seed, np.array([[part, number, 0]], np.uint64), 1)[0, 0])
 
 
 def _key(stream: Stream, seed: int) -> np.ndarray:

@@ -9,7 +9,8 @@ published code without changing its numbers: only the class token's query is com
 attention, and the last class-attention layer does not carry the patch tokens that nobody reads.
 """
 
-from xdino.xcit.layers import LPI, NORM_EPS, XCA, drop_path_mask
+from xdino.runtime.drop_path import drop_path_mask
+from xdino.xcit.layers import LPI, NORM_EPS, XCA
 from xdino.xcit.model import XCiT
 from xdino.xcit.variants import NAMES, VARIANTS, arguments, build
 

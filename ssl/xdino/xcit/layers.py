@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdino.runtime.drop_path import Rows, drop_path_mask
+
 LAYER_NORM_EPS = 1e-6
 NORM_EPS = 1e-12  # of the l2 norm of queries and keys
 HALF = (torch.float16, torch.bfloat16)
@@ -163,14 +165,10 @@ def scaled_mlp(x: Tensor, mlp: Mlp, gain: Tensor) -> Tensor:
     return _GeluLinear.apply(hidden, mlp.fc2.weight * gain[:, None], mlp.fc2.bias * gain)
 
 
-def drop_path_mask(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): per image of `[B, ...]`, 0 or what keeps the mean."""
-    keep = 1.0 - rate
-    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
-
-
 class XCABlock(nn.Module):
     """XCA, then LPI, then MLP, each a residual branch scaled per channel (LayerScale)."""
+
+    rows: Rows | None = None  # whose images are dropped, see `drop_path`
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, eta: float, drop_path_rate: float
@@ -189,7 +187,7 @@ class XCABlock(nn.Module):
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         if self.training and self.drop_path_rate > 0:
-            return torch.addcmul(x, branch, drop_path_mask(x, self.drop_path_rate))
+            return torch.addcmul(x, branch, drop_path_mask(x, self.drop_path_rate, self.rows))
         return x + branch
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from xdino.config import MAX_PIXELS
 from xdino.data.decode import UnreadableImage, decode
 from xdino.data.listing import printable
 from xdino.errors import UsageError
@@ -73,13 +74,13 @@ class Annotations:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """uint8 [H, W, 3], upright.
 
         Raises:
             UnreadableImage, OSError: it cannot be read, or has another size than is told of it.
         """
-        image = decode(self.paths[index].read_bytes(), 3)
+        image = decode(self.paths[index].read_bytes(), 3, max_pixels)
         H, W = self.sizes[index].tolist()
         if image.shape[:2] != (H, W):
             raise UnreadableImage(
@@ -155,7 +156,7 @@ def collected(
     for picture in there:
         for told in picture.objects:
             box = _inside(told.box, picture.size)
-            if box is None or (told.area is not None and told.area <= 0):
+            if box is None or not (told.area is None or told.area > 0):
                 dropped.append(told.number)
                 continue
             outline = _outline(told, picture, where)

@@ -40,7 +40,9 @@ def read(path: Path, images: Path, missing_share: float = MISSING_SHARE) -> Anno
         raise UsageError(f"{path} is no COCO file: it has no {' and no '.join(missing)}")
     try:
         return _columns(path, images, tree, missing_share)
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except UsageError:
+        raise
+    except (LookupError, TypeError, AttributeError, OverflowError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else "one of another kind"
         raise UsageError(
             f"{path} is no COCO file: where an entry is expected it has {what}"
@@ -52,6 +54,8 @@ def _columns(
 ) -> Annotations:
     names = {int(category["id"]): str(category["name"]) for category in tree["categories"]}
     ids = sorted(names)
+    if len(names) < len(tree["categories"]):
+        raise UsageError(f"{path} has two categories of one number")
     label = {number: rank for rank, number in enumerate(ids)}
     of_picture: dict[int, list[Found]] = {int(image["id"]): [] for image in tree["images"]}
     if len(of_picture) < len(tree["images"]):

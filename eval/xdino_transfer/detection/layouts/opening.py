@@ -39,6 +39,35 @@ def open_annotated(
         if len(found) > 1:
             raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {found}")
         train, val = _opened(folder, missing_share)
+    _compare(train, val, str(folder))
+    return train, val
+
+
+def open_files(
+    train: tuple[str, str], val: tuple[str, str], missing_share: float = MISSING_SHARE
+) -> tuple[Annotations, Annotations]:
+    """Train and val, each by a JSON file of COCO's kind and the folder of its pictures.
+
+    Raises:
+        UsageError: one is not there, or no such file; classes that differ.
+    """
+
+    def read(told: str, images: str) -> Annotations:
+        with asked(f"{told} cannot be read"):
+            file, folder = Path(told).expanduser(), Path(images).expanduser()
+            if not file.is_file():
+                raise UsageError(f"there is no file {file} of annotations")
+            if not folder.is_dir():
+                raise UsageError(f"there is no folder {folder}, where the pictures of {file} are")
+            return coco.read(file, folder, missing_share)
+
+    ours, theirs = read(*train), read(*val)
+    _compare(ours, theirs, f"{train[0]} and {val[0]}")
+    return ours, theirs
+
+
+def _compare(train: Annotations, val: Annotations, where: str) -> None:
+    """Raises UsageError where their classes differ."""
     if train.classes != val.classes:
         ours, theirs = set(train.classes), set(val.classes)
         parts = [
@@ -46,8 +75,9 @@ def open_annotated(
             for split, names in (("train", ours - theirs), ("val", theirs - ours))
             if names
         ]
-        raise UsageError(f"the classes of {folder} differ between its splits; {'; '.join(parts)}")
-    return train, val
+        if not parts:
+            parts = ["the same names in another order (by the numbers of their categories)"]
+        raise UsageError(f"the classes of {where} differ between its splits; {'; '.join(parts)}")
 
 
 def _opened(folder: Path, missing_share: float) -> tuple[Annotations, Annotations]:

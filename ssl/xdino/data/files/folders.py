@@ -35,11 +35,13 @@ def _looked_for(
     tars = tars_in(path)
     remarks: list[str] = []
     if _has_split(path, split):
-        source = _open_whole(data, path / split, [], channels, labelled)
+        source = _open_whole(data, split_folder(path, split), [], channels, labelled)
         if split == "train" and not (path / "val").is_dir() and (others := _beside(path)):
             remarks = [f"train is {path / split}, without the images of {first(others)}"]
+        elif split == "val" and (called := split_folder(path, split)).name != split:
+            remarks = [f"val is {called}"]
     elif split == "val":
-        named = splits.tars_that_say("val", tars)
+        named, remarks = splits.val_tars(tars)
         if not tars:
             raise UsageError(f"{data} has no folder val; expected {path / split}")
         source = open_tars(data, named or tars, None if named else split, channels, labelled)
@@ -69,7 +71,7 @@ def check_both_splits(data: str, path: Path) -> None:
     """Raises UsageError where a folder of images lacks train or val."""
     if tars_in(path):
         return
-    absent = [split for split in ("train", "val") if not (path / split).is_dir()]
+    absent = [split for split in ("train", "val") if not split_folder(path, split).is_dir()]
     if absent:
         raise UsageError(
             f"{data} must hold the folders train and val, each with one folder per class; "
@@ -77,10 +79,20 @@ def check_both_splits(data: str, path: Path) -> None:
         )
 
 
+def split_folder(path: Path, split: str) -> Path:
+    """Where `split` of the folder `path` lies, if it is there: val may be called test beside a train."""
+    if split != "val" or (path / "val").is_dir() or not (path / "train").is_dir():
+        return path / split
+    return path / splits.val_among(folders_in(path))
+
+
 def _has_split(path: Path, split: str) -> bool:
-    folder = path / split
+    folder = split_folder(path, split)
     return folder.is_dir() and splits.is_split(
-        split, (path / "val").is_dir(), lambda: _beside(path), lambda: loose_images(folder)
+        split,
+        split_folder(path, "val").is_dir(),
+        lambda: _beside(path),
+        lambda: loose_images(folder),
     )
 
 

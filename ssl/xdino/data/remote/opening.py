@@ -29,8 +29,8 @@ def open_named_tars(
     tars = [Path(name) for name in names]  # for their names alone, where these are addresses
     remarks: list[str] = []
     within = split
-    if split == "val" and (said := splits.tars_that_say("val", tars)):
-        tars, within = said, None
+    if split == "val" and (said := splits.val_tars(tars))[0]:
+        (tars, remarks), within = said, None
     elif split == "train":
         tars, remarks = splits.train_tars(tars)
         if not tars:

@@ -9,7 +9,7 @@ import numpy as np
 
 from xdino.data.classes import Labels, folder_labels, numbered
 from xdino.data.listing import ByteStrings, first, no_image, printable
-from xdino.data.splits import is_a_part, is_held_out, is_split, splits_among
+from xdino.data.splits import is_a_part, is_held_out, is_split, splits_among, val_among
 from xdino.data.tars import label_files
 from xdino.data.tars.index import open_index
 from xdino.data.tars.scanning import TarIndex
@@ -69,6 +69,8 @@ def _put_together(
     source = TarSource(data, table, channels or packed_channels, labels, classes)
     source.within, source.remarks = printable(within), remarks
     source.packed_channels, source.keeps = packed_channels, not remarks
+    if split == "val" and within not in (b"", b"val/"):
+        source.remarks.append(f"val is {printable(within[:-1])} in {data}")
     if held:
         source.remarks.append(f"train is {data} without {first(held)}")
     return source
@@ -92,10 +94,10 @@ def _split_folder(indexes: Sequence[TarIndex], split: str) -> bytes:
     folders = {os.fsdecode(folder) for folder in raw}
     tops = {folder.split("/", 1)[0] for folder in folders}  # "" where images lie in no folder
     beside = [top for top in tops if not is_a_part(top)]
-    part = split in tops and is_split(
-        split, "val" in tops, lambda: beside, lambda: split in folders
-    )
-    return f"{split}/".encode() if part else b""
+    val = val_among(tops) if "train" in tops else "val"
+    name = val if split == "val" else split
+    part = name in tops and is_split(split, val in tops, lambda: beside, lambda: name in folders)
+    return f"{name}/".encode() if part else b""
 
 
 def _held_out(indexes: Sequence[TarIndex]) -> list[str]:

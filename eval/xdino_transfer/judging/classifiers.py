@@ -20,7 +20,7 @@ from xdino_transfer.classification.files import LoadedClassifier, read_classifie
 from xdino_transfer.classification.predicting import Prediction
 from xdino_transfer.classification.scoring import ALLOWED, FULL_CROP
 from xdino_transfer.datasets import open_scored
-from xdino_transfer.inputs import Film, gather
+from xdino_transfer.judging.inputs import Film, gather
 
 Place = str | os.PathLike[str]
 TOLD = ("init", "recipe")  # facts of a file that its rows name

@@ -1,0 +1,1 @@
+"""What training a segmenter and a detector have in common: recipe, plan, one step, the job."""

@@ -1,0 +1,1 @@
+"""Training a detector: recipe, data, plan, the job, and what judges it."""

@@ -1,0 +1,165 @@
+"""What a dense recipe comes to: its length, its bytes, and whether there is room for them.
+
+Letters: B images of a micro-batch, H x W pixels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from xdino.backbones import BackboneSpec
+from xdino.data import Source
+from xdino.errors import UsageError
+from xdino.forecast.costs import Meter
+from xdino.plan import feasibility
+from xdino.runtime.device import resolve_device, resolve_precision
+from xdino.schedules import Array
+from xdino_transfer.dense_training import starting
+from xdino_transfer.dense_training.recipe import BATCH, DenseConfig
+from xdino_transfer.dense_training.starting import Weights
+
+LARGE = 2**31  # bytes of a step, from which on they are told before it
+HALF = 0.6  # of the bytes in fp32, where numbers are half: not all of them are
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """train: what is learned from, by `Source`'s interface. val: what scores it, as its kind reads it.
+
+    views: how images are shown in training. rates: float64 [iterations], of every step.
+    step_bytes: about what a step of one process needs in memory, 0 where nobody can tell;
+    state_bytes: a checkpoint. weights: what the run begins with, where it was read for the plan.
+    """
+
+    config: Any
+    train: Source
+    val: Any
+    classes: tuple[str, ...]
+    spec: BackboneSpec
+    views: Any
+    rates: Array
+    device: torch.device
+    precision: str
+    total_batch: int
+    steps_per_epoch: int
+    step_bytes: int = 0
+    state_bytes: int = 0
+    weights: Weights | None = None
+
+    @property
+    def iterations(self) -> int:
+        return len(self.rates)
+
+
+P = TypeVar("P", bound=DensePlan)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a plan knows before it opens any data."""
+
+    spec: BackboneSpec
+    weights: Weights | None
+    device: torch.device
+    precision: str
+    total_batch: int
+
+
+def start_of(
+    config: DenseConfig,
+    world_size: int,
+    precision: str | None,
+    spec: Mapping[str, Any] | None,
+    what: str,
+) -> Start:
+    """
+    Args:
+        precision: what "auto" was found to be. spec: of a run that is continued, whose first
+            weights may be gone. what: "a folder of ...", for a sentence.
+
+    Raises:
+        UsageError: no data named; no such device; weights that cannot be begun with.
+        RunFailed: weights that are damaged.
+    """
+    if not config.data.named:
+        raise UsageError(f"data.path is not set: name {what} with --data.path FOLDER")
+    device = resolve_device(config.runtime.device)
+    precision = precision or resolve_precision(config.train.precision, device)
+    weights, train = None, config.train
+    if spec is not None:
+        known = BackboneSpec.from_dict(dict(spec))
+    else:
+        if train.init is not None:
+            weights = starting.read(train.init, config.model.arch)
+        known = starting.spec_of(config, weights)
+    if config.model.norm == "frozen" and train.init is None:
+        raise UsageError(
+            "model.norm frozen keeps the statistics that weights come with, and from scratch there "
+            "are none: name weights with --init, or leave it at sync"
+        )
+    total = train.batch_size * train.accumulate * world_size
+    return Start(known, weights, device, precision, total)
+
+
+def peak_lr(config: DenseConfig, total_batch: int) -> float:
+    """The published learning rate is for a total batch of 16; it scales with the batch, as ours does."""
+    return float(config.optim.lr) * total_batch / BATCH
+
+
+def proven(
+    plan: P,
+    build: Callable[[], nn.Module],
+    losses: Callable[[nn.Module, str, int], Tensor] | None,
+    what: str,
+    mend: str,
+) -> P:
+    """The plan with its bytes.
+
+    Args:
+        build: the network, also without memory (on torch's "meta" device).
+        losses: the loss of a network for so many images on a device, to count what lives at once;
+            None where it cannot be had without values.
+        what: "steps of 2 images of 512 pixels", for a sentence. mend: what to lower.
+
+    Raises:
+        UsageError: there is no room in memory, or as `build`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = feasibility.on_meta(build).train()
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    trained = feasibility.trained_bytes(network)
+    state = weights + 2 * trained  # and the two moments of AdamW
+    step = state + trained
+    if losses is not None and next(network.parameters()).is_meta:
+        step += _activations(network, losses, plan)
+    plan = dataclasses.replace(plan, step_bytes=step, state_bytes=state)
+    feasibility.check_memory(what, step, plan.device, mend)
+    return plan
+
+
+def _activations(
+    network: nn.Module, losses: Callable[[nn.Module, str, int], Tensor], plan: DensePlan
+) -> int:
+    """Bytes that live at once in a step's forward and backward pass, counted for two images."""
+    images = 2
+    try:
+        with torch.random.fork_rng(devices=[]), Meter() as meter:
+            losses(network, "meta", images).backward()
+    except (RuntimeError, ValueError, NotImplementedError):  # it asks its tensors for values
+        return 0
+    share = 1.0 if plan.precision == "fp32" else HALF
+    return round(share * meter.peak * plan.config.train.batch_size / images)
+
+
+def check_disk(plan: DensePlan, run_dir: Path) -> None:
+    """Raises UsageError where the disk has no room for two checkpoints of the run."""
+    feasibility.check_disk(run_dir, 2 * plan.state_bytes)
+
+
+def with_weights(plan: P, weights: Weights | None) -> P:
+    return dataclasses.replace(plan, weights=weights)

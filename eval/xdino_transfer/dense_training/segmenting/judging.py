@@ -1,0 +1,43 @@
+"""mIoU, mAcc and aAcc of a segmenter while it learns and at its end."""
+
+import math
+from typing import Any, ClassVar
+
+from xdino_transfer.dense_training.judging import DenseJudge, Scored
+from xdino_transfer.dense_training.segmenting.job import SegmentationJob
+from xdino_transfer.segmentation import scoring
+from xdino_transfer.segmentation.confusion import Scores
+from xdino_transfer.segmentation.segmenter import Segmenter
+
+
+class SegmentationJudge(DenseJudge):
+    """See `DenseJudge`."""
+
+    job: SegmentationJob
+    score: ClassVar[str] = "val_miou"
+
+    def scored(self, network: Segmenter) -> Scored:
+        plan, evaluate = self.job.plan, self.job.config.evaluate
+        row, scores = scoring.score(
+            network, plan.val, plan.test_views, evaluate.scales, evaluate.flip
+        )
+        row.settings["head"] = self.job.config.model.stands
+        numbers = {
+            "val_miou": row.metrics["mIoU"],
+            "val_macc": row.metrics["mAcc"],
+            "val_aacc": row.metrics["aAcc"],
+            "val_images": row.val_size,
+        }
+        return Scored([row], numbers, per_class(plan.classes, scores))
+
+
+def per_class(classes: tuple[str, ...], scores: Scores) -> list[dict[str, Any]]:
+    """A line a class, per cent; nothing where a class does not occur."""
+
+    def told(share: float) -> float | str:
+        return "" if math.isnan(share) else round(100 * float(share), 4)
+
+    return [
+        {"class": name, "IoU": told(iou), "accuracy": told(accuracy)}
+        for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
+    ]

@@ -1,0 +1,220 @@
+"""A segmenter or a detector from a file on annotated pictures: one signed row, and a row a class.
+
+    found = score(read_dense("runs/maps"), "ADE20K", How(flip=True))
+    found.row.metrics["mIoU"]
+
+Letters: K classes.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdino.data.image_files import printable
+from xdino.data.listing import first
+from xdino.errors import UsageError
+from xdino.runtime.atomic import write_text
+from xdino_eval.results import Row, signed
+from xdino_transfer.dense_files import LoadedDense
+from xdino_transfer.detection import scoring as detecting
+from xdino_transfer.detection.detector import Detector
+from xdino_transfer.detection.layouts.annotations import Annotations
+from xdino_transfer.detection.layouts.opening import open_annotated
+from xdino_transfer.detection.views import Views
+from xdino_transfer.segmentation import scoring as segmenting
+from xdino_transfer.segmentation.maps import Maps, open_maps
+from xdino_transfer.segmentation.segmenter import Segmenter
+from xdino_transfer.segmentation.views import TestViews
+
+CHANNELS = 3  # annotated pictures are read in colours
+PER_CLASS_FILE = "per_class.csv"
+TOLD = ("init", "recipe")  # facts of a file that its rows name
+
+
+def _quiet(sentence: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class How:
+    """How pictures are shown, and who is told.
+
+    split: "val" or "train". scales, flip: of a segmenter: views whose probabilities are averaged.
+    shorter_side: pixels, None = as the file says. zero_is_void: labels begin at 1, of images/ and
+    masks/. progress: is told how many pictures of how many are done. notice: sentences.
+    """
+
+    split: str = "val"
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    shorter_side: int | None = None
+    zero_is_void: bool = False
+    device: torch.device | None = None
+    progress: Callable[[int, int], None] | None = None
+    notice: Callable[[str], None] = _quiet
+
+
+@dataclass(frozen=True)
+class DenseScore:
+    """row: signed. per_class: numbers in per cent by the name of each class, None where it does not
+    occur. results: of a detector, as COCO's result files have them."""
+
+    row: Row
+    per_class: dict[str, dict[str, float | None]]
+    results: list[dict[str, Any]] | None = field(default=None, repr=False)
+
+
+def score(loaded: LoadedDense, data: str, how: How | None = None) -> DenseScore:
+    """mIoU, mAcc and aAcc of a segmenter, AP of boxes and masks of a detector.
+
+    Raises:
+        UsageError: data of another task, other classes, a network that reads no colours.
+        RunFailed: pictures that cannot be read, numbers that are not finite.
+    """
+    how = how or How()
+    if isinstance(loaded.network, Detector) and (how.flip or how.scales != (1.0,)):
+        raise UsageError("flip and scales are of segmenters, and this is a detector")
+    check_channels(loaded)
+    if how.device is not None:
+        loaded.network.to(how.device)
+    if isinstance(loaded.network, Detector):
+        return _score_detector(loaded, loaded.network, data, how)
+    return _score_segmenter(loaded, loaded.network, data, how)
+
+
+def check_channels(loaded: LoadedDense) -> None:
+    """Raises UsageError for a network that does not read pictures in colours."""
+    if len(loaded.mean) != CHANNELS:
+        raise UsageError(
+            f"{loaded.origin.path} reads {len(loaded.mean)} channels, and pictures have {CHANNELS} here"
+        )
+
+
+def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views:
+    """How pictures are shown in a test; for another shorter side the longer's limit in proportion."""
+    views = loaded.views
+    if shorter_side is None:
+        return views
+    if isinstance(views, TestViews):
+        longer = views.longer * shorter_side / views.shorter
+        return replace(views, shorter=shorter_side, longer=longer)
+    return replace(
+        views,
+        test_side=shorter_side,
+        longer=math.ceil(views.longer * shorter_side / views.test_side),
+    )
+
+
+def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How) -> DenseScore:
+    train, val = open_maps(data, how.zero_is_void)
+    chosen: Maps = train if how.split == "train" else val
+    for sentence in chosen.notices:
+        how.notice(sentence)
+    notes = check_classes(loaded, chosen.classes, chosen.where)
+    views = views_at(loaded, how.shorter_side)
+    assert isinstance(views, TestViews)
+    row, scores = segmenting.score(model, chosen, views, how.scales, how.flip, how.progress)
+    table: dict[str, dict[str, float | None]] = {
+        name: {"IoU": _per_cent(iou), "accuracy": _per_cent(accuracy)}
+        for name, iou, accuracy in zip(chosen.classes, scores.iou, scores.accuracy, strict=True)
+    }
+    return DenseScore(_signed(loaded, row, notes, len(train)), table)
+
+
+def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -> DenseScore:
+    train, val = open_annotated(data)
+    chosen: Annotations = train if how.split == "train" else val
+    for sentence in chosen.notices:
+        how.notice(sentence)
+    notes = check_classes(loaded, chosen.classes, chosen.where)
+    views = views_at(loaded, how.shorter_side)
+    assert isinstance(views, Views)
+    found = detecting.score(model, chosen, views, how.progress)
+    numbers = dict(zip(chosen.classes, chosen.category_ids.tolist(), strict=True))
+    table = {
+        name: {
+            f"{kind} AP": _per_cent(each.per_class.get(number))
+            for kind, each in found.by_kind.items()
+        }
+        for name, number in numbers.items()
+    }
+    return DenseScore(_signed(loaded, found.row, notes, len(train)), table, found.results)
+
+
+def _per_cent(share: float | None) -> float | None:
+    return None if share is None or math.isnan(share) else 100 * float(share)
+
+
+def _signed(loaded: LoadedDense, row: Row, notes: Sequence[str], train_size: int) -> Row:
+    told = {key: loaded.facts[key] for key in TOLD if loaded.facts.get(key) is not None}
+    row = replace(
+        row, settings=row.settings | told, notes=[*row.notes, *notes], train_size=train_size
+    )
+    return signed([row], loaded.origin.sha256, loaded.name)[0]
+
+
+def check_classes(loaded: LoadedDense, classes: Sequence[str], where: str) -> list[str]:
+    """Notes on how classes of a file and of data were matched: by name, of published files by place.
+
+    Published names are spelt otherwise than the data sets' own (ADE20K's "building, edifice").
+
+    Raises:
+        UsageError: another number, or other names than a file of ours has.
+    """
+    own, theirs = loaded.classes, tuple(classes)
+    if loaded.named and own == theirs:
+        return []
+    if len(own) != len(theirs):
+        told = f" ({_listed(own)})" if loaded.named else ""
+        raise UsageError(
+            f"{loaded.origin.path} knows {_counted(len(own))}{told}, and {where} has "
+            f"{_counted(len(theirs))} ({_listed(theirs)})"
+        )
+    if not loaded.named:
+        return [f"classes by place: the file names none, the data has {_listed(theirs)}"]
+    if "task" not in loaded.facts:
+        pairs = [pair for pair in zip(own, theirs, strict=True) if pair[0] != pair[1]]
+        return [
+            f"classes by place: {len(pairs):,} of {len(own):,} are spelt otherwise in the data "
+            f'(first: "{pairs[0][0]}", "{pairs[0][1]}")'
+        ]
+    if set(own) == set(theirs):
+        raise UsageError(
+            f"{where} has the classes of {loaded.origin.path} in another order: {_listed(theirs)} "
+            f"instead of {_listed(own)}"
+        )
+    ours, others = ([n for n in a if n not in b] for a, b in ((own, theirs), (theirs, own)))
+    raise UsageError(
+        f"{loaded.origin.path} knows other classes than {where}: {_listed(ours)} instead of "
+        f"{_listed(others)}"
+    )
+
+
+def _counted(number: int) -> str:
+    return "1 class" if number == 1 else f"{number:,} classes"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return first([printable(name) for name in names])
+
+
+def write_per_class(path: Path, table: dict[str, dict[str, float | None]]) -> None:
+    """A line a class, in per cent; empty where it does not occur.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    for place, (name, numbers) in enumerate(table.items()):
+        if not place:
+            lines.writerow(("class", *numbers))
+        told = ("" if value is None else f"{value:.4f}" for value in numbers.values())
+        lines.writerow((name, *told))
+    write_text(path, text.getvalue())

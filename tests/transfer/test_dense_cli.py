@@ -1,0 +1,296 @@
+"""`xdino score` and `xdino predict` of segmenters and detectors, as a person types them."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdino.backbones import BackboneSpec
+from xdino.checkpoint import save_backbone
+from xdino_eval.results import load
+from xdino_transfer import fpn
+from xdino_transfer.classification.classifier import Classifier
+from xdino_transfer.classification.files import write_classifier
+from xdino_transfer.dense_files import write_dense
+from xdino_transfer.detection import detector
+from xdino_transfer.detection.published import to_published
+from xdino_transfer.detection.roi import RegionSettings
+from xdino_transfer.detection.views import Views
+from xdino_transfer.pyramid import Pyramid
+from xdino_transfer.segmentation import segmenter
+from xdino_transfer.segmentation import views as segmentation_views
+
+SPEC = BackboneSpec("xcit_nano_12_p16", shape={"embed_dim": 32, "depth": 4, "num_heads": 2})
+NAMES = ("sky", "sea", "sand")
+
+
+def pyramid() -> Pyramid:
+    return Pyramid(SPEC.build())
+
+
+def always(model, best: int):
+    """Give every pixel the same class."""
+    head = model.decode_head.conv_seg
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data = torch.nn.functional.one_hot(torch.tensor(best), len(head.bias)).float()
+    return model
+
+
+def annotated(root: Path, names: tuple[str, ...] = NAMES) -> None:
+    """maps/ with images/ and masks/, boxes/ in COCO's layout, classes/ with class folders."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(3 if split == "val" else 2):
+            labels = np.full((40, 56), 255, np.uint8)
+            labels[:20], labels[20:, :28] = 0, i % len(names)
+            pixels = rng.integers(0, 255, (40, 56, 3), dtype=np.uint8)
+            for folder, array in (("images", pixels), ("masks", labels)):
+                path = root / "maps" / folder / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+            path = root / "classes" / split / names[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+        folder = root / "boxes" / f"{split}2017"
+        folder.mkdir(parents=True)
+        Image.fromarray(pixels).save(folder / "0.png")
+        tree = {
+            "images": [{"id": 4, "height": 40, "width": 56, "file_name": "0.png"}],
+            "annotations": [
+                {"id": 1, "image_id": 4, "category_id": 7, "bbox": [4, 4, 20, 16], "iscrowd": 0}
+            ],
+            "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+        }
+        (root / "boxes" / "annotations").mkdir(exist_ok=True)
+        (root / "boxes" / "annotations" / f"instances_{split}2017.json").write_text(
+            json.dumps(tree)
+        )
+    (root / "maps" / "classes.txt").write_text("\n".join(names))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("dense")
+    annotated(root)
+    torch.manual_seed(0)
+    model = always(segmenter.build(pyramid(), "semantic_fpn", 3, 8), 0)
+    views = segmentation_views.TestViews(SPEC.mean, SPEC.std, 256, 64)
+    facts = {"iteration": 7, "init": "scratch"}
+    write_dense(root / "seg/model.safetensors", model, facts, spec=SPEC, classes=NAMES, views=views)
+    torch.save(
+        {"meta": {"epoch": 1}, "state_dict": fpn.to_published(model.state_dict())}, root / "seg.pth"
+    )
+    boxes = detector.build(
+        pyramid(), 2, detector.Shape(8, 16, 8), None, RegionSettings(score=0.2, most=9)
+    )
+    write_dense(
+        root / "det/model.safetensors",
+        boxes,
+        {"category_ids": [7, 9]},
+        spec=SPEC,
+        classes=("cat", "dog"),
+        views=Views(SPEC.mean, SPEC.std, longer=256, test_side=64),
+    )
+    torch.save(
+        {
+            "meta": {"CLASSES": ("Cat", "dog")},
+            "state_dict": to_published(boxes.state_dict()),
+            "optimizer": {"param_groups": []},
+        },
+        root / "det.pth",
+    )
+    classifier = Classifier(SPEC.build(), SPEC, ("sky", "sea"))
+    write_classifier(root / "tuned" / "model.safetensors", classifier, {"iteration": 1})
+    save_backbone(root / "bare" / "backbone.safetensors", SPEC.build(), SPEC)
+    for i in range(3):
+        path = root / "photos" / ("deep" if i else "") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((90 + i, 130, 3), 60 * i, np.uint8)).save(path)
+    (root / "broken").mkdir()
+    for i in range(3):
+        whole = (root / "maps" / "images" / "val" / f"{i}.png").read_bytes()
+        (root / "broken" / f"{i}.png").write_bytes(whole[: 70 if i == 1 else None])
+    (root / "empty").mkdir()
+    (root / "file.txt").write_text("nothing")
+    (root / "movie").mkdir()
+    frames = [Image.new("RGB", (66, 50), (i * 40, 0, 0)) for i in range(3)]
+    frames[0].save(root / "movie" / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    return root
+
+
+@pytest.fixture
+def there(world, monkeypatch) -> Path:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("COLUMNS", "80")
+    return world
+
+
+def test_a_segmenter_is_scored(xdino, there):
+    code, out, error = xdino("score", "seg", "--data", "maps")
+    assert code == 0, error
+    assert "mIoU" in out
+    assert error == "per class: seg/per_class.csv\n"
+    (row,) = load("seg/results.json")
+    assert (row.protocol, row.val_size, row.train_size) == ("semantic segmentation", 3, 2)
+    assert row.settings == {"classes": 3, "scales": [1.0], "flip": False, "init": "scratch"}
+    assert row.transform == "fitted into 256 x 64"
+    assert (row.features, len(row.checkpoint)) == ("segmenter, iteration 7", 64)
+    # Every pixel is called sky, which holds two thirds and a ninth of the labelled ones.
+    sky = (20 * 56 * 3 + 20 * 28) / (20 * 56 * 3 + 20 * 28 * 3)
+    assert row.metrics["aAcc"] == pytest.approx(100 * sky)
+    assert row.metrics["mIoU"] == pytest.approx(100 * sky / 3)
+    with open("seg/per_class.csv", newline="") as file:
+        table = [*csv.DictReader(file)]
+    assert [line["class"] for line in table] == [*NAMES]
+    assert [line["IoU"] for line in table] == [f"{100 * sky:.4f}", "0.0000", "0.0000"]
+    code, out, error = xdino(
+        "score", "seg.pth", "--data", "maps", "--split", "train", "--scales", "0.5,1", "--flip",
+        "--shorter-side", "32", "--out", "else/r.json", "--json",
+    )  # fmt: skip
+    assert code == 0, error
+    (told,) = json.loads(out)
+    assert told["settings"] == {"classes": 3, "scales": [0.5, 1.0], "flip": True}
+    assert told["notes"] == ["classes by place: the file names none, the data has sky, sea, sand"]
+    assert told["transform"] == "fitted into 128 x 32"
+    assert (told["val_size"], told["features"]) == (2, "seg.pth")
+    assert Path("else/per_class.csv").is_file()
+
+
+def test_a_detector_is_scored(xdino, there):
+    code, out, error = xdino("score", "det", "--data", "boxes", "--json")
+    assert code == 0, error
+    (row,) = json.loads(out)
+    assert row["protocol"] == "detection"
+    assert {"box AP", "mask AP50"} <= row["metrics"].keys()
+    with open("det/per_class.csv", newline="") as file:
+        table = [*csv.DictReader(file)]
+    assert [line["class"] for line in table] == ["cat", "dog"]
+    assert table[1] == {"class": "dog", "box AP": "", "mask AP": ""}  # there is none
+    code, out, error = xdino(
+        "score", "det.pth", "--data", "boxes", "--json", "--shorter-side", "64"
+    )
+    assert code == 0, error
+    (row,) = json.loads(out)
+    assert row["notes"] == [
+        'classes by place: 1 of 2 are spelt otherwise in the data (first: "Cat", "cat")'
+    ]
+
+
+def test_a_segmenter_s_pictures(xdino, there):
+    code, out, error = xdino("predict", "seg", "photos", "--out", "s")
+    assert code == 0, error
+    made = ["s/0-overlay.png", "s/deep-1-overlay.png", "s/deep-2-overlay.png"]
+    assert out.splitlines() == [*made, "s/classes.txt", "s/predictions.json"]
+    assert "looking at 130 x 90 pixels whole: about " in error
+    assert error.splitlines()[-1] == "3 pictures: sky 100.0 %"
+    told = json.loads(Path("s/predictions.json").read_text())
+    assert [entry["image"] for entry in told] == ["0.jpg", "deep/1.jpg", "deep/2.jpg"]
+    assert told[2] == {
+        "image": "deep/2.jpg", "width": 130, "height": 92, "mask": "masks/deep-2.png",
+        "classes": [{"name": "sky", "number": 0, "share": 1.0}],
+    }  # fmt: skip
+    with Image.open("s/masks/deep-2.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (130, 92))
+        assert not np.asarray(mask).any()
+    assert Path("s/classes.txt").read_text().split() == [*NAMES]
+    # Once more, in tiles, into the same folder: nothing of ours is taken for a photograph.
+    code, _, error = xdino(
+        "predict", "seg", "photos/0.jpg", "--out", "s", "--tile", "128", "--json"
+    )
+    assert code == 0
+    assert "in 2 tiles of 128 x 90, about" in error
+    code, out, error = xdino(
+        "predict", "seg", "photos", "--json", "--shorter-side", "300", "--tile", "160"
+    )
+    assert code == 0, error
+    assert "seen at 433 x 300 in 12 tiles of 48 x 48" in error
+    assert "mask" not in json.loads(out)[0]
+
+
+def test_a_detector_s_pictures(xdino, there):
+    code, out, error = xdino(
+        "predict", "det", "photos/0.jpg", "broken", "--out", "d", "--threshold", "0.3"
+    )
+    assert code == 0, error
+    assert "skipped" in error
+    assert "broken/1.png cannot be read" in error.replace("\n", " ")
+    assert out.splitlines()[-1] == "d/predictions.json"
+    tree = json.loads(Path("d/predictions.json").read_text())
+    assert [image["file_name"] for image in tree["images"]] == ["photos/0.jpg", "0.png", "2.png"]
+    assert [category["id"] for category in tree["categories"]] == [7, 9]
+    assert tree["annotations"]
+    assert all(row["score"] > 0.3 and row["category_id"] in (7, 9) for row in tree["annotations"])
+    from pycocotools.coco import COCO
+
+    coco = COCO("d/predictions.json")
+    row = tree["annotations"][0]
+    assert coco.annToMask(coco.anns[row["id"]]).sum() == row["area"]
+    code, _, error = xdino("predict", "det", "photos/0.jpg", "--threshold", "1", "--json")
+    assert error.splitlines()[-1] == "1 picture: nothing was found"
+
+
+def test_every_frame_of_a_film(xdino, there):
+    pytest.importorskip("av")
+    code, out, error = xdino("predict", "seg", "movie/a.gif", "--out", "film")
+    assert code == 0, error
+    assert out.splitlines()[0] == "film/a-overlay.mp4"
+    told = json.loads(Path("film/predictions.json").read_text())
+    assert [entry["image"] for entry in told] == [f"a, frame {i}" for i in (1, 2, 3)]
+    assert Path("film/masks/a-000003.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("score seg --data boxes", "boxes holds no pictures with masks"),
+        ("score seg --data classes", "classes holds no pictures with masks"),
+        ("score det --data maps", "maps holds no annotated pictures"),
+        ("score tuned --data maps", "maps holds pictures with masks, and tuned is a classifier"),
+        ("score tuned --data boxes", "boxes holds annotated objects, and tuned is a classifier"),
+        ("score bare --data maps", "holds a backbone without a head"),
+        ("score seg --data renamed", "knows other classes than val of renamed: sand instead of mud"),
+        ("score seg --data turned", "in another order: sea, sky, sand instead of sky, sea, sand"),
+        ("score seg --data two", "knows 3 classes (sky, sea, sand), and val of two has 2 classes"),
+        ("score seg.pth --data two", "knows 3 classes, and val of two has 2 classes (sky, sea)"),
+        ("score seg --data maps --crop-ratio 1",
+         "--crop-ratio is of classifiers, and seg holds a segmenter"),
+        ("score det --data boxes --flip", "--flip is of segmenters, and det holds a detector"),
+        ("score tuned --data classes --scales 1",
+         "--scales is of segmenters and detectors, and tuned holds neither"),
+        ("score seg --data maps --scales 0", "--scales must be above 0"),
+        ("score seg --data maps --arch xcit_small_12_p16", "leave out --arch"),
+        ("score seg.pth --data maps --arch xcit_small_12_p16",
+         "is not on xcit_small_12_p16: its shapes are those of"),
+        ("predict seg photos", "--out DIR is needed for masks and overlays"),
+        ("predict seg photos --out file.txt", "--out needs a folder, and file.txt is a file"),
+        ("predict seg empty --out s", "empty holds no image"),
+        ("predict seg broken/1.png --out s", "broken/1.png cannot be read as an image"),
+        ("predict seg photos --out s --top 2", "--top is of classifiers"),
+        ("predict seg photos --out s --threshold 0.2", "--threshold is of detectors"),
+        ("predict tuned photos --tile 200", "--tile is of segmenters and detectors"),
+        ("predict seg photos --out s --memory 0.000001", "give more by --memory"),
+        ("predict seg photos --out photos", "--out is the folder of images photos itself"),
+        ("predict seg nothing.png --out s", "there is no image, folder or video nothing.png"),
+        ("knn seg --data classes", "is a network for segmentation, which gives pixels or boxes"),
+        ("finetune finetune_small --init det --data.path classes --run f",
+         "is a network for detection, not a classifier"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_one_sentence(xdino, there, arguments, sentence):
+    for name, classes in {
+        "renamed": "sky\nsea\nmud", "turned": "sea\nsky\nsand", "two": "sky\nsea"
+    }.items():  # fmt: skip
+        if not Path(name).exists():
+            Path(name).mkdir()
+            for folder in ("images", "masks"):
+                (Path(name) / folder).symlink_to(there / "maps" / folder)
+            (Path(name) / "classes.txt").write_text(classes)
+    code, out, error = xdino(*arguments.split())
+    told = error.splitlines()[-1]
+    assert (code, out) == (2, ""), error
+    assert sentence in told
+    assert len([line for line in error.splitlines() if line.startswith("xdino: ")]) == 1
