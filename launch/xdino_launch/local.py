@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from xdino.config import QUALITY_VIEWS, Config, RunConfig
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
-from xdino.job import Evaluator, Listener
+from xdino.job import Evaluator, Listener, OfAllProcesses
 from xdino.metrics import MetricsLog
 from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
@@ -40,6 +40,7 @@ from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.judging import Judge
 from xdino_transfer.finetuning.recipe import FineTuning
+from xdino_transfer.segmentation.while_pretraining import OfMasks, probes
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
@@ -69,14 +70,16 @@ def run_pretraining(
         first = distributed.rank() == 0
         best = BestTeacher(Path(run_dir), config.evaluate.limit, listener.notice)
         with Watcher(config, Path(run_dir), listener, splits) as watcher:
-            evaluator = evaluator_of(config, splits, best, watcher.look)
+            patches = patch_probes(config)
+            evaluator = evaluator_of(config, splits, best, watcher.look, patches)
             job = Pretraining(config, Watching(profile, capacity))
-            train.run(
-                job, run_dir, evaluator, watcher, command, stop, extend, from_iteration
-            )  # fmt: skip
+            train.run(job, run_dir, evaluator, watcher, command, stop, extend, from_iteration)
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)
+            if patches and first:
+                with stop.abandoning("while patches were probed"):
+                    patches_at_end(config, Path(run_dir), patches, watcher)
             if first:
                 watcher.conclude()
         return Path(run_dir) / checkpoint.BACKBONE_FILE
@@ -123,7 +126,9 @@ def run_labelled(
         listener = stack.enter_context(ConsoleListener())
         judge = judging(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
-            evaluator = judge if config.evaluate.every else None
+            evaluator: Evaluator | None = None
+            if config.evaluate.every:
+                evaluator = of_all(judge) if isinstance(judge, Judge) else judge
             train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
                 with stop.abandoning("while the last network was scored"):
@@ -186,18 +191,66 @@ def evaluator_of(
     splits: tuple[Source, Source] | None,
     best: BestTeacher | None = None,
     after: Callable[[Backbone, Remembering], None] | None = None,
+    patches: Mapping[str, OfMasks] | None = None,
 ) -> Evaluator | None:
     """What judges for the trainer, or none where `evaluate.every` is 0.
 
     Args:
-        best: is shown what k-NN finds. after: as of `callback`.
+        best: is shown what k-NN finds. after: as of `callback`. patches: as of `patch_probes`.
     """
     if not config.evaluate.every or splits is None:
         return None
     quality = Quality(config.crops, views=QUALITY_VIEWS)
-    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality}
+    probes = patch_probes(config) if patches is None else patches
+    known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality, **probes}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
-    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
+    shared = distributed.world_size() > 1
+    options = Options(limit=config.evaluate.limit, shared=shared)
+    return of_all(callback(chosen, *splits, options, best, after))
+
+
+def of_all(evaluator: Evaluator) -> Evaluator:
+    """The same on every process, where there are several."""
+    return OfAllProcesses(evaluator) if distributed.world_size() > 1 else evaluator
+
+
+def patch_probes(config: Config) -> dict[str, OfMasks]:
+    """Those of `evaluate.protocols` that look at pictures with masks, by name.
+
+    Raises:
+        UsageError: there are none.
+    """
+    evaluate = config.evaluate
+    if not evaluate.every:
+        return {}
+    return probes(evaluate.protocols, evaluate.masks or config.data.path, evaluate.limit)
+
+
+def patches_at_end(
+    config: Config, run: Path, patches: Mapping[str, OfMasks], listener: Listener
+) -> None:
+    """A row of results.json of each patch probe on the backbone in `run`, once.
+
+    If it fails, a notice says so and the run is whole without it.
+    """
+    try:
+        backbone = checkpoint.load_backbone(run)
+        file, sha256 = run / "results.json", backbone.origin.sha256
+        backbone.to(resolve_device(config.runtime.device))
+        for probe in patches.values():
+            mine = [
+                r for r in results.load(file) if r.checkpoint == sha256 and AT_END in r.settings
+            ]
+            if any(row.protocol == probe.probe.method.protocol for row in mine):
+                continue
+            told = {AT_END: config.evaluate.limit}
+            rows = [replace(r, settings=r.settings | told) for r in probe.of(backbone)]
+            results.append(file, results.signed(rows, sha256, backbone.origin.name))
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        listener.notice(
+            f"the patch probe at the end failed: {error}. The run is whole; "
+            f"`xdino patch-probe {run} --data MASKS` scores it"
+        )
 
 
 def judge_at_end(

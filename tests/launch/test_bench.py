@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from xdino_launch import cli
-from xdino_launch.bench import linear
+from xdino_launch.bench import dense_scaling, linear
 from xdino_launch.bench.step import StepShape, Work, step_ratios
 from xdino_launch.bench.timing import (
     Arm,
@@ -187,6 +187,28 @@ def test_scaling(run):
     assert "vit_tiny_patch16_224 / xcit_nano_12_p16, 64 px" in report["ratios"]
 
 
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_scaling_of_whole_networks(run, task, monkeypatch):
+    def here(measure, *wanted, lower):
+        assert lower == "--sizes"
+        return measure(*wanted)
+
+    monkeypatch.setattr(dense_scaling, "in_a_process", here)
+    memory = ["--memory"] if task == "segment" else []
+    report = run(
+        "scaling", "--task", task, "--arch", "xcit_tiny_12_p16", "--against", "vit_tiny_patch16_224",
+        "--sizes", "32,64", *memory,
+    )  # fmt: skip
+    assert report["settings"]["sizes"] == [[32, 48], [64, 112]]
+    assert report["settings"]["tokens"] == [6, 28]
+    assert set(report["figures"]) == {
+        "exponent in tokens, 6 to 28: xcit_tiny_12_p16",
+        "exponent in tokens, 6 to 28: vit_tiny_patch16_224",
+    }
+    assert "vit_tiny_patch16_224 / xcit_tiny_12_p16, 64 x 112" in report["ratios"]
+    assert report["unit"] == ("MB above the process's own" if memory else "s a forward pass")
+
+
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     with on_cores(2, pinned=True):
@@ -212,6 +234,17 @@ def test_threads_are_given_back():
         (["linear", "--data", "nowhere"], "nowhere"),
         (["scaling", "--sizes", "224"], "two or more different sizes"),
         (["scaling", "--sizes", "big"], "--sizes takes numbers"),
+        (["scaling", "--memory"], "--memory goes with --task"),
+        (["scaling", "--task", "segment", "--batch", "2"], "leave out --batch"),
+        (
+            ["scaling", "--task", "detect", "--against", "vit_base_patch16_224"],
+            "384 wide with patches of 16 pixels and 12 blocks, and vit_base_patch16_224 has",
+        ),
+        (["scaling", "--task", "detect", "--against", "resnet50"], "resnet50 is no transformer"),
+        (
+            ["scaling", "--task", "detect", "--arch", "xcit_small_12_p4"],
+            "patches of 16 or 8 pixels",
+        ),
         (["pipeline", "--data", "nowhere"], "nowhere"),
         (["pipelin"], 'there is no command "pipelin": did you mean "pipeline"?'),
     ],

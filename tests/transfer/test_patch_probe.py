@@ -1,5 +1,7 @@
 """Probes of patch tokens: cases whose score is known, and what is told of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -180,3 +182,42 @@ def test_a_linear_map_ends_at_its_minimum():
     logits = torch.from_numpy(Linear(1e-2, 500).fitted(bank)(bank.tokens))
     # Of the bias the gradient is zero there: each class has its share of the whole.
     np.testing.assert_allclose(logits.softmax(1).mean(0), shares.mean(0), atol=2e-4)
+
+
+def test_patches_are_probed_while_a_run_pretrains(tmp_path, xdino):
+    """Numbers an evaluation in metrics.jsonl, a row of the last teacher in results.json, once."""
+    made(tmp_path / "maps", 3)
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / split / f"{i}.png")
+    run = tmp_path / "run"
+    keys = (
+        "--model.arch xcit_nano_12_p8 --model.embed_dim 16 --model.depth 1 --model.num_heads 2 "
+        "--head.prototypes 32 --head.hidden_dim 16 --head.bottleneck_dim 8 --crops.global_size 24 "
+        "--crops.local_size 16 --crops.local_count 1 --train.epochs 2 --train.batch_size 2 "
+        "--runtime.workers 0 --runtime.device cpu --runtime.report false --evaluate.every 1 "
+        "--evaluate.protocols patch-knn,patch-linear --evaluate.limit 2"
+    )
+    command = ("pretrain", "small_data", "--run", run, "--data.path", tmp_path / "photos")
+    command = (*command, *keys.split())
+    code, _, said = xdino(*command)
+    assert code == 2
+    assert "asks for patch-knn, patch-linear, which needs pictures with masks" in said
+    assert "Name them with --evaluate.masks" in said
+    code, _, said = xdino(*command, "--evaluate.masks", tmp_path / "maps")
+    assert code == 0, said
+    assert "patch-knn_mIoU" in said
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scored = [row for row in rows if "patch-knn_mIoU" in row]
+    assert [row["epoch"] for row in scored] == [0, 1, 2]
+    assert all({"patch-linear_mAcc", "patch-knn_aAcc"} <= row.keys() for row in scored)
+    found = results.load(run / "results.json")
+    assert [row.protocol for row in found] == ["dense k-NN", "dense linear"]
+    assert [row.val_size for row in found] == [2, 2]
+    assert found[0].metrics["mIoU"] == pytest.approx(scored[-1]["patch-knn_mIoU"])
+    assert found[0].checkpoint == checkpoint.load_backbone(run).origin.sha256
+    # As the command has it, on all pictures; a run that is whole already gets no second row.
+    assert xdino("pretrain", "--run", run)[0] == 0
+    assert len(results.load(run / "results.json")) == 2

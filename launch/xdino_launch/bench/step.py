@@ -3,21 +3,16 @@
 Letters: B images, V views, C channels.
 """
 
-import multiprocessing
-import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from xdino import acceleration, augment
 from xdino.backbones import BackboneSpec
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import UsageError
 from xdino.head import DINOHead
 from xdino.learner import Learner
 from xdino.loss import DINOLoss
@@ -26,6 +21,7 @@ from xdino.schedules import StepSettings
 from xdino.stepping import AUTOCAST
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino_launch.bench import reference as published
+from xdino_launch.bench.memory import in_a_process, status
 from xdino_launch.bench.timing import Arm, Protocol, Ratio, Report, again, divided, on_cores, timed
 from xdino_launch.console import stderr_console
 
@@ -127,15 +123,7 @@ class Work:
     def peak_megabytes(self, threads: int) -> float:
         """What an arm of memory measures: the peak of two steps in a process of their own, above
         what it held before building them."""
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            try:
-                return pool.submit(_peak_here, self, threads).result()
-            except BrokenProcessPool:
-                raise RunFailed(
-                    "the process whose memory was measured died, perhaps of too little memory; "
-                    "lower --batch"
-                ) from None
+        return in_a_process(_peak_here, self, threads, lower="--batch")
 
 
 def _peak_here(work: Work, threads: int) -> float:
@@ -145,22 +133,13 @@ def _peak_here(work: Work, threads: int) -> float:
             published.load_dino(work.checkouts[0])
             published.load_xcit(work.checkouts[1])
             stack.enter_context(published.group_of_one(work.device))
-        before = 0.0 if work.device.type == "cuda" else _status("VmRSS")
+        before = 0.0 if work.device.type == "cuda" else status("VmRSS")
         step = work.build()
         for _ in range(2):
             step()
         if work.device.type == "cuda":
             return torch.cuda.max_memory_allocated(work.device) / 1e6
-        return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    """MB that the kernel reports for this process (VmRSS: now, VmHWM: the most so far)."""
-    file = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s+(\d+) kB", file.read_text()) if file.exists() else None
-    if found is None:
-        raise UsageError("--memory needs Linux's /proc, which this machine does not have")
-    return int(found[1]) * 1024 / 1e6
+        return status("VmHWM") - before
 
 
 def step(

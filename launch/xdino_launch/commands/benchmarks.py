@@ -216,29 +216,52 @@ def bench_linear(timing: TimingOptions, data: str | None, **shape: Any) -> None:
 
 @bench.command("scaling")
 @takes(timing=TimingOptions)
+@click.option(
+    "--task",
+    type=click.Choice(["detect", "segment"]),
+    help="A whole detector or segmenter, with pyramid and heads.  [a backbone]",
+)
 @click.option("--arch", default="xcit_small_12_p16", show_default=True)
 @click.option("--against", default="vit_small_patch16_224", show_default=True, help="Of timm.")
 @click.option(
     "--sizes",
-    default="224,384,512,768,1024",
-    show_default=True,
     type=Numbers(values.whole, least=16),
-    help="Pixels.",
+    help="Pixels: of squares 224,384,512,768,1024; with --task shorter sides of 800 : 1344, "
+    "400,800,1600.",
 )
-@click.option("--batch", default=1, show_default=True, type=Whole(1, 10**7))
+@click.option("--batch", default=1, show_default=True, type=Whole(1, 10**7), help="Of a backbone.")
 @click.option("--precision", default="fp32", show_default=True)
+@click.option(
+    "--memory", is_flag=True, help="With --task: peak memory instead of time, in child processes."
+)
 @device_option("cpu")
 def bench_scaling(
     timing: TimingOptions,
+    task: str | None,
     arch: str,
     against: str,
-    sizes: tuple[int, ...],
+    sizes: tuple[int, ...] | None,
     batch: int,
     precision: str,
+    memory: bool,
     device: str,
 ) -> None:
     """Forward time against image size: the exponent in tokens, and a transformer beside it."""
+    if task is None and memory:
+        raise UsageError("--memory goes with --task")
+    if task is not None and batch != 1:
+        raise UsageError("--task looks at one picture at a time: leave out --batch")
+    if task is not None and memory and device not in ("cpu", "auto"):
+        raise UsageError("--memory is of the CPU")
+    sizes = sizes or ((400, 800, 1600) if task else (224, 384, 512, 768, 1024))
     _fits("the images of a batch", 12 * batch * max(sizes) ** 2, "--batch or --sizes")
+    if task is not None:
+        from xdino_launch.bench.dense_scaling import dense_scaling
+
+        timing.tell(
+            dense_scaling(task, arch, against, sizes, precision, device, memory, timing.protocol())
+        )
+        return
     for name in (arch, against):
         _takes(name, "--sizes", sizes, batch, False)
     from xdino_launch.bench.scaling import scaling

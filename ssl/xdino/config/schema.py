@@ -232,10 +232,10 @@ class Data:
     max_pixels: Annotated[int, Field(ge=1, le=2**40)] = MAX_PIXELS
     """Pixels of an image at most; a larger one counts as unreadable."""
     range: tuple[Level, ...] | None = None
-    """Values of a sensor that are black and white, 0,4095 say: of all bands, or a pair for each; null: of
+    """Numbers of a sensor that are black and white, 0,4095 say: of all bands, or a pair for each; null: of
     photographs as ever, of bands all that integers hold, 0,1 of floats."""
     rgb: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] | None = None
-    """Bands that are red, green and blue, counted from 1: 4,3,2 say; [] for none; null: 1,2,3 of 3."""
+    """Numbers of the red, green and blue band, from 1: 4,3,2 say; [] for none; null: 1,2,3 of three."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -305,13 +305,18 @@ class Evaluate:
 
     every: Count = 0
     """Epochs between evaluations by protocols, with one before the first step; 0 for never."""
-    protocols: tuple[Literal["knn", "quality", "logistic", "grid"], ...] = ("knn",)
+    protocols: tuple[
+        Literal["knn", "quality", "logistic", "grid", "patch-knn", "patch-linear"], ...
+    ] = ("knn",)
     """What judges then, several with commas: quality needs no labels (and looks at
-    four views of an image), grid wants many images."""
+    four views of an image), grid wants many images, patch-knn and patch-linear pictures with masks."""
     linear: Literal["logistic", "grid"] | None = None
     """The linear probe at the end; grid wants many images; null for none."""
     data: str | None = None
     """Labelled images with train/ and val/; null: those of data.path."""
+    masks: str | None = None
+    """Pictures with masks, as xdino patch-probe takes them, for patch-knn and patch-linear; null:
+    those of data.path."""
     limit: Positive = 10_000
     """Images of each split at most, the same ones every time."""
     input_size: Pixels | None = None
