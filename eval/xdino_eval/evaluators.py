@@ -7,7 +7,7 @@ is one's own (neighbours, learning rates) are its fields; what all share is in `
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,9 +15,10 @@ from xdino.backbone import Backbone
 from xdino.config import Crops
 from xdino.data.sources import Source
 from xdino.errors import UsageError
+from xdino.runtime import distributed, turns
 from xdino_eval import knn, quality
 from xdino_eval.extraction import Options
-from xdino_eval.features import device_of
+from xdino_eval.features import Features, device_of
 from xdino_eval.linear.grid import Grid, grid_probe, grid_probe_features
 from xdino_eval.linear.logistic import logistic_probe
 from xdino_eval.linear.probe import Trained
@@ -55,7 +56,10 @@ class KNN:
         self, backbone: Backbone, train: Source, val: Source, options: Options
     ) -> list[Row]:
         both = options.features(backbone, train, val)
-        return _signed(knn.evaluate(*both, self.ks, self.temperature), backbone)
+        if options.shared:
+            both = (own_part(both[0]), own_part(both[1]))
+        rows = knn.evaluate(*both, self.ks, self.temperature, shared=options.shared)
+        return _signed(rows, backbone)
 
 
 PROBES = ("logistic", "sgd", "sgd-features", "grid", "grid-features")
@@ -83,7 +87,7 @@ class Linear:
     ) -> list[Row]:
         train_probe = self._over_images if self.protocol in ("sgd", "grid") else self._over_features
         done = train_probe(backbone, train, val, options)
-        if self.save_head is not None:
+        if self.save_head is not None and distributed.rank() == 0:
             done.probe.signed(train.classes, backbone.origin.sha256).save(self.save_head)
         self.when_safe(done.settled)
         return _signed([done.row], backbone)
@@ -103,6 +107,7 @@ class Linear:
             options.precision,
             self.keep_in,
             options.counter("epoch"),
+            options.shared,
         )
         if self.protocol == "sgd":
             return sgd_probe(images, self.how)
@@ -114,16 +119,19 @@ class Linear:
         tokens = self.grid.features if self.protocol == "grid-features" else ("class",)
         both = options.features(backbone, train, val, tokens)
         device = options.device or device_of(backbone)
-        if self.protocol == "logistic":
-            told = options.counter("fit")
-            seed = self.how.seed
-            return logistic_probe(
-                *both, self.strengths, seed=seed, keep_in=self.keep_in, progress=told
-            )
-        told = options.counter("epoch")
-        if self.protocol == "sgd-features":
-            return sgd_probe_features(*both, self.how, device, self.keep_in, told)
-        return grid_probe_features(*both, self.grid, self.how, device, self.keep_in, told)
+        told = options.counter("fit" if self.protocol == "logistic" else "epoch")
+
+        def fit() -> Trained:
+            if self.protocol == "logistic":
+                seed, keep_in = self.how.seed, self.keep_in
+                return logistic_probe(
+                    *both, self.strengths, seed=seed, keep_in=keep_in, progress=told
+                )
+            if self.protocol == "sgd-features":
+                return sgd_probe_features(*both, self.how, device, self.keep_in, told)
+            return grid_probe_features(*both, self.grid, self.how, device, self.keep_in, told)
+
+        return turns.on_first(fit, options.shared)
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,22 @@ class Quality:
             backbone, train, options, self.crops, self.lidar_images, self.views, self.seed
         )
         return _signed([row], backbone)
+
+
+def own_part(found: Features) -> Features:
+    """Of features that every process has, the rows that are this one's to search."""
+    rank, count = distributed.rank(), distributed.world_size()
+    first, last = (len(found.features) * r // count for r in (rank, rank + 1))
+    rows = slice(first, last)
+    labels = None if found.labels is None else found.labels[rows]
+    skipped = found.skipped if rank == 0 else []
+    return replace(
+        found,
+        features=found.features[rows],
+        labels=labels,
+        indices=found.indices[rows],
+        skipped=skipped,
+    )
 
 
 EVALUATORS: dict[str, Evaluator] = {

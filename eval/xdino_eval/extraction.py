@@ -25,7 +25,8 @@ class Options:
     limit: at most so many images of a source, the same ones every time; None = all.
     cache: a folder where features are kept for the next command.
     counter: from what is counted ("features of train") to who is told (done, all). notice: is told
-    of images that cannot be read.
+    of images that cannot be read. shared: every process of a group is told the same and does its
+    part; all get the whole. Without a cache only, which each would look into for itself.
     """
 
     transform: EvalTransform | None = None
@@ -37,6 +38,7 @@ class Options:
     cache: Path | None = None
     counter: Callable[[str], Progress | None] = lambda verb: None
     notice: Callable[[str], None] = lambda sentence: None
+    shared: bool = False
 
     def transform_for(self, backbone: Backbone) -> EvalTransform:
         return self.transform or EvalTransform.of(backbone)
@@ -85,6 +87,7 @@ class Options:
             indices,
             self.counter(f"features of {split}"),
             may_be_empty,
+            self.shared,
         )
         if self.cache is None:
             found = compute()

@@ -11,7 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from xdino.backbone import evaluating
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
 from xdino.errors import RunFailed, UsageError, nearest
-from xdino.runtime import transfer
+from xdino.runtime import transfer, turns
 from xdino.runtime.device import device_of
 from xdino_eval.transform import EvalTransform
 
@@ -129,7 +129,7 @@ def _stacked(images: list[np.ndarray], device: torch.device) -> Tensor:
 
 def in_turn(
     batches: Iterable[Batch], compute: Callable[[Batch], Tensor]
-) -> Iterator[tuple[Batch, Tensor]]:
+) -> Generator[tuple[Batch, Tensor], None, None]:
     """(batch, compute(batch) as float32 on the CPU), while the device works on the next batch.
 
     Where a batch is empty, so is what comes with it, and nothing is computed.
@@ -154,11 +154,16 @@ def each_batch(
     device: torch.device | None = None,
     workers: int = 2,
     precision: str = "fp32",
+    shared: bool = False,
 ) -> Generator[tuple[Batch, Tensor], None, None]:
     """What `network` makes of the images `order` of a source, a batch after the other: float32 [B, D].
 
-    In evaluation mode, from one centre crop an image. device: None = where the network is.
+    In evaluation mode, from one centre crop an image. device: None = where the network is. shared:
+    the processes of a group take the batches in turn, and each hears of all; batches come without
+    their images then.
     """
+    count, whole = -(-len(order) // batch_size), order
+    order = turns.mine(whole, batch_size) if shared else whole
     device = device_of(network) if device is None else device
     batches = read_batches(
         source, lambda image, _: transform.array(image), order, batch_size, workers, device
@@ -171,7 +176,13 @@ def each_batch(
 
     with evaluating(network):
         network.to(device)
-        yield from in_turn(batches, look)
+        looked_at = in_turn(batches, look)
+        if not shared:
+            yield from looked_at
+            return
+        with contextlib.closing(looked_at):
+            bare = ((replace(batch, images=NOTHING), out) for batch, out in looked_at)
+            yield from turns.of_all(bare, count)
 
 
 def extract(
@@ -185,6 +196,7 @@ def extract(
     indices: Sequence[int] | np.ndarray | None = None,
     progress: Progress | None = None,
     may_be_empty: bool = False,
+    shared: bool = False,
 ) -> Features:
     """The features of `source`, in its order, one centre crop an image.
 
@@ -195,6 +207,7 @@ def extract(
         precision: "fp32", or "bf16" by autocast; features are float32 in either case.
         indices: the places in the source to read; None = all.
         may_be_empty: where no image can be read, features are [0, 0] instead of a failure.
+        shared: every process of a group calls this, computes its part, and gets all of it.
 
     Raises:
         RunFailed: no image could be read, or a feature is not finite.
@@ -206,7 +219,7 @@ def extract(
     filled = 0
     where = None if device is None else torch.device(device)
     looked_at = each_batch(
-        backbone, source, transform, order, batch_size, where, workers, precision
+        backbone, source, transform, order, batch_size, where, workers, precision, shared
     )
     with contextlib.closing(looked_at):
         for batch, out in looked_at:

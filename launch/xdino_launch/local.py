@@ -14,7 +14,7 @@ from xdino.config import QUALITY_VIEWS, Config, RunConfig
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast.machines import capacity
-from xdino.job import Evaluator, Listener
+from xdino.job import Evaluator, Listener, OfAllProcesses
 from xdino.metrics import MetricsLog
 from xdino.pretraining import Pretraining, Watching
 from xdino.run_directory import RunDirectory
@@ -73,9 +73,7 @@ def run_pretraining(
             patches = patch_probes(config)
             evaluator = evaluator_of(config, splits, best, watcher.look, patches)
             job = Pretraining(config, Watching(profile, capacity))
-            train.run(
-                job, run_dir, evaluator, watcher, command, stop, extend, from_iteration
-            )  # fmt: skip
+            train.run(job, run_dir, evaluator, watcher, command, stop, extend, from_iteration)
             if config.evaluate.linear and splits and first:
                 with stop.abandoning("while the linear probe was made"):
                     judge_at_end(config, Path(run_dir), splits, watcher)
@@ -128,7 +126,9 @@ def run_labelled(
         listener = stack.enter_context(ConsoleListener())
         judge = judging(job, run, listener.notice)
         with Watcher(config, run, listener, None) as watcher:
-            evaluator = judge if config.evaluate.every else None
+            evaluator: Evaluator | None = None
+            if config.evaluate.every:
+                evaluator = of_all(judge) if isinstance(judge, Judge) else judge
             train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
                 with stop.abandoning("while the last network was scored"):
@@ -204,7 +204,14 @@ def evaluator_of(
     probes = patch_probes(config) if patches is None else patches
     known: dict[str, evaluators.Evaluator] = {**EVALUATORS, "quality": quality, **probes}
     chosen = {str(name): known[name] for name in config.evaluate.protocols}
-    return callback(chosen, *splits, Options(limit=config.evaluate.limit), best, after)
+    shared = distributed.world_size() > 1
+    options = Options(limit=config.evaluate.limit, shared=shared)
+    return of_all(callback(chosen, *splits, options, best, after))
+
+
+def of_all(evaluator: Evaluator) -> Evaluator:
+    """The same on every process, where there are several."""
+    return OfAllProcesses(evaluator) if distributed.world_size() > 1 else evaluator
 
 
 def patch_probes(config: Config) -> dict[str, OfMasks]:

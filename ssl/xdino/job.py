@@ -14,6 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -34,6 +35,20 @@ from xdino.stepping import StepResult
 
 #: What a job gives to be judged -> its scores, for metrics.jsonl; leaves the network as it was.
 Evaluator = Callable[[Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class OfAllProcesses:
+    """An evaluator that every process calls, each to do its part; others run on the first alone.
+
+    It leaves in the same exception on all, asks for signals by `stopping.asked`, and writes on the
+    first.
+    """
+
+    evaluate: Evaluator
+
+    def __call__(self, judged: Any) -> dict[str, float]:
+        return self.evaluate(judged)
 
 
 class Judged(Protocol):
@@ -164,6 +179,10 @@ class Job(Protocol):
 
         None where that cannot be: training then waits for every state. One is asked for at a time.
         """
+
+    def before_moving(self, wait: Callable[[], None]) -> None:
+        """From here on every step calls `wait` before it moves what `state_dict` gives; small
+        tensors (running statistics) may have moved. Without `exporter` it need not."""
 
 
 Batch = TypeVar("Batch")
@@ -323,6 +342,9 @@ class LoaderJob(ABC, Generic[Batch]):
 
     def exporter(self, iteration: int) -> Callable[[Path], None] | None:
         return None
+
+    def before_moving(self, wait: Callable[[], None]) -> None:
+        self.learner.stepping.before_moving = wait
 
     def copy_of(self, network: Trained) -> Trained:
         """`network` as it is now, on the CPU; the copy that was made before is no more."""

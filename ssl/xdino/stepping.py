@@ -14,7 +14,7 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -161,6 +161,7 @@ class Stepping:
             optim.build(optimiser, network) if isinstance(optimiser, str) else optimiser
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.before_moving: Callable[[], None] = lambda: None  # of parameters, moments, averages
         self.asks_every_step = False  # a GPU too; each time it waits for the device
         self.trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         self.statistics = RunningStatistics(self.networks)
@@ -205,6 +206,7 @@ class Stepping:
         Raises:
             NonFinite: the device was asked, and something is not; nothing has moved on any process.
         """
+        self.before_moving()
         norms = self._norms = self._gradient_norms()
         evidence = self._evidence(loss, norms, others)
         broken = distributed.any_of(~evidence.finite())

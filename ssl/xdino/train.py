@@ -18,10 +18,10 @@ from xdino import config as configuration
 from xdino.backbone import Origin
 from xdino.data import BadImage
 from xdino.errors import NonFinite, RunFailed, Stopped
-from xdino.job import Evaluator, Job, Listener
+from xdino.job import Evaluator, Job, Listener, OfAllProcesses
 from xdino.run_directory import INITIAL_FILE, RunDirectory, batches, environment
 from xdino.run_directory.background import StateWriter
-from xdino.runtime import distributed, rng
+from xdino.runtime import distributed, rng, stopping
 from xdino.runtime.stopping import StopSignal
 from xdino.stepping import StepResult, failure_of
 
@@ -107,6 +107,7 @@ class _Loop:
             # A step can be skipped only if its trouble is known before the next one.
             job.ask_every_step()
         self.first: io.BytesIO | None = None  # the state to go back to before one is saved
+        job.before_moving(self.writer.copied)
         job.open(known_bad=distributed.from_first(run.unreadable))
 
     # --- steps ---
@@ -288,18 +289,20 @@ class _Loop:
         return self.evaluator is not None and every > 0 and epoch % every == 0
 
     def _evaluate(self, log: metrics.MetricsLog | None) -> None:
-        """Score the network of a state that is saved already, on the first process.
+        """Score the network of a state that is saved already, on the first process or on all.
 
         A stop signal abandons it; the next start comes back to it.
         """
         epoch = self.iteration // self.job.steps_per_epoch
-        if distributed.rank() == 0:
+        shared = distributed.world_size() > 1 and isinstance(self.evaluator, OfAllProcesses)
+        if shared or distributed.rank() == 0:
             assert self.evaluator is not None
             facts = {"iteration": self.iteration, "iterations": self.job.iterations}
             judged = self.job.judged
             judged.origin = Origin(facts={**facts, "data": self.job.facts()["data"]})
             try:
-                with self.stop.abandoning("while evaluating"):
+                heard = self.stop.abandoning("while evaluating")
+                with stopping.heeding(self.stop) if shared else heard:
                     scores = self.evaluator(judged)
             except Stopped:
                 pass  # all processes stop below

@@ -51,7 +51,7 @@ def test_every_number_has_its_unit():
     ("name", "metavar", "values"),
     [
         ("runtime.kernels", "auto|plain|fused", "auto, plain or fused"),
-        ("model.in_chans", "1|3", "1 or 3, or null"),
+        ("model.in_chans", "N", "whole number from 1 to 16, or null"),
         ("head.use_bn", "true|false", "true or false"),
         ("train.epochs", "N", "whole number from 1"),
         ("loss.centre_momentum", "NUMBER", "number from 0 to 1"),

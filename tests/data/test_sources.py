@@ -162,9 +162,9 @@ def test_folder_mistakes(tmp_path, imagenet):
     empty.mkdir()
     with pytest.raises(UsageError, match=r"holds no image$"):
         open_source(str(empty))
-    (empty / "a.npy").touch()
+    (empty / "a.npz").touch()
     (empty / "README").touch()
-    with pytest.raises(UsageError, match=r"suffixes \.npy, none, known are \.jpg"):
+    with pytest.raises(UsageError, match=r"suffixes \.npz, none, known are \.jpg"):
         open_source(str(empty))
     with pytest.raises(UsageError, match='did you mean "fashion_mnist"'):
         open_source("fashionmnist")

@@ -1,7 +1,9 @@
 """Every command that a page shows is run, or read as far as this machine allows, as the page says."""
 
+import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -23,6 +25,24 @@ TINY = {
 }  # fmt: skip
 
 
+def annotated(root: Path, picture: Callable[..., None]) -> None:
+    """Four images to learn from and two that score, of COCO's layout, with an object each."""
+    box = {"bbox": [8, 8, 24, 20], "area": 480, "iscrowd": 0}
+    outline = [[8, 8, 32, 8, 32, 28, 8, 28]]
+    for split, count in (("train", 4), ("val", 2)):
+        images, rows = [], []
+        for i in range(1, count + 1):
+            picture(root / f"{split}2017" / f"{i:012}.jpg")
+            images.append({"id": i, "file_name": f"{i:012}.jpg", "width": 48, "height": 40})
+            rows.append({"id": i, "image_id": i, "category_id": 3, "segmentation": outline, **box})
+        tree = {
+            "images": images, "annotations": rows, "categories": [{"id": 3, "name": "car"}]
+        }  # fmt: skip
+        (root / "annotations").mkdir(exist_ok=True)
+        path = root / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(tree))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with what the pages name: photos/, classes/ with train/ and val/, photo.jpg."""
@@ -41,6 +61,14 @@ def world(tmp_path_factory):
         for name in ("cat", "dog"):
             for i in range(count):
                 picture(root / "classes" / split / name / f"{i}.png")
+    for split, count in (("train", 5), ("val", 2)):
+        for i in range(count):
+            picture(root / "masked" / "images" / split / f"{i}.png")
+            (root / "masked" / "masks" / split).mkdir(parents=True, exist_ok=True)
+            labels = generator.integers(0, 3, (40, 48), dtype=np.uint8)
+            Image.fromarray(labels).save(root / "masked" / "masks" / split / f"{i}.png")
+    (root / "masked" / "classes.txt").write_text("sky\nroad\ntree\n")
+    annotated(root / "objects", picture)
     shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "classify.md").read_text(), re.DOTALL)
     assert shown is not None
     (root / "suite.yaml").write_text(shown[1])
@@ -49,14 +77,25 @@ def world(tmp_path_factory):
 
 # The same of `finetune`, whose network comes with weights.
 TINY_TUNING = {"train.epochs": "1", "train.batch_size": "4", "view.size": "32"}
+TINY_MASKS = {
+    "train.epochs": "1", "train.batch_size": "4", "view.crop": "32", "view.shorter": "40",
+    "view.longer": "64", "model.channels": "8", "evaluate.every": "0",
+}  # fmt: skip
+TINY_OBJECTS = {
+    "train.epochs": "1", "train.batch_size": "4", "view.sides": "40", "view.longer": "64",
+    "view.before_crop": "40", "view.crop": "32,40", "view.test_side": "40", "heads.width": "16",
+    "heads.hidden": "16", "heads.mask_width": "8", "heads.anchors": "32", "heads.candidates": "60",
+    "heads.proposals": "30", "heads.regions": "16", "evaluate.every": "0",
+}  # fmt: skip
 
 
 def learned(words: list[str]) -> list[str]:
     """The words, those of a training command made a matter of seconds."""
-    if words[:1] != ["finetune"] or "--data.path" not in words:
+    smaller = {"finetune": TINY_TUNING, "segment": TINY_MASKS, "detect": TINY_OBJECTS}.get(words[0])
+    if smaller is None or "--data.path" not in words:
         return pretrained(words)
     given = {word.removeprefix("--") for word in words}
-    more = {**TINY_TUNING, "runtime.workers": "1"}
+    more = {**smaller, "runtime.workers": "1"}
     if "--init" not in words:
         more |= {key: value for key, value in TINY.items() if key.startswith("model.")}
     return [*words, *(w for k, v in more.items() if k not in given for w in (f"--{k}", v))]

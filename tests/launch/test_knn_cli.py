@@ -174,7 +174,25 @@ def test_two_processes_give_the_numbers_of_one(weights, folder, tmp_path):
         ["neighbours", *judged, "--images", "nowhere.png", "--out", str(tmp_path / "two")],
     ]
     commands = [[*command, *options] for options in (*asked, refused)]
-    first, second = launched([*commands, *others], tmp_path)
+    # Others that share: every protocol of a probe is compared in tests/eval/test_turns.py.
+    probe = [
+        "linear",
+        *judged,
+        "--json",
+        "--batch-size",
+        "16",
+        "--protocol",
+        "sgd",
+        "--epochs",
+        "1",
+    ]
+    kept = [*probe[:-4], "--protocol", "logistic", "--cache", str(tmp_path / "cache")]
+    probes = [probe, kept]
+    first, second = launched([*commands, *probes, *others], tmp_path)
+    there = slice(len(commands), len(commands) + 2)
+    for one, ours, nothing in zip(probes, first[there], second[there], strict=True):
+        assert timeless(json.loads(ours)) == timeless(json.loads(invoked(*one))), one
+        assert nothing == "", "the first process tells"
     for options, ours in zip(asked, first, strict=False):
         assert timeless(json.loads(ours)) == timeless(knn(weights, folder, *options)), options
     rows = json.loads(first[0])

@@ -180,11 +180,12 @@ def test_memory_that_runs_out_names_the_image_in_hand(zoo, monkeypatch, workers)
     from xdino.augment.multi_crop import multi_crop
     from xdino.data import loader as room
 
-    def out_of_memory(image, *rest):
+    def out_of_memory(image):
         if image.shape[:2] == (1000, 20):
             raise MemoryError("no room")
+        return lambda *rest: None
 
-    monkeypatch.setattr(room, "crop", out_of_memory)
+    monkeypatch.setattr(room, "cutter", out_of_memory)
     loader = CropLoader(
         open_source(str(zoo)), multi_crop(16, local_count=0), 31, 0, workers=workers,
         max_bad_share=0.2,

@@ -120,6 +120,9 @@ class Regression:
     def exporter(self, iteration: int):
         return None
 
+    def before_moving(self, wait):
+        pass
+
     def export(self, path: Path, iteration: int):
         path.parent.mkdir(exist_ok=True)
         facts = {"iteration": iteration}

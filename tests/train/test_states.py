@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import weakref
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_a_snapshot_keeps_its_memory_and_what_lies_twice():
     assert torch.equal(first["a"], x), "the copy before is no more"
     tree["a"] = torch.zeros(4)
     assert snapshot.take(tree)["a"].tolist() == [0, 0, 0, 0]
+
+
+def test_the_loaded_state_is_let_go_of(tiny, tmp_path, monkeypatch):
+    """Beside the networks, the moments and the copy that is written, memory holds none."""
+    pretrain(tiny(runtime__checkpoint_every=2), tmp_path / "run", listener=(ear := Ear()))
+    whole = ear.rows[-1]["loss"]
+    held, load = [], checkpoint.load_state
+
+    def loaded(path):
+        state = load(path)
+        held.append(weakref.ref(state["learner"]["student"]["head.last_layer.weight_v"]))
+        return state
+
+    class Looks(Ear):
+        def started(self, facts):
+            assert [ref() for ref in held] == [None]
+
+    monkeypatch.setattr(checkpoint, "load_state", loaded)
+    ear = Looks()
+    settings = tiny(runtime__checkpoint_every=2)
+    train.run(Pretraining(settings), tmp_path / "run", listener=ear, from_iteration=4)
+    assert ear.rows[-1]["loss"] == whole
 
 
 def test_the_newest_and_milestones_are_kept_and_one_goes_back(tiny, tmp_path):

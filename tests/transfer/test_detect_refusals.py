@@ -139,12 +139,15 @@ def test_what_is_left_out_is_said_and_the_rest_is_learned_from(detect, coco):
                 coco / "train2017" / first["file_name"], coco / "train2017" / f"{number}.jpg"
             )
     (coco / "train2017" / "94.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (24, 24)).save(coco / "train2017" / "92.jpg")
+    tree["images"][-3] |= {"height": 24, "width": 24}
     row = {"image_id": 90, "category_id": 3, "area": 400, "iscrowd": 0, "segmentation": SQUARE}
     rows = [
         {**row, "id": 901, "bbox": [100, 4, 20, 20]},
         {**row, "id": 902, "bbox": [4, 4, 0, 20]},
         {**row, "id": 903, "bbox": [4, 4, 20, 20], "segmentation": [[4, 4, 24, 24]]},
         {**row, "id": 904, "bbox": [4, 4, 20, 20], "image_id": 94},
+        {**row, "id": 905, "bbox": [4, 4, 20, 20], "image_id": 92},
     ]
     tree["annotations"] += rows
     path.write_text(json.dumps(tree))

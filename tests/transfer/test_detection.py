@@ -331,3 +331,15 @@ def test_a_box_without_an_area_is_a_stripe_as_published():
     assert upright.nonzero()[:, 1].unique().tolist() == [1, 2, 3]
     assert lying.nonzero()[:, 0].unique().tolist() == [0]
     assert whole.all()
+
+
+def test_regions_of_half_numbers_lie_where_they_do():
+    """A thousand pixels from the left, bfloat16 knows every fourth place."""
+    ramp = torch.arange(300.0).expand(1, 1, 40, 300) % 8  # exact in half numbers
+    boxes = [torch.tensor([[1001.0, 10, 1041, 50]])]
+    pooling = Pooling()
+    wanted = pooling([ramp] * 4, boxes, 7)
+    for half in (torch.bfloat16, torch.float16):
+        found = pooling([ramp.to(half)] * 4, boxes, 7)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)

@@ -136,6 +136,9 @@ def test_a_run_leaves_segmenter_backbone_scores_and_its_start(finished, painted,
     code, out, error = xdino("runs", finished)
     assert (code, "finished" in out) == (0, True), error
     assert f"{max(row['val_miou'] for row in scored):.1f}" in out
+    code, out, error = xdino("score", finished, "--data", painted, "--json")
+    assert code == 0, error  # by the file alone, which says how pictures are shown
+    assert json.loads(out)[0]["metrics"]["mIoU"] == pytest.approx(last.metrics["mIoU"])
     code, _, error = xdino("report", finished)
     assert code == 0, error
     page = (finished / "report.html").read_text()
@@ -196,7 +199,7 @@ def test_killed_and_stopped_in_an_epoch_it_ends_in_the_same_bytes(finished, pain
 
 def test_two_processes_are_one(painted, tmp_path):
     """With the same total batch: BatchNorms see both processes' pictures."""
-    same = {"model__drop_path": 0, "model__dropout": 0, "evaluate__every": 0, "optim__lr": 0.001}
+    same = {"evaluate__every": 0, "optim__lr": 0.001}  # paths and channels are dropped alike
     alone = child(*words(tmp_path / "one", painted, **same))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

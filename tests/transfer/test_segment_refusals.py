@@ -13,6 +13,7 @@ from PIL import Image
 from xdino import checkpoint, config
 from xdino.backbones import BackboneSpec
 from xdino.plan import feasibility
+from xdino_eval import results
 from xdino_transfer.dense_files import read_dense
 from xdino_transfer.dense_training.segmenting.plan import make_plan, rates_of
 from xdino_transfer.dense_training.segmenting.recipe import Model, Segmentation, View
@@ -136,8 +137,11 @@ def test_what_is_left_out_is_named_and_the_run_goes_on(data, segment):
     (data / "masks" / "train" / "5.png").unlink()
     mask(data / "masks" / "train" / "3.png", (32, 41))
     (data / "images" / "train" / "6.png").write_bytes(b"no picture")
+    mask(data / "masks" / "val" / "1.png", labels=(0, 1, 9))
     code, said, run = segment(data, data__max_bad_share=0.5, train__batch_size=3)
     assert code == 0, said
+    row = results.load(run / "results.json")[-1]
+    assert (row.val_size, "1 pictures could not be read" in row.notes[0]) == (1, True)
     assert "5.png; they are left out" in said
     assert "3.png has 41 x 32 pixels" in said
     rows = [json.loads(line) for line in (run / "unreadable.jsonl").read_text().splitlines()]
@@ -148,6 +152,13 @@ def test_what_is_left_out_is_named_and_the_run_goes_on(data, segment):
 def test_a_mask_that_is_spoilt_later_is_skipped_and_named(data, segment):
     code, said, run = segment(data, train__epochs=1)
     assert code == 0, said
+    (data / "classes.txt").write_text("sky\nearth\n")
+    (run / "model.safetensors").unlink()
+    (run / "backbone.safetensors").unlink()
+    code, said, _ = segment(data, train__epochs=1)
+    assert (code, "was made with other classes than those of" in said) == (2, True), said
+    (data / "classes.txt").write_text("sky\nground\n")
+    assert segment(data, train__epochs=1)[0] == 0  # and writes them again
     for number in range(8):
         mask(data / "masks" / "train" / f"{number}.png", (32, 41))
     code, said, _ = segment(data, train__epochs=1)
@@ -196,6 +207,8 @@ def test_checkpointed_steps_are_estimated_smaller(data):
         ({"view__shorter": 65}, "more than view.longer"),
         ({"optim__warmup": 5}, "longer than the run of 2"),
         ({"optim__warmup": "ten"}, "a number of iterations, or a share of the run"),
+        ({"data__range": "0,4095"}, "data.range is for bands of a sensor"),
+        ({"model__in_chans": 4}, "have 1 or 3 channels, and the network takes 4"),
         ({"runtime__kernels": "fused"}, "is for pretraining"),
         ({"train__init": "/nowhere.pth"}, "/nowhere.pth"),
         ({"data__max_bad_share": 2}, "data.max_bad_share"),
@@ -286,3 +299,18 @@ def test_gray_pictures_by_weights_of_one_channel(data, segment, tmp_path):
     assert (found.spec.in_chans, found.mean) == (1, (0.5,))
     assert found.facts["init"].endswith("w.safetensors")
     assert open_maps(str(data))[1].read(0)[0].shape == (32, 40, 3)
+
+
+def test_a_linear_map_on_a_vision_transformer(data, segment):
+    """Whole pictures of any size are shown in whole patches."""
+    code, said, run = segment(
+        data,
+        model__arch="vit_tiny_patch16_224",
+        **{f"model__{key}": "null" for key in ("embed_dim", "depth", "num_heads", "channels")},
+        model__frozen="true",
+        view__longer=50,
+        train__iterations=1,
+        train__epochs="null",
+    )
+    assert code == 0, said
+    assert results.load(run / "results.json")[-1].val_size == 2

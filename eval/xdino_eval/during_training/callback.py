@@ -1,13 +1,15 @@
 """Evaluators for a trainer: rows become the numbers of metrics.jsonl."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from xdino.backbone import Backbone
 from xdino.data.sources import Source
+from xdino.runtime import distributed, turns
 from xdino_eval.during_training.best_teacher import BestTeacher
 from xdino_eval.evaluators import LABEL_FREE, Evaluator, check_labels
 from xdino_eval.extraction import Options
@@ -61,7 +63,8 @@ def callback(
     """A function from a backbone to all their numbers, see `numbers`.
 
     The network is judged where it lies and comes back in the mode it was in; no random number is
-    drawn from any generator that training uses.
+    drawn from any generator that training uses. With `options.shared` every process calls it, and
+    `best` and `after` see what they are for on the first.
 
     Args:
         best: is shown the rows of "knn", to keep the teacher that has the best.
@@ -77,13 +80,19 @@ def callback(
         found: dict[str, float] = {}
         once = Remembering.like(options)
         for name, evaluator in evaluators.items():
-            rows = evaluator(backbone, train, val, once)
+            judge = partial(evaluator, backbone, train, val, once)
+            rows = turns.all_hear(judge, options.shared)
             found |= numbers(name, rows) | beside(rows, train, val)
             if name == "knn" and best is not None:
-                best.look(backbone, rows, lambda b: evaluators["knn"](b, train, val, options))
-        if after is not None:
+                turns.all_hear(partial(look, backbone, rows), options.shared)
+        if after is not None and distributed.rank() == 0:
             after(backbone, once)
         return found
+
+    def look(backbone: Backbone, rows: Sequence[Row]) -> None:
+        alone = replace(options, shared=False)
+        if best is not None and distributed.rank() == 0:
+            best.look(backbone, rows, lambda b: evaluators["knn"](b, train, val, alone))
 
     return evaluate
 

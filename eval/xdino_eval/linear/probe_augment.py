@@ -9,7 +9,7 @@ Letters: N images, B images of a batch, D width, s side of a crop.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
-from xdino.runtime import rng, transfer
-from xdino_eval.features import Batch, Features, autocast, read_batches
+from xdino.runtime import rng, transfer, turns
+from xdino_eval.features import NOTHING, Batch, Features, autocast, read_batches
 from xdino_eval.transform import EvalTransform, resample
 
 
@@ -56,7 +56,8 @@ class AugmentedImages:
     """Features of some images of `source`, augmented anew in every epoch.
 
     classes: int64 [N], of every image of the source. indices: int64, those to train on.
-    unreadable: the places of images that could not be read, as they are met.
+    shared: as of `OverImages`. unreadable: the places of images that could not be read, as they are
+    met.
     """
 
     backbone: nn.Module
@@ -69,6 +70,7 @@ class AugmentedImages:
     device: torch.device
     workers: int
     precision: str
+    shared: bool = False
     unreadable: set[int] = field(default_factory=set)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,15 +85,19 @@ class AugmentedImages:
             return augment(image, size, rng.probe_image(seed, epoch, index))
 
         order = self.indices[rng.probe_order(seed, epoch).permutation(len(self.indices))]
-        batches = read_batches(self.source, crop, order, self.batch_size, self.workers, self.device)
+        own = turns.mine(order, self.batch_size) if self.shared else order
+        batches = read_batches(self.source, crop, own, self.batch_size, self.workers, self.device)
+        looked_at: Iterator[tuple[Batch, Tensor]]
+        looked_at = ((batch, self._look(batch)) for batch in batches)
+        if self.shared:
+            here = ((replace(batch, images=NOTHING), out.cpu()) for batch, out in looked_at)
+            looked_at = turns.of_all(here, -(-len(order) // self.batch_size))
         before: tuple[Batch, transfer.Arriving] | None = None
-        for batch in batches:
+        for batch, features in looked_at:
             self.unreadable.update(index for index, _ in batch.skipped)
             if not len(batch.indices):
                 continue
-            with torch.no_grad(), autocast(self.device, self.precision):
-                images = transfer.to_device(batch.images, self.device)
-                features = self.backbone(self.transform.normalise(images)).float()
+            features = features.to(self.device)
             if before is not None:
                 self._refuse_broken(*before, epoch)
             before = batch, transfer.Arriving(~features.isfinite().all(1))
@@ -99,6 +105,14 @@ class AugmentedImages:
             yield features, transfer.to_device(target, self.device)
         if before is not None:
             self._refuse_broken(*before, epoch)
+
+    def _look(self, batch: Batch) -> Tensor:
+        """The features of a batch, [0] where none of it could be read."""
+        if not len(batch.indices):
+            return torch.empty(0)
+        with torch.no_grad(), autocast(self.device, self.precision):
+            images = transfer.to_device(batch.images, self.device)
+            return self.backbone(self.transform.normalise(images)).float()
 
     def _refuse_broken(self, batch: Batch, broken: transfer.Arriving, epoch: int) -> None:
         """Else every head would take the blame. A device is asked of a batch during the next."""

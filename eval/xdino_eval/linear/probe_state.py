@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xdino.errors import RunFailed, reason
+from xdino.runtime import distributed
 from xdino.runtime.atomic import written_beside
 
 
@@ -81,8 +82,22 @@ class Unfinished:
         self._written = time.monotonic()
 
     def done(self) -> None:
-        if self.path.exists():
-            self.path.unlink()
+        self.path.unlink(missing_ok=True)
+
+
+class UnfinishedOfAll(Unfinished):
+    """The same of a probe that all processes of a group train: the first one keeps the file."""
+
+    def load(self) -> tuple[int, dict[str, Tensor]]:
+        return distributed.from_first(super().load)
+
+    def save(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        if distributed.rank() == 0:
+            super().save(epoch, tensors)
+
+    def done(self) -> None:
+        if distributed.rank() == 0:
+            super().done()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -28,7 +28,7 @@ from xdino.runtime import rng
 from xdino_eval.features import Features, Progress, device_of, evaluating, extract
 from xdino_eval.linear.probe import Probe, Trained, Trial, check
 from xdino_eval.linear.probe_augment import AugmentedImages
-from xdino_eval.linear.probe_state import Unfinished
+from xdino_eval.linear.probe_state import Unfinished, UnfinishedOfAll
 from xdino_eval.transform import EvalTransform
 
 THREADS_PAY = 1e9  # multiplications in one product of features [B, D] and weights [D, K]
@@ -82,7 +82,8 @@ class OverImages:
 
     backbone: float32 [B, C, s, s] -> [B, D]; moved to `device` (None = where it is).
     keep_in: a folder for the state after each epoch; the same probe goes on from there.
-    progress: told (epochs done, epochs).
+    progress: told (epochs done, epochs). shared: the processes of a group take the batches in turn,
+    and every one of them trains the same head.
     """
 
     backbone: Backbone
@@ -94,6 +95,7 @@ class OverImages:
     precision: str = "fp32"
     keep_in: Path | str | None = None
     progress: Progress | None = None
+    shared: bool = False
 
     @property
     def where(self) -> torch.device:
@@ -123,6 +125,7 @@ class OverImages:
             self.workers,
             self.precision,
             indices,
+            shared=self.shared,
         )
 
     def augmented(
@@ -140,6 +143,7 @@ class OverImages:
             self.where,
             self.workers,
             self.precision,
+            self.shared,
         )
 
     def unfinished(self, *told: object) -> Unfinished | None:
@@ -147,7 +151,8 @@ class OverImages:
         if self.keep_in is None:
             return None
         images = fingerprint(self.train), self.transform, self.precision
-        return Unfinished.of(self.keep_in, self.backbone, *images, *told)
+        kind = UnfinishedOfAll if self.shared else Unfinished
+        return kind.of(self.keep_in, self.backbone, *images, *told)
 
 
 def sgd_probe(images: OverImages, how: Sgd | None = None) -> Trained:

@@ -20,10 +20,18 @@ from xdino.data.loader import epoch_order
 from xdino.data.sources import Source
 from xdino.errors import RunFailed
 from xdino.plan import photometric_of
-from xdino.runtime import transfer
+from xdino.runtime import transfer, turns
 from xdino_eval import results
 from xdino_eval.extraction import Options
-from xdino_eval.features import Batch, autocast, device_of, evaluating, in_turn, read_batches
+from xdino_eval.features import (
+    NOTHING,
+    Batch,
+    autocast,
+    device_of,
+    evaluating,
+    in_turn,
+    read_batches,
+)
 from xdino_eval.quality.alarms import alarms
 from xdino_eval.quality.measures import DELTA, agreement, feature_std, lidar, rankme
 from xdino_eval.results import Row
@@ -82,9 +90,16 @@ def view_features(
         return backbone(photometric(pixels, table, views))
 
     out, done, step = [], 0, max(1, options.batch_size // q)
-    batches = read_batches(source, crop, indices, step, options.workers, device)
+    own = turns.mine(indices, step) if options.shared else indices
+    batches = read_batches(source, crop, own, step, options.workers, device)
     with evaluating(backbone), torch.inference_mode(), autocast(device, options.precision):
-        for batch, features in in_turn(batches, look):
+        looked_at = in_turn(batches, look)
+        if options.shared:
+            bare = ((replace(batch, images=NOTHING), found) for batch, found in looked_at)
+            answers = turns.of_all(bare, -(-len(indices) // step))
+        else:
+            answers = looked_at
+        for batch, features in answers:
             done += len(batch.indices) + len(batch.skipped)
             if len(features):
                 out.append(features.unflatten(0, (-1, q)))

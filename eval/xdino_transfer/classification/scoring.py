@@ -134,6 +134,7 @@ def logits_of(
         options.device,
         options.workers,
         options.precision,
+        options.shared,
     )
     with contextlib.closing(batches):
         for batch, logits in batches:

@@ -2,12 +2,12 @@
 
     path -> bytes -> decoded -> one view with its labels -> device -> losses by name -> one update
 
-Which images a step takes and what happens to them follows from the seed and its number alone; what is
-drawn from torch's generators (dropped paths and channels, samples) is kept with the state.
+Which images a step takes and what happens to them follows from the seed and its number alone, and so
+does what is drawn in the network (dropped paths and channels, samples).
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -28,7 +28,9 @@ from xdino_transfer.dense_training import starting
 from xdino_transfer.dense_training.learner import DenseLearner, adamw, parameter_groups
 from xdino_transfer.dense_training.plan import DensePlan
 from xdino_transfer.dense_training.recipe import DenseConfig
+from xdino_transfer.detection.views import Views
 from xdino_transfer.pyramid import without_class_attention
+from xdino_transfer.segmentation.views import TestViews
 
 Batch = TypeVar("Batch")
 VIEWS_FILE = "views.png"
@@ -120,8 +122,6 @@ class DenseJob(LoaderJob[Batch], Generic[Batch]):
         self.learner = DenseLearner(
             network, self.losses, adamw(groups), o.clip_grad, self.plan.precision
         )
-        # Processes drop different paths; the first is as it would be alone.
-        torch.manual_seed(config.train.seed + distributed.rank())
 
     def notices(self) -> Iterator[str]:
         yield from self.plan.train.notices()
@@ -222,21 +222,38 @@ class DenseJob(LoaderJob[Batch], Generic[Batch]):
             **self._init,
         }
 
-    def write(self, path: Path, iteration: int, **facts: Any) -> None:
-        """The whole network, as `dense_files.read_dense` reads it."""
-        plan = self.plan
-        told = self.weights_facts(iteration) | facts
-        write_dense(path, self.judged, told, spec=plan.spec, classes=plan.classes)
+    @property
+    @abstractmethod
+    def test_views(self) -> TestViews | Views:
+        """How a picture is shown in a test."""
 
-    def export(self, path: Path, iteration: int) -> None:
+    def write(self, path: Path, iteration: int, network: Any = None, **facts: Any) -> None:
+        """The whole network, as `dense_files.read_dense` reads it; `network`: as of `export`."""
+        plan = self.plan
+        write_dense(
+            path,
+            network or self.judged,
+            self.weights_facts(iteration) | facts,
+            spec=plan.spec,
+            classes=plan.classes,
+            views=self.test_views,
+        )
+
+    def exporter(self, iteration: int) -> Callable[[Path], None]:
+        network = self.copy_of(self.judged)
+        return lambda path: self.export(path, iteration, network)
+
+    def export(self, path: Path, iteration: int, network: Any = None) -> None:
         """The backbone, and beside that of the run the whole network, which comes first: a run that
         was killed between the two writes both at its next start.
 
-        A pyramid's has stem and blocks, and no class attention, which took no part.
+        A pyramid's has stem and blocks, and no class attention, which took no part. `network`: as it
+        was then, where it is another by now.
         """
+        network = network or self.judged
         if path.name == checkpoint.BACKBONE_FILE:
-            self.write(path.with_name(MODEL_FILE), iteration)
-        backbone = self.judged.backbone
+            self.write(path.with_name(MODEL_FILE), iteration, network)
+        backbone = network.backbone
         inner = getattr(backbone, "network", None)
         facts = self.weights_facts(iteration)
         tensors = (backbone if inner is None else inner).state_dict()

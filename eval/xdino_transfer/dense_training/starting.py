@@ -81,6 +81,10 @@ def spec_of(config: DenseConfig, weights: Weights | None) -> BackboneSpec:
         raise UsageError(
             f"model.in_chans is {m.in_chans}, and the weights of train.init take {spec.in_chans}"
         )
+    if spec.in_chans not in (1, 3):
+        raise UsageError(
+            f"pictures with masks or boxes have 1 or 3 channels, and the network takes {spec.in_chans}"
+        )
     return spec
 
 

@@ -116,8 +116,12 @@ class Pooling:
         return level.clamp(0, len(self.strides) - 1).long()
 
     def __call__(self, levels: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
-        """Levels [B, D, ., .] and boxes [R_i, 4] of each image -> [R, D, size, size]."""
+        """Levels [B, D, ., .] and boxes [R_i, 4] of each image -> [R, D, size, size].
+
+        Of half numbers in float32, as published: places of a thousand pixels have no halves there.
+        """
         rois = regions(boxes)
+        levels = [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in levels]
         own = self.levels_of(rois[:, 1:])
         out = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
         for i, stride in enumerate(self.strides):

@@ -15,7 +15,7 @@ import numpy as np
 from xdino.errors import UsageError
 from xdino_transfer.detection.boxes import Size
 
-Outline = Sequence[Sequence[float]] | Mapping[str, Any]
+Outline = Sequence[Sequence[float] | np.ndarray] | Mapping[str, Any]
 """Polygons [x, y, x, y, ...], or {"size": [H, W], "counts": a list or a string of runs}."""
 
 
@@ -60,7 +60,7 @@ def checked(outline: Any, size: Size) -> Outline | None:
         return outline
     if not isinstance(outline, list):
         raise ValueError("its mask is neither polygons nor runs of pixels")
-    polygons = [polygon for polygon in outline if _is_polygon(polygon)]
+    polygons = [np.array(polygon, np.float64) for polygon in outline if _is_polygon(polygon)]
     return polygons or None
 
 

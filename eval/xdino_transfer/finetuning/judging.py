@@ -6,12 +6,14 @@ RUN/best.safetensors, whose header says how, and has a row in results.json besid
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xdino import checkpoint
 from xdino.checkpoint import BEST_FILE
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import distributed, turns
 from xdino_eval import results
 from xdino_eval.during_training.callback import chance
 from xdino_eval.extraction import Options
@@ -26,7 +28,8 @@ _WHICH = "weights"  # of a row's settings: "last" or "best"
 
 
 class Judge:
-    """An evaluator for `train.run` (`job.Evaluator`) of a job in the folder `run`.
+    """An evaluator for `train.run` (`job.Evaluator`) of a job in the folder `run`; of several
+    processes every one calls it (`job.OfAllProcesses`).
 
     notice: is told where the best cannot be kept, in a sentence.
     """
@@ -42,21 +45,23 @@ class Judge:
 
     def __call__(self, classifier: Classifier) -> dict[str, float]:
         iteration = int(classifier.origin.facts["iteration"])
-        rows = self._score(classifier)
+        shared = distributed.world_size() > 1
+        rows = turns.all_hear(partial(self._score, classifier, shared), shared)
         self._last = iteration, rows
-        if iteration:
+        if iteration and distributed.rank() == 0:
             try:
                 self._keep_best(classifier, iteration, rows)
             except (RunFailed, UsageError, OSError) as error:  # a run is worth more than this file
                 self.notice(f"the best classifier so far could not be kept: {error}")
         return self._numbers(rows)
 
-    def _score(self, classifier: Classifier) -> list[Row]:
+    def _score(self, classifier: Classifier, shared: bool = False) -> list[Row]:
         plan, config = self.job.plan, self.job.config
         options = Options(
             published_transform(plan.spec, config.evaluate.full_crop),
             batch_size=config.evaluate.batch_size,
             workers=max(1, config.runtime.workers),
+            shared=shared,
         )
         bad = config.data.max_bad_share
         found = score(classifier, plan.val, options, len(plan.train), bad)

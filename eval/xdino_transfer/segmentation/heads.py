@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdino.runtime.drop_path import Rows
 from xdino_transfer.resizing import bilinear
 
 
@@ -33,12 +34,28 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+class SharedDropout(nn.Dropout2d):
+    """Channels left out, drawn for the images of all processes (see `xdino.runtime.drop_path`).
+
+    So the same images lose the same channels on one process and on eight.
+    """
+
+    rows: Rows | None = None  # which of the images are here; None: all
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows
+        if not self.training or not self.p or rows is None or rows.images != len(x):
+            return super().forward(x)
+        of_all = x.new_empty(rows.total, x.shape[1], 1, 1).bernoulli_(1 - self.p).div_(1 - self.p)
+        return x * torch.cat([of_all[first:last] for first, last in rows.mine])
+
+
 class Head(nn.Module):
     """What all heads end in: dropped channels, and a 1x1 convolution `conv_seg`."""
 
     def __init__(self, width: int, classes: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = SharedDropout(dropout)
         self.conv_seg = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         if self.conv_seg.bias is not None:

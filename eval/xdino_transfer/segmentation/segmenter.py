@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xdino.backbone import Backbone
 from xdino.errors import UsageError, nearest
+from xdino.xcit import XCiT
 from xdino_transfer import fpn
 from xdino_transfer.pyramid import STRIDES, Pyramid
 from xdino_transfer.resizing import bilinear
@@ -42,6 +43,10 @@ class LastTokens(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
+        # An XCiT rounds its grid up; others take whole patches, which logits are stretched back from.
+        patch = self.network.require_patches()
+        if not isinstance(self.network, XCiT):
+            images = bilinear(images, [-(-side // patch) * patch for side in images.shape[2:]])
         return [self.network.forward_intermediates(images)[0][0]]
 
 

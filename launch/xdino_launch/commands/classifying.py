@@ -25,6 +25,7 @@ from xdino_launch.commands.options import (
     batch_option,
     device_option,
     given,
+    on_all_processes,
     on_one_process,
     option,
     precision_option,
@@ -194,7 +195,7 @@ def _task(weights: str) -> str | None:
     help="Of DATA.",
 )
 @click.option("--category", default="name", show_default=True, help="Of iNaturalist: the rank.")
-@on_one_process
+@on_all_processes
 def score(
     judged: ClassifierOptions,
     showing: ShowingOptions,
@@ -209,18 +210,24 @@ def score(
     classification (top-1 and top-5), segmentation (mIoU, mAcc, aAcc) or detection (AP of boxes and
     masks); or a classifier of timm's (a file with --arch, or a folder with config.json). Classes are
     matched by name where the file names them, else in the order of the data's; published classifiers
-    by ImageNet's synsets. The row says which.
+    by ImageNet's synsets. The row says which. Under torchrun every process looks at its share of what a
+    classifier is shown.
     """
     judged.there(data)
+    from xdino.runtime import distributed, turns
+
     if _task(judged.weights) is not None:
         from xdino_launch.evaluation import dense
 
-        loaded = dense.opened(judged.weights, judged.arch, judged.device)
-        found = dense.score(loaded, data, split=split, **asdict(showing))
-        output.tell([found.row], judged.weights)
-        dense.keep_per_class(found, output.file(judged.weights))
+        def of_dense() -> None:
+            loaded = dense.opened(judged.weights, judged.arch, judged.device)
+            found = dense.score(loaded, data, split=split, **asdict(showing))
+            output.tell([found.row], judged.weights)
+            dense.keep_per_class(found, output.file(judged.weights))
+
+        turns.on_first(of_dense, distributed.world_size() > 1)
         return
-    opened = judged.open()
+    opened = judged.open().on_all()
     from xdino_launch.evaluation.dense import refuse_annotated
     from xdino_transfer.datasets import open_scored
 

@@ -1,6 +1,7 @@
 """`xdino linear`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ from xdino_launch.commands.options import (
     SubjectOptions,
     Whole,
     numbers,
-    on_one_process,
+    on_all_processes,
     takes,
 )
 
@@ -63,7 +64,7 @@ from xdino_launch.commands.options import (
     help="--apply: write image, prediction, probability, label as CSV; DATA needs no labels then.",
 )
 @click.pass_context
-@on_one_process
+@on_all_processes
 def linear(
     ctx: click.Context,
     judged: SubjectOptions,
@@ -84,10 +85,14 @@ def linear(
     """A linear probe of the frozen features, trained on train/, scored on val/.
 
     Long probes leave their state beside the results; the same command goes on from there. A
-    saved probe (--save-head, by any protocol) is used on other images by --apply.
+    saved probe (--save-head, by any protocol) is used on other images by --apply. Under torchrun
+    every process looks at its share of the images, and the numbers are those of one process.
     """
     if probe is not None:
-        _apply(ctx, judged, output, probe, split, predictions)
+        from xdino.runtime import distributed, turns
+
+        alone = partial(_apply, ctx, judged, output, probe, split, predictions)
+        turns.on_first(alone, distributed.world_size() > 1 and judged.cache is None)
         return
     for name, value in {"--split": split, "--predictions": predictions}.items():
         if value is not None:
@@ -108,7 +113,7 @@ def linear(
     many = Grid(**{name: values for name, values in given.items() if values is not None})
     strengths = cs if cs in GRIDS else numbers(cs, "c", above=0)
     how = Sgd(epochs=epochs, batch_size=judged.batch_size, lr=lr, seed=seed)
-    subject = judged.open()
+    subject = judged.open().on_all()
     kept = output.file(judged.weights)
     keep_in = kept.parent if kept else None
     to_remove: list[Callable[[], None]] = []  # once the row is safe

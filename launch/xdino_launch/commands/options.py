@@ -206,6 +206,33 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def on_all_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """Under a launcher every process does its part; a failure of one is one of all.
+
+    Where features are kept in a folder (--cache), the first process alone does it.
+    """
+    alone = on_one_process(command)
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        judged = options["judged"]
+        single = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+        if single or getattr(judged, "cache", None) is not None:
+            alone(*arguments, **options)
+            return
+        from xdino.runtime import distributed
+        from xdino.runtime.device import resolve_device
+
+        joined = distributed.start(resolve_device(judged.device))
+        try:
+            distributed.together(lambda: command(*arguments, **options))
+        finally:
+            if joined:
+                distributed.stop()
+
+    return wrapped
+
+
 def from_iteration_option() -> Callable[[Any], Any]:
     """--from-iteration, of commands that train."""
     return click.option(
@@ -387,10 +414,16 @@ class OutputOptions:
         return Path(weights) / "results.json" if Path(weights).is_dir() else None
 
     def tell(self, rows: "Sequence[Row]", weights: str) -> None:
-        """Rows to standard output, then to the file: a disk that refuses them loses none."""
+        """Rows to standard output, then to the file: a disk that refuses them loses none.
+
+        Of several processes the first one tells.
+        """
+        from xdino.runtime import distributed
         from xdino_eval import results
         from xdino_launch.console import print_results
 
+        if distributed.rank() != 0:
+            return
         if self.as_json:
             click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         else:

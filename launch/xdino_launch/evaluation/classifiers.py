@@ -6,6 +6,7 @@ from typing import cast
 
 from xdino.backbone import Backbone
 from xdino.data import Source
+from xdino.runtime import distributed
 from xdino.runtime.device import resolve_device
 from xdino_eval.extraction import Options
 from xdino_eval.results import Row
@@ -55,6 +56,10 @@ class Judged:
         check_views(backbone, transform, where, batch_size, size is not None)
         options = options_for(where, batch_size, workers, precision)
         return cls(loaded, replace(options, transform=transform), max_bad_share, max_pixels)
+
+    def on_all(self) -> "Judged":
+        """The same, each of several processes with its share of the images."""
+        return replace(self, options=replace(self.options, shared=distributed.world_size() > 1))
 
     @property
     def channels(self) -> int:

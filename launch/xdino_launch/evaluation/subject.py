@@ -71,7 +71,8 @@ class Subject:
         backbone = checkpoint.load_backbone(weights, arch, role)
         train, val = (splits or open_splits)(data, backbone.in_chans)
         for sentence in dict.fromkeys([*train.notices(), *val.notices()]):
-            stderr_console().print(sentence, soft_wrap=True)
+            if distributed.rank() == 0:
+                stderr_console().print(sentence, soft_wrap=True)
         if max_pixels is not None:
             limit_pixels(train, max_pixels)
             limit_pixels(val, max_pixels)
@@ -84,6 +85,17 @@ class Subject:
         options = options_for(where, batch_size, workers, precision)
         kept = Path(cache) if cache else None
         return cls(backbone, train, val, replace(options, transform=transform, cache=kept))
+
+    def on_all(self) -> "Subject":
+        """The same, each of several processes with its share of the images, where none are kept.
+
+        Raises:
+            RunFailed: as `check_alike`.
+        """
+        if self.options.cache is not None:
+            return self
+        distributed.together(self.check_alike)
+        return replace(self, options=replace(self.options, shared=distributed.world_size() > 1))
 
     def keeping_features(self, folder: Path | None) -> "Subject":
         """The same with another folder for features; None = none are kept."""
@@ -153,8 +165,10 @@ class Subject:
 def options_for(
     device: torch.device, batch_size: int = 128, workers: int = 2, precision: str = "fp32"
 ) -> Options:
-    """Options of an evaluator that tells standard error how far it is."""
+    """Options of an evaluator that tells standard error how far it is, on the first process."""
     console = stderr_console()
+    if distributed.rank() != 0:
+        return Options(batch_size=batch_size, workers=workers, device=device, precision=precision)
     return Options(
         batch_size=batch_size,
         workers=workers,

@@ -70,7 +70,7 @@ def next_of_labelled(kind: str, run: Path, data: str) -> list[tuple[str, str]]:
     """The same after a run of this kind has learned from labels of `data`."""
     if kind == "finetune":
         return next_of_classifier(run, data)
-    place, data = _operand(str(run)), _operand(data)
+    place, data = _operand(str(run)), _operand(data or "DATA")  # files may be named instead
     image = an_image(data) or IMAGE
     commands = [
         ("the score", ["score", place, "--data", data]),

@@ -85,14 +85,8 @@ def _apply_compiled(
     kernels, reach = _kernels_of(table["blur"])
     threads = torch.get_num_threads()
     for places, colour in spec.band_groups:
-        scale, shift = 1 / (255 * std[places]), mean[places] / std[places]
-        whole = places == list(range(spec.channels))
-        pixels = crops if whole else np.ascontiguousarray(crops[..., places])
-        part = out if whole else np.empty((len(out), len(places), *out.shape[2:]), np.float32)
-        levels = _solarize_from(spec), scale, shift
-        compiled.apply(pixels, table, kernels, reach, *levels, part, threads, colour)
-        if not whole:
-            out[:, places] = part
+        levels = _solarize_from(spec), 1 / (255 * std[places]), mean[places] / std[places]
+        compiled.apply(crops, table, kernels, reach, *levels, out, threads, places, colour)
 
 
 def photometric_fused(

@@ -14,7 +14,7 @@ beside this file, or in the user's cache where it cannot write there.
 Letters: N crops, C channels, h w of a crop, R reach of a blur in pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import floor
 from typing import Any
@@ -49,14 +49,14 @@ _SIGNATURE = numba.void(
     numba.int64, numba.int64, numba.from_dtype(TABLE_DTYPE)[::1],  # first, last, table
     numba.float32[:, ::1], numba.int64[::1],  # kernels, reach
     numba.float32, numba.float32[::1], numba.float32[::1],  # threshold, scale, shift
-    numba.boolean,  # colour
+    numba.int64[::1], numba.boolean,  # places, colour
 )  # fmt: skip
 
 
 def apply(
     crops: np.ndarray, table: np.ndarray, kernels: np.ndarray, reach: np.ndarray,
     threshold: float, scale: np.ndarray, shift: np.ndarray, out: np.ndarray, threads: int = 1,
-    colour: bool = True,
+    places: Sequence[int] | None = None, colour: bool = True,
 ) -> None:  # fmt: skip
     """Flip, jitter, grayscale, blur, solarise: out = level * scale - shift.
 
@@ -68,13 +68,15 @@ def apply(
         reach: int64 [N], how far each blur goes: a multiple of 3 up to R, 0 for no blur.
         threshold: levels from here on are solarised. scale, shift: float32 [C].
         out: float32 [N, C, h, w], contiguous; it is overwritten.
-        colour: three channels are red, green and blue.
+        places: of the channels that are worked on together, G of C; None: all. scale, shift: of these.
+        colour: they are red, green and blue.
     """
+    chosen = np.arange(crops.shape[3]) if places is None else np.array(places, np.int64)
     table, N = np.array(table, TABLE_DTYPE), len(crops)  # a copy: writable, as the signature says
 
     def work(first: int, last: int) -> None:
         level = np.float32(threshold)
-        _apply(crops, out, first, last, table, kernels, reach, level, scale, shift, colour)
+        _apply(crops, out, first, last, table, kernels, reach, level, scale, shift, chosen, colour)
 
     if threads <= 1 or N < 2:
         work(0, N)
@@ -217,36 +219,41 @@ def _jitter(
 
 
 @_compiled
-def _load_bytes(tile: np.ndarray, pixels: np.ndarray, top: int, count: int) -> None:
+def _load_bytes(
+    tile: np.ndarray, pixels: np.ndarray, top: int, count: int, places: np.ndarray
+) -> None:
     w, C = pixels.shape[1:]
     for y in range(count):
-        if C == 3:  # all at once: the form that becomes shuffles of whole registers
+        if (
+            C == 3 and len(places) == 3 and places[0] == 0 and places[1] == 1
+        ):  # all at once: the form that becomes shuffles of whole registers
             for x in range(w):
                 tile[0, y * w + x] = pixels[top + y, x, 0]
                 tile[1, y * w + x] = pixels[top + y, x, 1]
                 tile[2, y * w + x] = pixels[top + y, x, 2]
         else:
-            for c in range(C):
+            for c in range(len(places)):
+                place = places[c]
                 for x in range(w):
-                    tile[c, y * w + x] = pixels[top + y, x, c]
+                    tile[c, y * w + x] = pixels[top + y, x, place]
 
 
 @_compiled
-def _load(tile: np.ndarray, planes: np.ndarray, top: int, count: int) -> None:
+def _load(tile: np.ndarray, planes: np.ndarray, top: int, count: int, places: np.ndarray) -> None:
     w = planes.shape[2]
-    for c in range(len(planes)):
+    for c in range(len(places)):
         for y in range(count):
             for x in range(w):
-                tile[c, y * w + x] = planes[c, top + y, x]
+                tile[c, y * w + x] = planes[places[c], top + y, x]
 
 
 @_compiled
-def _store(planes: np.ndarray, tile: np.ndarray, top: int, count: int) -> None:
+def _store(planes: np.ndarray, tile: np.ndarray, top: int, count: int, places: np.ndarray) -> None:
     w = planes.shape[2]
-    for c in range(len(planes)):
+    for c in range(len(places)):
         for y in range(count):
             for x in range(w):
-                planes[c, top + y, x] = tile[c, y * w + x]
+                planes[places[c], top + y, x] = tile[c, y * w + x]
 
 
 @_compiled
@@ -365,7 +372,7 @@ def _blur(
 @_compiled
 def _band(
     tile: np.ndarray, pixels: np.ndarray, planes: np.ndarray, top: int, count: int,
-    row: np.record, first: int, last: int, mean: np.float32, colour: bool,
+    row: np.record, first: int, last: int, mean: np.float32, places: np.ndarray, colour: bool,
 ) -> int:  # fmt: skip
     """Load rows and apply the jitter's turns from `first` up to `last`; -> pixels of the tile.
 
@@ -373,9 +380,9 @@ def _band(
     """
     n = count * pixels.shape[1]
     if first == 0:
-        _load_bytes(tile, pixels, top, count)
+        _load_bytes(tile, pixels, top, count, places)
     else:
-        _load(tile, planes, top, count)
+        _load(tile, planes, top, count, places)
     for turn in range(first, last):
         _jitter(tile, n, row.order[turn], row.factor, mean, colour)
     return n
@@ -384,21 +391,22 @@ def _band(
 @_compiled
 def _mean_level(
     tile: np.ndarray, pixels: np.ndarray, planes: np.ndarray, band: int, row: np.record, turns: int,
-    colour: bool,
+    places: np.ndarray, colour: bool,
 ) -> np.float32:  # fmt: skip
     """The whole level with which contrast blends: the mean after `turns`, left in `planes`."""
-    C, h, w = planes.shape
+    C = len(places)
+    h, w = planes.shape[1:]
     total = np.float64(0)
     for top in range(0, h, band):
         count = min(band, h - top)
-        n = _band(tile, pixels, planes, top, count, row, np.int64(0), turns, _ZERO, colour)
+        n = _band(tile, pixels, planes, top, count, row, np.int64(0), turns, _ZERO, places, colour)
         for c in range(C):
             levels = _ZERO
             for x in range(n):
                 levels += tile[c, x]
             total += levels * LUMA[c] if colour else levels / C
         if turns:
-            _store(planes, tile, top, count)
+            _store(planes, tile, top, count, places)
     return np.float32(floor(total / (h * w) + 0.5))
 
 
@@ -406,10 +414,11 @@ def _mean_level(
 def _apply(
     crops: np.ndarray, out: np.ndarray, first: int, last: int, table: np.ndarray,
     kernels: np.ndarray, reach: np.ndarray, threshold: np.float32, scale: np.ndarray, shift: np.ndarray,
-    colour: bool,
+    places: np.ndarray, colour: bool,
 ) -> None:  # fmt: skip
     """`apply` to crops first to last."""
-    _, h, w, C = crops.shape
+    h, w = crops.shape[1:3]
+    C = len(places)
     colour = colour and C == 3
     band = min(max(1, _TILE // w), h)  # rows
     R = kernels.shape[1] - 1
@@ -423,24 +432,24 @@ def _apply(
             turns = 4
             while row.order[done] != CONTRAST:
                 done += 1
-            mean = _mean_level(tile, pixels, planes, band, row, done, colour)
+            mean = _mean_level(tile, pixels, planes, band, row, done, places, colour)
         for top in range(0, h, band):
             count = min(band, h - top)
-            n = _band(tile, pixels, planes, top, count, row, done, turns, mean, colour)
+            n = _band(tile, pixels, planes, top, count, row, done, turns, mean, places, colour)
             if row.gray:
                 if colour:
                     _gray(tile, n)
                 elif C > 1:
                     _gray_of_bands(tile, n)
             if reach[i]:
-                _store(planes, tile, top, count)
+                _store(planes, tile, top, count, places)
                 continue
             for c in range(C):
                 for y in range(count):
-                    to, at = planes[c, top + y], y * w
+                    to, at = planes[places[c], top + y], y * w
                     _finish(to, tile[c], at, row.flip, row.solarize, threshold, scale[c], shift[c])
         for c in range(C if reach[i] else 0):
             _blur(
-                planes[c], band, wide, across, kernels[i], reach[i],
+                planes[places[c]], band, wide, across, kernels[i], reach[i],
                 row.flip, row.solarize, threshold, scale[c], shift[c],
             )  # fmt: skip

@@ -1,12 +1,13 @@
 """A state as it is now, in memory of its own, while what it was taken from goes on to change."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Place = tuple[Hashable, ...]
+SMALL = 2**20  # bytes
 
 
 class Snapshot:
@@ -27,13 +28,16 @@ class Snapshot:
                 found += value.numel() * value.element_size()
         return found
 
-    def take(self, tree: Any) -> Any:
-        """`tree` with copies in the place of its tensors; the tree that was taken before is no more."""
+    def begin(self, tree: Any) -> tuple[Any, Callable[[], None]]:
+        """`tree` with copies in the place of its tensors; the tree that was taken before is no more.
+
+        Small tensors are copied here, among them all that forward passes move (running statistics).
+        What is returned beside fills the large ones: until then nothing may move these.
+        """
         shared: dict[Any, Tensor] = {}  # one copy of what lies in several places of the tree
-        on_device = False
+        large: list[tuple[Tensor, Tensor]] = []
 
         def copied(node: Any, place: Place) -> Any:
-            nonlocal on_device
             if isinstance(node, dict):
                 return {key: copied(value, (*place, key)) for key, value in node.items()}
             if isinstance(node, list | tuple):
@@ -46,15 +50,31 @@ class Snapshot:
             held = self._held.get(place)
             if held is None or not _fits(held, node):
                 held = torch.empty(node.shape, dtype=node.dtype, pin_memory=node.is_cuda)
-            held.copy_(node.detach(), non_blocking=True)
-            on_device |= node.is_cuda
             self._held[place] = shared[same] = held
+            if node.numel() * node.element_size() > SMALL:
+                large.append((held, node.detach()))
+            else:
+                held.copy_(node.detach(), non_blocking=True)
             return held
 
-        kept = copied(tree, ())
-        if on_device:
-            torch.cuda.synchronize()
+        def fill() -> None:
+            for held, value in large:
+                held.copy_(value, non_blocking=True)
+
+        return copied(tree, ()), fill
+
+    def take(self, tree: Any) -> Any:
+        """`begin`, and all of it filled."""
+        kept, fill = self.begin(tree)
+        fill()
+        wait_for_copies(kept)
         return kept
+
+
+def wait_for_copies(kept: Any) -> None:
+    """Until what was copied from GPUs has arrived."""
+    if any(value.is_pinned() for _, value in _tensors(kept)):
+        torch.cuda.synchronize()
 
 
 def _fits(held: Tensor | None, value: Tensor) -> bool:

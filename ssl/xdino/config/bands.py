@@ -213,5 +213,5 @@ def picture(
     some = out[:: max(1, len(out) // 256), :: max(1, out.shape[1] // 256)]
     low, high = np.percentile(some, _PERCENT)
     span = max(high - low, _LEAST * high, 1.0)
-    levels = (out.astype(np.float32) - (high - span)) * (255 / span)
+    levels = (out.astype(np.float32) - max(0, high - span)) * (255 / span)
     return np.asarray(np.clip(levels, 0, 255), np.uint8)

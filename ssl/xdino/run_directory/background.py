@@ -1,7 +1,8 @@
 """States that a thread writes while training goes on, one at a time, on the run's first process.
 
-Training waits for a copy in memory, and for the write before if that is still under way. What the disk
-refuses is raised where somebody waits, and the loop looks for it after every step.
+Training goes on while a state is copied and written. It waits before the first thing that would move
+what is being copied (`copied`), and before the next state for the one before. What the disk refuses is
+raised where somebody waits, and the loop looks for it after every step.
 """
 
 import threading
@@ -34,6 +35,8 @@ class StateWriter:
         self._snapshot = checkpoint.Snapshot()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copied = threading.Event()
+        self._copied.set()
 
     def begin(
         self, iteration: int, state: dict[str, Any], export: Export, later: Export | None
@@ -52,10 +55,16 @@ class StateWriter:
         if later is None or (free is not None and 2 * needed > free):
             self._write(iteration, state, export)
             return
-        kept = self._snapshot.take(state)
+        kept, fill = self._snapshot.begin(state)
+        self._copied.clear()
 
         def work() -> None:
             try:
+                try:
+                    fill()
+                finally:
+                    self._copied.set()
+                checkpoint.wait_for_copies(kept)
                 self._write(iteration, kept, later)
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
                 self._error = error
@@ -71,6 +80,10 @@ class StateWriter:
         name = self.milestone(iteration)
         if name is not None:
             self.run.keep(name)
+
+    def copied(self) -> None:
+        """Wait until what was begun has its copy: from here on anything may move."""
+        self._copied.wait()
 
     @property
     def failed(self) -> bool:

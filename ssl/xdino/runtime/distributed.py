@@ -203,21 +203,27 @@ def gather(value: Any) -> list[Any]:
 
 
 # What processes tell each other; anything else that one raises is its own defect.
+_HEARD = "_heard_by_all"  # of a sentence that every process has raised
 _SENTENCES = {kind.__name__: kind for kind in (UsageError, RunFailed, Stopped)}
 
 
 def together(action: Callable[[], T]) -> T:
     """action() on every process; if it fails on one in a sentence, all of them raise that sentence.
 
-    Without this the others would wait for ever for the one that left.
+    Without this the others would wait for ever for the one that left. One call may lie within another:
+    what all have heard is not told again.
     """
     failure: UsageError | RunFailed | Stopped | None = None
     try:
         result = action()
     except (UsageError, RunFailed, Stopped) as error:
+        if vars(error).get(_HEARD):
+            raise
         failure = error
     for kind, sentence in filter(None, gather(failure and (type(failure).__name__, str(failure)))):
-        raise failure or _SENTENCES.get(kind, RunFailed)(sentence)
+        failure = failure or _SENTENCES.get(kind, RunFailed)(sentence)
+        vars(failure)[_HEARD] = world_size() > 1
+        raise failure
     return result
 
 

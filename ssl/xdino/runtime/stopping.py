@@ -77,3 +77,30 @@ class StopSignal:
             raise Stopped(f"stopped by {self.name} {what}; the same command continues it") from None
         finally:
             self._abandons = False
+
+
+# An evaluation on all processes must not be left by one of them between two exchanges, in which the
+# others would wait for it: it asks, and lets itself be interrupted only where nobody waits.
+_heeded: StopSignal | None = None
+
+
+@contextlib.contextmanager
+def heeding(stop: StopSignal) -> Iterator[None]:
+    """Inside, `asked` and `abandonable` are about this signal."""
+    global _heeded
+    before, _heeded = _heeded, stop
+    try:
+        yield
+    finally:
+        _heeded = before
+
+
+def asked() -> None:
+    """Raises Stopped where the signal that is heeded has come."""
+    if _heeded is not None and _heeded.name is not None:
+        raise Stopped(f"stopped by {_heeded.name}")
+
+
+def abandonable(what: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, the signal that is heeded ends the work at once, see `StopSignal.abandoning`."""
+    return contextlib.nullcontext() if _heeded is None else _heeded.abandoning(what)

@@ -22,7 +22,6 @@ from xdino.data import BadImage
 from xdino.errors import world
 from xdino.runtime import distributed, rng, transfer
 from xdino.runtime.atomic import written_beside
-from xdino_transfer.dense_files import write_dense
 from xdino_transfer.dense_training.detecting import plan as planning
 from xdino_transfer.dense_training.detecting.loader import DetectionBatch, DetectionLoader
 from xdino_transfer.dense_training.detecting.plan import DetectionPlan
@@ -30,6 +29,7 @@ from xdino_transfer.dense_training.job import DenseJob
 from xdino_transfer.detection.detector import Detector, Drawing
 from xdino_transfer.detection.objects import Objects, Shown
 from xdino_transfer.detection.scoring import PROTOCOL
+from xdino_transfer.detection.views import Views
 
 DRAWN = 4  # images of the first batch in views.png
 DRAWN_SIDE = 480  # pixels of their longer side there, at most
@@ -144,16 +144,9 @@ class DetectionJob(DenseJob[DetectionBatch]):
             ],
         }
 
-    def write(self, path: Path, iteration: int, **facts: Any) -> None:
-        plan = self.plan
-        write_dense(
-            path,
-            self.judged,
-            self.weights_facts(iteration) | facts,
-            spec=plan.spec,
-            classes=plan.classes,
-            views=plan.views,
-        )
+    @property
+    def test_views(self) -> Views:
+        return self.plan.views
 
 
 def _save_beside(pictures: list[Image.Image], path: Path) -> None:

@@ -21,6 +21,7 @@ from xdino_transfer.dense_training.segmenting.plan import Plan
 from xdino_transfer.segmentation.losses import VOID
 from xdino_transfer.segmentation.scoring import PROTOCOL
 from xdino_transfer.segmentation.segmenter import Segmenter
+from xdino_transfer.segmentation.views import TestViews
 
 DRAWN = 8  # crops of the picture of the first batch
 
@@ -58,6 +59,10 @@ class SegmentationJob(DenseJob[MaskedBatch]):
             max_bad_share=self.config.data.max_bad_share,
             **self.loader_options(known_bad),
         )
+
+    @property
+    def test_views(self) -> TestViews:
+        return self.plan.test_views
 
     def on_device(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         return (

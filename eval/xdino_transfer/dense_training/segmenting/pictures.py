@@ -31,10 +31,21 @@ from xdino_transfer.segmentation.views import TrainViews
 LOOKED_AT = 500  # masks of a split that are read before a run; all, where there are fewer
 
 
+@dataclass(frozen=True)
+class UsableMaps(Maps):
+    """The same, where a picture whose mask cannot be used counts as unreadable, and is left out."""
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return super().read(index)
+        except UsageError as error:
+            raise UnreadableImage(str(error)) from None
+
+
 class MaskedPictures(FileSource):
     """The pictures of `maps`, whose masks are read with them."""
 
-    def __init__(self, maps: Maps) -> None:
+    def __init__(self, maps: UsableMaps) -> None:
         super().__init__(maps.where, *_named(maps.images), maps.channels)
         self.maps = maps
         self._masks = FileSource(maps.where, *_named(maps.masks), 1)
@@ -42,10 +53,9 @@ class MaskedPictures(FileSource):
         limit_pixels(self, maps.max_pixels)
 
     def _content(self) -> Iterator[bytes]:
-        """The masks count, too, and what they are called."""
+        """The masks count, too."""
         yield from super()._content()
         yield from self._masks._content()
-        yield "\0".join(self.maps.classes).encode("utf-8", "surrogatepass")
 
     def annotated(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A picture uint8 [H, W, C] and its labels uint8 [H, W], VOID where there is none.
@@ -53,10 +63,7 @@ class MaskedPictures(FileSource):
         Raises:
             UnreadableImage, OSError: one of the two cannot be used.
         """
-        try:
-            return self.maps.read(index)
-        except UsageError as error:  # of its mask
-            raise UnreadableImage(str(error)) from None
+        return self.maps.read(index)
 
 
 def _named(paths: Sequence[Path]) -> tuple[Path, list[bytes]]:

@@ -19,12 +19,16 @@ from xdino_transfer.dense_training import plan as planning
 from xdino_transfer.dense_training import starting
 from xdino_transfer.dense_training.plan import DensePlan
 from xdino_transfer.dense_training.recipe import in_iterations
-from xdino_transfer.dense_training.segmenting.pictures import MaskedPictures, check_masks
+from xdino_transfer.dense_training.segmenting.pictures import (
+    MaskedPictures,
+    UsableMaps,
+    check_masks,
+)
 from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.dense_training.starting import Weights
 from xdino_transfer.segmentation import segmenter
 from xdino_transfer.segmentation.losses import VOID
-from xdino_transfer.segmentation.maps import Maps, open_maps
+from xdino_transfer.segmentation.maps import open_maps
 from xdino_transfer.segmentation.segmenter import Segmenter
 from xdino_transfer.segmentation.views import TestViews, TrainViews
 
@@ -35,7 +39,7 @@ FOLDER = "pictures with masks"
 class Plan(DensePlan):
     config: Segmentation
     train: MaskedPictures
-    val: Maps
+    val: UsableMaps
     views: TrainViews
 
     @property
@@ -64,10 +68,8 @@ def make_plan(
     d = config.data
     with asked(f"cannot open data.path {shown(d.path)}"):
         splits = open_maps(d.path, d.zero_is_void, d.max_bad_share)
-    train, val = (
-        dataclasses.replace(maps, channels=spec_.in_chans, max_pixels=d.max_pixels)
-        for maps in splits
-    )
+    shown_with = {"channels": spec_.in_chans, "max_pixels": d.max_pixels}
+    train, val = (UsableMaps(**{**vars(maps), **shown_with}) for maps in splits)
     for maps in (train, val):
         maps.notices.extend(check_masks(maps, d.max_bad_share))
     source = MaskedPictures(train)

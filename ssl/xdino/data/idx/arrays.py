@@ -44,7 +44,7 @@ class ArraySource(Source):
         channels: int = 1,
         split: str = "train",
     ) -> None:
-        if channels not in (1, 3) or (isinstance(channels, Bands) and channels.range):
+        if isinstance(channels, Bands) and (channels not in (1, 3) or channels.range):
             raise only_pictures(name)
         super().__init__(name, int(channels), labels, classes)
         self._images, self._split = images, split
