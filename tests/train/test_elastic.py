@@ -127,11 +127,7 @@ def check_pretraining(runs: dict[str, Path], epochs: int) -> None:
 
 
 def test_killed_on_two_processes_then_on_one_then_on_four(tiny, tmp_path):
-    runs = moved(tmp_path, **pretraining(tiny, 4), **fine_tuning())
-    check_pretraining(runs, 4)
-    # Fine-tuning mixes the same images of two processes on one and on four.
-    assert compare(runs["classes"], runs["moved_classes"], 4) < 1e-5
-    assert images(runs["moved_classes"], 256) == images(runs["classes"], 256)
+    check_pretraining(moved(tmp_path, **pretraining(tiny, 4)), 4)
 
 
 def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
@@ -155,7 +151,7 @@ def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
         "view": {"crop": 32, "longer": 128, "shorter": 32},
         "data": {"path": str(folder / "data")},
         "optim": {"lr": 0.01},
-        "train": {"epochs": 4, "batch_size": 4, "precision": "fp32"},
+        "train": {"epochs": 4, "iterations": None, "batch_size": 4, "precision": "fp32"},
         "evaluate": {"every": 0},
         "runtime": {"device": "cpu", "workers": 0, "log_every": 1, "keep_every": 0,
                     "checkpoint_every": 1},
@@ -168,9 +164,16 @@ def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
 
 
 @pytest.mark.slow
-def test_two_hundred_iterations_and_a_segmenter(tiny, tmp_path):
-    runs = moved(tmp_path, **pretraining(tiny, 100), **segmentation(tmp_path))
-    check_pretraining(runs, 100)
+def test_two_hundred_iterations(tiny, tmp_path):
+    check_pretraining(moved(tmp_path, **pretraining(tiny, 100)), 100)
+
+
+@pytest.mark.slow
+def test_a_classifier_and_a_segmenter(tmp_path):
+    runs = moved(tmp_path, **fine_tuning(), **segmentation(tmp_path))
+    # Mixed are the same images of two processes, on one and on four.
+    assert compare(runs["classes"], runs["moved_classes"], 4) < 1e-5
+    assert images(runs["moved_classes"], 256) == images(runs["classes"], 256)
     assert compare(runs["masks"], runs["moved_masks"], 8) < 1e-5
     assert images(runs["moved_masks"], 8) == images(runs["masks"], 8)
 
