@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from xdino.data import BadImage, Loader, steps_per_epoch
+from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.dense_training.detecting.source import AnnotatedSource
 from xdino_transfer.detection.objects import Objects, Shown
 from xdino_transfer.detection.views import Views, oriented_order, repeats_of, together
@@ -39,7 +40,11 @@ class DetectionBatch:
 
 @dataclass(eq=False)
 class DetectionLoader(Loader[DetectionBatch]):
-    """As `data.CropLoader`, of pictures of any size."""
+    """As `data.CropLoader`, of pictures of any size.
+
+    first: how the run's first start shared a step out, by which its pictures lie in order; None for as
+    here.
+    """
 
     source: AnnotatedSource
     views: Views
@@ -52,6 +57,7 @@ class DetectionLoader(Loader[DetectionBatch]):
     prefetch: int = 3
     pin_memory: bool = False
     max_bad_share: float = 0.05
+    first: BatchLayout | None = None
     known_bad: InitVar[Iterable[BadImage]] = ()
 
     bad: dict[int, tuple[str, str]] = field(init=False, default_factory=dict)
@@ -60,18 +66,19 @@ class DetectionLoader(Loader[DetectionBatch]):
 
     def __post_init__(self, known_bad: Iterable[BadImage]) -> None:
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.layout = self.first or BatchLayout(self.batch_size, self.accumulate, self.world_size)
         self._begin(known_bad)
 
     @property
     def together(self) -> int:
-        """Pictures of one orientation in a row: a micro-batch of every process."""
-        return self.batch_size * self.world_size
+        """Pictures of one orientation in a row: a micro-batch of every process, as the run began."""
+        return self.layout.micro
 
     def _steps(self) -> int:
         steps_per_epoch(len(self.source), self.global_batch)  # refuses what is too small
         portraits = int(self.source.portrait.sum())
         kinds = (portraits, len(self.source) - portraits)
-        return -(-sum(-(-count // self.together) for count in kinds) // self.accumulate)
+        return -(-sum(-(-count // self.together) for count in kinds) // self.layout.accumulate)
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's pictures and repeats, int64 [steps x global batch] each.
