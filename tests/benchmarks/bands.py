@@ -1,14 +1,15 @@
 """Images of bands: how fast crops are made of them, and what their 8 bits cost.
 
-    python tests/benchmarks/bands.py speed        # crops a second beside photographs', interleaved, A/A
-    python tests/benchmarks/bands.py precision    # scores by 8 bits of the declared range, of all 16, by floats
+    python tests/benchmarks/bands.py speed      # crops a second beside photographs', interleaved, A/A
+    python tests/benchmarks/bands.py precision  # scores by 8 bits of the declared range, and by floats
 
-Speed: published crops (2 of 224, 8 of 96 pixels) of tiles of 256 pixels in one thread, read, cut, augmented
-and normalised; CPU time, so that other programs take nothing away. Bytes are those of the uint8 crops.
+Speed: published crops (2 of 224, 8 of 96 pixels) of tiles of 256 pixels in one thread, read, cut,
+augmented and normalised; CPU time, so that other programs take nothing away. Bytes are those of the
+uint8 crops.
 
-Precision: Fashion-MNIST's sample as 13 bands of 12 bits in faint light (the brightest value is an eighth of
-the sensor's range), noise of 2 of its steps, by k-NN and a logistic probe on pixels and on an untrained network's
-features: what rounding takes away is taken away before anything is learned.
+Precision: Fashion-MNIST's sample as 13 bands of 12 bits in faint light (the brightest value is an
+eighth of the sensor's range), noise of 2 of its steps, by k-NN and a logistic probe on pixels and on
+an untrained network's features: what rounding takes away is taken away before anything is learned.
 """
 
 import statistics

@@ -95,8 +95,9 @@ def main() -> None:
                 f"spread {spread:g}, epoch {epoch}: {len(source):,} images, read twice "
                 f"{int((found.times > 1).sum())}, not at all {left:,} (the epoch's rest, below one "
                 f"batch of {told.ranks * told.batch:,}); bytes of a rank {found.bytes_.mean() / 1e9:.3f} "
-                f"GB, {100 * found.off:.2f} % off at most; shards of a rank {found.shards:.0f}, of a step "
-                f"{found.shards_a_step:.1f} of {told.batch} images; {time.process_time() - began:.1f} s"
+                f"GB, {100 * found.off:.2f} % off at most; shards of a rank {found.shards:.0f}, "
+                f"of a step {found.shards_a_step:.1f} of {told.batch} images; "
+                f"{time.process_time() - began:.1f} s"
             )
         off = np.abs(total / total.mean() - 1).max()
         print(f"spread {spread:g}, all {told.epochs} epochs: {100 * off:.2f} % off at most")

@@ -190,14 +190,6 @@ def _saturation_of_bands(tile: np.ndarray, n: int, factor: np.float32) -> None:
 
 
 @_compiled
-def _gray_of_bands(tile: np.ndarray, n: int) -> None:
-    for x in range(n):
-        gray = _mean(tile, x)
-        for c in range(len(tile)):
-            tile[c, x] = gray
-
-
-@_compiled
 def _jitter(
     tile: np.ndarray, n: int, name: int, factor: np.ndarray, mean: np.float32, colour: bool
 ) -> None:
@@ -440,7 +432,7 @@ def _apply(
                 if colour:
                     _gray(tile, n)
                 elif C > 1:
-                    _gray_of_bands(tile, n)
+                    _saturation_of_bands(tile, n, _ZERO)
             if reach[i]:
                 _store(planes, tile, top, count, places)
                 continue

@@ -232,8 +232,8 @@ class Data:
     max_pixels: Annotated[int, Field(ge=1, le=2**40)] = MAX_PIXELS
     """Pixels of an image at most; a larger one counts as unreadable."""
     range: tuple[Level, ...] | None = None
-    """Numbers of a sensor that are black and white, 0,4095 say: of all bands, or a pair for each; null: of
-    photographs as ever, of bands all that integers hold, 0,1 of floats."""
+    """Numbers of a sensor that are black and white, 0,4095 say: of all bands, or a pair for each; null:
+    of photographs as ever, of bands all that integers hold, 0,1 of floats."""
     rgb: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] | None = None
     """Numbers of the red, green and blue band, from 1: 4,3,2 say; [] for none; null: 1,2,3 of three."""
 
