@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import tifffile
 from documented import PAGES, PROGRAMS, ROOT, blocks, commands
 from PIL import Image
 
@@ -45,7 +46,7 @@ def annotated(root: Path, picture: Callable[..., None]) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with what the pages name: photos/, classes/ with train/ and val/, photo.jpg."""
+    """A folder with what the pages name: photos/, classes/ with train/ and val/, fields/ of 13 bands."""
     root = tmp_path_factory.mktemp("documented")
     generator = np.random.default_rng(0)
 
@@ -61,6 +62,14 @@ def world(tmp_path_factory):
         for name in ("cat", "dog"):
             for i in range(count):
                 picture(root / "classes" / split / name / f"{i}.png")
+    random = np.random.default_rng(1)
+    for split, count in (("train", 5), ("val", 2)):
+        for name in ("flower", "temple"):
+            (root / "fields" / split / name).mkdir(parents=True)
+            for i in range(count):
+                bands = random.integers(0, 4096, (40, 48, 13), np.uint16)
+                path = root / "fields" / split / name / f"{i:03}.tif"
+                tifffile.imwrite(path, bands, photometric="minisblack", planarconfig="contig")
     for split, count in (("train", 5), ("val", 2)):
         for i in range(count):
             picture(root / "masked" / "images" / split / f"{i}.png")
