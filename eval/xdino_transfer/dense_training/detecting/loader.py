@@ -42,8 +42,8 @@ class DetectionBatch:
 class DetectionLoader(Loader[DetectionBatch]):
     """As `data.CropLoader`, of pictures of any size.
 
-    first: how the run's first start shared out its steps, None = as here: orientations change, and an
-    epoch ends, where they did then, however many processes there are.
+    first: how the run's first start shared a step out, by which its pictures lie in order; None for as
+    here.
     """
 
     source: AnnotatedSource
@@ -66,17 +66,19 @@ class DetectionLoader(Loader[DetectionBatch]):
 
     def __post_init__(self, known_bad: Iterable[BadImage]) -> None:
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        here = BatchLayout(self.batch_size, self.accumulate, self.world_size)
-        self._layout = self.first or here
-        if self._layout.total != here.total:
-            raise ValueError(f"a step of {self._layout.total} images is {here.total} here")
+        self.layout = self.first or BatchLayout(self.batch_size, self.accumulate, self.world_size)
         self._begin(known_bad)
+
+    @property
+    def together(self) -> int:
+        """Pictures of one orientation in a row: a micro-batch of every process, as the run began."""
+        return self.layout.micro
 
     def _steps(self) -> int:
         steps_per_epoch(len(self.source), self.global_batch)  # refuses what is too small
-        portraits, together = int(self.source.portrait.sum()), self._layout.micro
+        portraits = int(self.source.portrait.sum())
         kinds = (portraits, len(self.source) - portraits)
-        return -(-sum(-(-count // together) for count in kinds) // self._layout.accumulate)
+        return -(-sum(-(-count // self.together) for count in kinds) // self.layout.accumulate)
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's pictures and repeats, int64 [steps x global batch] each.
@@ -84,8 +86,7 @@ class DetectionLoader(Loader[DetectionBatch]):
         Where micro-batches do not fill the last step, the first ones come once more.
         """
         if epoch not in self._orders:
-            together = self._layout.micro  # pictures of one orientation in a row
-            order = oriented_order(self.source.portrait, together, self.seed, epoch)
+            order = oriented_order(self.source.portrait, self.together, self.seed, epoch)
             order = np.resize(order, self.steps_per_epoch * self.global_batch)
             last = {key: value for key, value in self._orders.items() if key == epoch - 1}
             self._orders = {**last, epoch: (order, repeats_of(order))}

@@ -58,7 +58,7 @@ def make_plan(
 
     Args:
         precision: what "auto" was found to be. spec: of a run that is continued, whose first
-            weights may be gone. first: as of `DetectionLoader`.
+            weights may be gone. first: how its first start shared a step out.
 
     Raises:
         UsageError: whatever cannot be done as configured.
