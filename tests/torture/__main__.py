@@ -17,6 +17,7 @@ from collections.abc import Callable
 KINDS = {
     "kills": ("runs", "kills", 50),
     "signals": ("runs", "signals", 20),
+    "moves": ("runs", "moves", 10),
     "pairs": ("runs", "pairs", 10),
     "flips": ("runs", "flips", 50),
     "disks": ("runs", "disks", 30),
@@ -30,6 +31,7 @@ KINDS = {
 # What must be zero wherever it is counted.
 NEVER = (
     "tracebacks", "hangs", "code ran", "rows doubled", "rows lost", "runs of other bytes",
+    "runs of other losses",
     "steps lost beyond the last checkpoint", "slow", "memory", "too large",
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, flipped, squeezed and doubled: each must end as if left alone.
 
-    python tests/torture/runs.py SEED [kills|signals|flips|disks|pairs COUNT]
+    python tests/torture/runs.py SEED [kills|signals|moves|flips|disks|pairs COUNT]
 
 Whole processes are killed through the command line and the real torchrun; what needs no process of
 its own (flipped bits, full disks) happens in this one.
@@ -18,9 +18,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import tiny_run
 
 from xdino import checkpoint, config
@@ -85,17 +86,21 @@ def workers_of(launcher: int) -> list[int]:
     return found
 
 
-def interrupted(seed: int, count: int, processes: int, kill: bool) -> Counter[str]:
-    """`count` runs' worth of interruptions at random moments, against one run left alone."""
+def interrupted(seed: int, count: int, ways: Sequence[int], kill: bool) -> Counter[str]:
+    """`count` runs' worth of interruptions at random moments, against one run left alone.
+
+    `ways`: numbers of processes, one of which each start has; the run left alone has the first.
+    """
     generator, found = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
         began = time.monotonic()
-        assert begin(whole, processes).wait() == 0
+        assert begin(whole, ways[0]).wait() == 0
         seconds = time.monotonic() - began
         number, run, done = 0, Path(place) / "0", 0
         while done < count or run.exists():
             before, told = saved(run), len(starts(run))
+            processes = generator.choice(ways)
             process = begin(run, processes)
             if done < count:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -112,7 +117,7 @@ def interrupted(seed: int, count: int, processes: int, kill: bool) -> Counter[st
                 lost = before - begun[-1]["iteration"]
                 found["steps lost beyond the last checkpoint"] += max(0, lost)
             if process.returncode == 0:
-                _compare(whole, run, found)
+                _compare(whole, run, found, to_the_bit=len(ways) == 1)
                 shutil.rmtree(run)
                 number += 1
                 run = Path(place) / str(number)
@@ -143,12 +148,15 @@ def _ask(process: subprocess.Popen, generator: random.Random, found: Counter[str
     found[f"exit {code}"] += 1
 
 
-def _compare(whole: Path, run: Path, found: Counter[str]) -> None:
+def _compare(whole: Path, run: Path, found: Counter[str], to_the_bit: bool) -> None:
     found["runs"] += 1
-    same = checkpoint.sha256(whole / "backbone.safetensors") == checkpoint.sha256(
-        run / "backbone.safetensors"
-    )
-    found["runs of other bytes"] += not same
+    if to_the_bit:
+        files = [place / "backbone.safetensors" for place in (whole, run)]
+        found["runs of other bytes"] += checkpoint.sha256(files[0]) != checkpoint.sha256(files[1])
+    else:  # other processes round otherwise
+        one, two = ([row["loss"] for row in rows(place)] for place in (whole, run))
+        same = len(one) == len(two) and np.allclose(one, two, rtol=1e-5, atol=0)
+        found["runs of other losses"] += not same
     told = [row["iteration"] for row in rows(run)]
     found["rows doubled"] += len(told) - len(set(told))
     found["rows lost"] += ITERATIONS - len(set(told))
@@ -156,12 +164,18 @@ def _compare(whole: Path, run: Path, found: Counter[str]) -> None:
 
 def kills(seed: int, count: int) -> Counter[str]:
     half = count // 2
-    return interrupted(seed, count - half, 1, True) + interrupted(seed + 1, half, 2, True)
+    return interrupted(seed, count - half, [1], True) + interrupted(seed + 1, half, [2], True)
 
 
 def signals(seed: int, count: int) -> Counter[str]:
     half = count // 2
-    return interrupted(seed, count - half, 1, False) + interrupted(seed + 1, half, 2, False)
+    return interrupted(seed, count - half, [1], False) + interrupted(seed + 1, half, [2], False)
+
+
+def moves(seed: int, count: int) -> Counter[str]:
+    """Each start on another number of processes, killed or asked to stop."""
+    half, ways = count // 2, [1, 2, 4]
+    return interrupted(seed, count - half, ways, True) + interrupted(seed + 1, half, ways, False)
 
 
 def pairs(seed: int, count: int) -> Counter[str]:
@@ -273,7 +287,14 @@ def _still_good(disk: Path, configuration: config.Config, whole: str, found: Cou
     )
 
 
-KINDS = {"kills": kills, "signals": signals, "flips": flips, "disks": disks, "pairs": pairs}
+KINDS = {
+    "kills": kills,
+    "signals": signals,
+    "moves": moves,
+    "flips": flips,
+    "disks": disks,
+    "pairs": pairs,
+}
 
 
 if __name__ == "__main__":

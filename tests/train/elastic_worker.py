@@ -1,6 +1,6 @@
 """Runs that move between numbers of processes: `python elastic_worker.py SETTINGS.json`.
 
-Settings, a list with one a run: kind ("pretrain" or "finetune"), config (a tree), run (a folder),
+Settings, a list with one a run: kind ("pretrain", ...), config (a tree), run (a folder),
 stages: for each how many processes, and after how many rows all of them are killed (null: they end by
 themselves). One process imports, and its forks train: an import costs more than a stage. Which images
 a step took is added to RUN.images, a line a step and process.
@@ -19,8 +19,16 @@ import torch
 from xdino import config, pretraining, train
 from xdino.job import Listener
 from xdino.runtime import distributed
+from xdino_transfer.dense_training.segmenting.job import SegmentationJob
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.job import ClassificationJob
 from xdino_transfer.finetuning.recipe import FineTuning
+
+KINDS = {
+    "pretrain": (pretraining.Pretraining, config.Config),
+    "finetune": (ClassificationJob, FineTuning),
+    "segment": (SegmentationJob, Segmentation),
+}
 
 
 def recorded(kind, file):
@@ -54,9 +62,7 @@ def child(settings, rank, world, port):
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         distributed.start(torch.device("cpu"))
-    job, schema = pretraining.Pretraining, config.Config
-    if kind == "finetune":
-        job, schema = ClassificationJob, FineTuning
+    job, schema = KINDS[kind]
     file = run.with_suffix(".images")
     settled = config.parse(settings["config"], "the test", schema)
     train.run(recorded(job, file)(settled), run, listener=Notices(run.with_suffix(".told")))

@@ -8,13 +8,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from xdino import config
 from xdino.data import epoch_order
 from xdino.errors import UsageError
 from xdino.run_directory import batches
 from xdino.runtime.batch_layout import BatchLayout, shared_out
+from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 from xdino_transfer.finetuning.recipe import FineTuning
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
@@ -124,16 +127,55 @@ def check_pretraining(runs: dict[str, Path], epochs: int) -> None:
 
 
 def test_killed_on_two_processes_then_on_one_then_on_four(tiny, tmp_path):
-    runs = moved(tmp_path, **pretraining(tiny, 4), **fine_tuning())
-    check_pretraining(runs, 4)
-    # Fine-tuning mixes the same images of two processes on one and on four.
-    assert compare(runs["classes"], runs["moved_classes"], 4) < 1e-5
-    assert images(runs["moved_classes"], 256) == images(runs["classes"], 256)
+    check_pretraining(moved(tmp_path, **pretraining(tiny, 4)), 4)
+
+
+def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
+    """Dropped paths and channels; squares on a ground, sixteen to learn from."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 2)):
+        for kind in ("images", "masks"):
+            (folder / "data" / kind / split).mkdir(parents=True)
+        for number in range(count):
+            mask = np.zeros((40, 40), np.uint8)
+            top, left = generator.integers(0, 20, 2)
+            mask[top : top + 18, left : left + 18] = 1
+            pixels = generator.integers(0, 90, (40, 40, 3)).astype(np.uint8)
+            pixels[mask == 1, 0] = 220
+            Image.fromarray(pixels).save(folder / "data" / "images" / split / f"{number}.png")
+            Image.fromarray(mask).save(folder / "data" / "masks" / split / f"{number}.png")
+    (folder / "data" / "classes.txt").write_text("ground\nsquare\n")
+    tree = {
+        "model": {"arch": "xcit_nano_12_p8", "embed_dim": 16, "depth": 4, "num_heads": 2,
+                  "channels": 8, "drop_path": 0.2},
+        "view": {"crop": 32, "longer": 128, "shorter": 32},
+        "data": {"path": str(folder / "data")},
+        "optim": {"lr": 0.01},
+        "train": {"epochs": 4, "iterations": None, "batch_size": 4, "precision": "fp32"},
+        "evaluate": {"every": 0},
+        "runtime": {"device": "cpu", "workers": 0, "log_every": 1, "keep_every": 0,
+                    "checkpoint_every": 1},
+    }  # fmt: skip
+    settings = config.parse(tree, "a test", Segmentation)
+    return {
+        "masks": (settings, [[2, None]]),
+        "moved_masks": (settings, [[2, 2], [1, 5], [4, None]]),
+    }
 
 
 @pytest.mark.slow
 def test_two_hundred_iterations(tiny, tmp_path):
     check_pretraining(moved(tmp_path, **pretraining(tiny, 100)), 100)
+
+
+@pytest.mark.slow
+def test_a_classifier_and_a_segmenter(tmp_path):
+    runs = moved(tmp_path, **fine_tuning(), **segmentation(tmp_path))
+    # Mixed are the same images of two processes, on one and on four.
+    assert compare(runs["classes"], runs["moved_classes"], 4) < 1e-5
+    assert images(runs["moved_classes"], 256) == images(runs["classes"], 256)
+    assert compare(runs["masks"], runs["moved_masks"], 8) < 1e-5
+    assert images(runs["moved_masks"], 8) == images(runs["masks"], 8)
 
 
 # --- how a step is shared out ---

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from xdino import checkpoint, config
+from xdino.runtime.batch_layout import BatchLayout
 from xdino_eval import results
 from xdino_launch import cli
 from xdino_transfer.dense_files import read_dense
@@ -193,9 +194,9 @@ def test_stopped_and_killed_in_an_epoch_it_ends_in_the_same_bytes(finished, coco
         assert checkpoint.sha256(run / name) == checkpoint.sha256(finished / name), name
 
 
-def test_two_processes_are_one(coco, tmp_path):
+def test_two_processes_are_one_and_one_goes_on_alone(coco, tmp_path):
     """With the same total batch, on pictures that are padded alike; losses by all processes' counts."""
-    same = {"model__drop_path": 0, "view__sides": 48, "view__crop_chance": 0}
+    same = {"view__sides": 48, "view__crop_chance": 0}
     alone = child(*words(tmp_path / "one", coco, **same))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -203,7 +204,16 @@ def test_two_processes_are_one(coco, tmp_path):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = words(tmp_path / "two", coco, **same, train__batch_size=1)
     pair = [child(*arguments, RANK=str(r), LOCAL_RANK=str(r), **world) for r in (0, 1)]
-    for process in (alone, *pair):
+    while len(losses(tmp_path / "two")) < 6:
+        assert all(process.is_alive() for process in pair)
+        time.sleep(0.0005)
+    for process in pair:
+        os.kill(process.pid, signal.SIGTERM)
+    for process in pair:
+        process.join()
+        assert process.exitcode == 75
+    last = child(*words(tmp_path / "two", coco, **same))
+    for process in (alone, last):
         process.join()
         assert process.exitcode == 0
     one, two = (read_dense(tmp_path / name).network for name in ("one", "two"))
@@ -274,3 +284,16 @@ def test_every_picture_comes_in_an_epoch_and_the_portraits_together(coco):
         for micro in range(3):
             both = [half.images_at(step, micro)[1] for half in halves]
             assert np.array_equal(np.concatenate(both), loader.images_at(step, micro)[1])
+    # A run that was begun so keeps its steps where a process takes another number at a time.
+    given = {"train.batch_size": 3, "train.accumulate": 2}
+    first = BatchLayout(2, 3, 1)
+    other = planning.loader_of(
+        recipe(**given), plan.train, plan.views, 0, 1, workers=0, first=first
+    )
+    assert other.steps_per_epoch == 2
+    for step in (0, 1):
+        both = [
+            np.concatenate([x.images_at(step, i)[1] for i in range(x.accumulate)])
+            for x in (loader, other)
+        ]
+        assert np.array_equal(*both)

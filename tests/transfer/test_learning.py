@@ -114,8 +114,8 @@ def test_a_segmenter_learns(composites, tmp_path, xdino):
         "data.path": tmp_path, "model.arch": "xcit_nano_12_p8", "model.embed_dim": 48,
         "model.depth": 4, "model.num_heads": 4, "model.channels": 32, "model.dropout": 0,
         "view.crop": SIDE, "view.longer": SIDE, "view.shorter": SIDE, "view.scale": "1,1",
-        "view.flip": 0, "view.colour": "false", "optim.lr": 0.04, "optim.warmup": 20,
-        "train.batch_size": BATCH, "train.epochs": "null", "train.iterations": 280,
+        "view.flip": 0, "view.colour": "false", "optim.lr": 0.03, "optim.warmup": 20,
+        "train.batch_size": BATCH, "train.epochs": "null", "train.iterations": 320,
         "train.precision": "fp32", "evaluate.every": 0, "runtime.device": "cpu", "runtime.workers": 1,
         "runtime.report": "false", "runtime.log_every": 100,
     }  # fmt: skip

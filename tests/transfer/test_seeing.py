@@ -87,9 +87,15 @@ def test_whole_where_it_fits_and_in_its_own_pixels():
     with pytest.raises(UsageError, match=r"a tile of 128 x 128 pixels takes about 1.0 GB, and 5"):
         cut((400, 600), (400, 600), lambda shown, _: 10**9, 5 * 10**7)
     assert len(cut((400, 600), (400, 600), lambda shown, _: 1, 10, tile=1000).windows) == 1
-    assert shown_size((400, 600), 300, None) == (400, 600)  # large enough for a test
-    assert shown_size((400, 600), 800, None) == (800, 1200)  # small: as in a test
-    assert shown_size((400, 600), 300, 200) == (200, 300)  # as a person asked
+    assert shown_size((400, 600), 900, 300) == (400, 600)  # large enough for a test
+    assert shown_size((400, 600), 1333, 800) == (800, 1200)  # small: as in a test
+    assert shown_size((400, 600), 900, 200, exactly=True) == (200, 300)  # as a person asked
+    assert shown_size((1, 3000), 1333, 800) == (
+        1,
+        3000,
+    )  # a strip is not made a million pixels long
+    one = cut((1, 3), (500, 1500), lambda shown, _: shown[0] * shown[1], 1 << 30, tile=128)
+    assert [(w.height, w.width) for w in one.windows] == [(1, 1)] * 3  # never less than a pixel
     small = cut((400, 600), (800, 1200), lambda shown, _: shown[0] * shown[1], 300 * 300)
     assert all(max(small.seen(window)) <= 300 for window in small.windows)
 

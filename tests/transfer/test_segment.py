@@ -156,6 +156,9 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_named(
     assert "--extend" not in error
     code, _, error = xdino(*words(finished, painted, model__head="upernet", optim__lr=0.5))
     assert (code, "optim.lr (0.01 against 0.5)" in error) == (2, True), error
+    code, _, error = xdino(*words(finished, painted, model__head="upernet", train__epochs=5))
+    assert (code, "another folder for a run of 5" in error) == (2, True), error
+    assert "--extend" not in error
     code, _, error = xdino("finetune", "finetune_small", "--run", finished)
     assert (code, "holds a run of xdino segment, which xdino finetune" in error) == (2, True), error
     code, _, error = xdino("pretrain", "segment_small", "--run", tmp_path / "x")
@@ -199,7 +202,7 @@ def test_killed_and_stopped_in_an_epoch_it_ends_in_the_same_bytes(finished, pain
 
 def test_two_processes_are_one(painted, tmp_path):
     """With the same total batch: BatchNorms see both processes' pictures."""
-    same = {"evaluate__every": 0, "optim__lr": 0.001}  # paths and channels are dropped alike
+    same = {"evaluate__every": 3, "optim__lr": 0.001}  # paths and channels are dropped alike
     alone = child(*words(tmp_path / "one", painted, **same))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,6 +214,12 @@ def test_two_processes_are_one(painted, tmp_path):
         process.join()
         assert process.exitcode == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    scores = [
+        [row["val_miou"] for row in told(tmp_path / name) if "val_miou" in row]
+        for name in ("one", "two")
+    ]
+    assert len(scores[1]) == 2  # each process looked at half of the pictures
+    assert scores[1] == pytest.approx(scores[0], abs=0.1)
     one, two = (read_dense(tmp_path / name).network for name in ("one", "two"))
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         # On a level of one cell a bias before a BatchNorm has no gradient but rounding, of which Adam
@@ -222,7 +231,7 @@ def test_two_processes_are_one(painted, tmp_path):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
 
 
-def test_from_weights_with_resting_statistics_micro_batches_add_up(finished, painted, tmp_path):
+def test_from_weights_with_resting_statistics(finished, painted, tmp_path):
     """And the head comes along where the classes are the same; a resting trunk stays as it is."""
     same = {"model__drop_path": 0, "model__dropout": 0, "train__iterations": 3, "train__epochs": "null",
             "train__init": finished, "model__norm": "frozen", "model__head": "upernet",

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from xdino import checkpoint
 from xdino.checkpoint import BEST_FILE
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import distributed
 from xdino.runtime.atomic import write_text
 from xdino_eval import results
 from xdino_eval.results import Row, signed
@@ -42,6 +43,7 @@ class DenseJudge(ABC):
     """
 
     score: ClassVar[str]  # of `Scored.numbers`, and of the best file's facts: larger is better
+    shares: ClassVar[bool] = False  # whether processes share an evaluation (`job.OfAllProcesses`)
 
     def __init__(
         self,
@@ -53,14 +55,14 @@ class DenseJudge(ABC):
         self._last: tuple[int, Scored] | None = None
 
     @abstractmethod
-    def scored(self, network: Any) -> Scored:
-        """The val images through the network, which is left as it was."""
+    def scored(self, network: Any, shared: bool = False) -> Scored:
+        """The val images through the network, which is left as it was; `shared`: by all processes."""
 
     def __call__(self, network: Any) -> dict[str, float]:
         iteration = int(network.origin.facts["iteration"])
-        found = self._told(self.scored(network))
+        found = self._told(self.scored(network, self.shares and distributed.world_size() > 1))
         self._last = iteration, found
-        if iteration:
+        if iteration and distributed.rank() == 0:
             try:
                 self._keep_best(iteration, found)
             except (RunFailed, UsageError, OSError) as error:  # a run is worth more than this file

@@ -6,6 +6,7 @@ the installation, asked for where it is needed.
 Letters: H x W pixels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -66,11 +67,11 @@ def checked(outline: Any, size: Size) -> Outline | None:
 
 def _is_polygon(polygon: Any) -> bool:
     """Three points or more; with two pycocotools would take the numbers for a box."""
-    if not isinstance(polygon, list) or not all(isinstance(x, int | float) for x in polygon):
+    if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
         raise ValueError("its mask is neither polygons nor runs of pixels")
     if len(polygon) % 2:
         raise ValueError("a polygon of it has half a point")
-    return len(polygon) >= 6 and bool(np.isfinite(polygon).all())
+    return len(polygon) >= 6 and all(map(math.isfinite, polygon))
 
 
 def filled(outline: Outline, size: Size) -> np.ndarray:

@@ -59,11 +59,19 @@ class _Living(TorchDispatchMode):
         self.now -= size
 
 
+def _without_memory(network: Any) -> Any:
+    """A copy on the meta device, of which no tensor was ever copied."""
+    tensors = [*network.parameters(), *network.buffers()]
+    copies = {id(value): value.detach().to("meta") for value in tensors}
+    copies |= {id(p): nn.Parameter(copies[id(p)], False) for p in network.parameters()}
+    return copy.deepcopy(network, copies)
+
+
 class Estimate:
     """Bytes that one picture takes in a network; its weights, which are there, not with them."""
 
     def __init__(self, network: Segmenter | Detector) -> None:
-        self._network = copy.deepcopy(network).to("meta").eval()
+        self._network = _without_memory(network).eval()
         self._channels = next(
             module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)
         )

@@ -25,7 +25,7 @@ from xdino_transfer.dense_files import LoadedDense
 from xdino_transfer.detection.detector import Detector
 from xdino_transfer.detection.objects import Detections, Shown
 from xdino_transfer.detection.views import MULTIPLE
-from xdino_transfer.judging.dense import check_channels
+from xdino_transfer.judging.dense import check_channels, views_at
 from xdino_transfer.judging.memory import STRIP, Estimate
 from xdino_transfer.judging.windows import Cut, Window, cut, shown_size
 from xdino_transfer.resizing import bilinear, padded, resized_image
@@ -90,9 +90,10 @@ class Seeing:
 
     def cut(self, image: np.ndarray) -> Cut:
         """How a picture uint8 [H, W, 3] is looked at."""
-        views, size = self.loaded.views, image.shape[:2]
-        least = views.shorter if isinstance(views, TestViews) else views.test_side
-        shown = shown_size((size[0], size[1]), least, self.shorter)
+        views, size = views_at(self.loaded, self.shorter), image.shape[:2]
+        shorter = views.shorter if isinstance(views, TestViews) else views.test_side
+        exactly = self.shorter is not None
+        shown = shown_size((size[0], size[1]), views.longer, shorter, exactly)
         found = cut((size[0], size[1]), shown, self._estimate, self._bound, self.tile)
         if self._notice is not None and size not in self._told:
             self._told.add(size)

@@ -77,15 +77,15 @@ class Cut:
         return max(round(window.height * down), 1), max(round(window.width * across), 1)
 
 
-def shown_size(size: Size, least: float, shorter: int | None) -> Size:
-    """The size at which the network sees a picture: its own, and larger where it is small.
+def shown_size(size: Size, longer: float, shorter: float, exactly: bool = False) -> Size:
+    """The size at which the network sees a picture: its own, and larger where a test shows it larger.
 
     Args:
-        least: pixels of the shorter side that a test shows; smaller pictures are enlarged to it.
-        shorter: pixels of the shorter side that a person asked for.
+        longer, shorter: what a test fits pictures into.
+        exactly: as in a test, smaller ones and larger ones.
     """
-    side = max(least, min(size)) if shorter is None else shorter
-    return size if side == min(size) else fitted(*size, 1 << 30, side)
+    tested = fitted(*size, longer, shorter)
+    return tested if exactly or min(tested) > min(size) else size
 
 
 def cut(
@@ -111,7 +111,8 @@ def cut(
     def part(side: int) -> Size:
         """Of a tile, in the picture's pixels."""
         down, across = (
-            min(round(side * own / seen), own) for own, seen in zip(size, shown, strict=True)
+            min(max(round(side * own / seen), 1), own)
+            for own, seen in zip(size, shown, strict=True)
         )
         return down, across
 

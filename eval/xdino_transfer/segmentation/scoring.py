@@ -8,6 +8,7 @@ Letters: K classes, H x W pixels.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from xdino.backbone import evaluating
 from xdino.data.decode import UnreadableImage
 from xdino.errors import RunFailed, UsageError
+from xdino.runtime import distributed, stopping, turns
 from xdino.runtime.device import device_of
 from xdino_eval.results import Row
 from xdino_transfer.segmentation.confusion import ConfusionMatrix, Scores
@@ -61,8 +63,12 @@ def score(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    shared: bool = False,
 ) -> tuple[Row, Scores]:
     """One row, not signed yet (mIoU, mAcc and aAcc in per cent), and the scores of each class.
+
+    Args:
+        shared: every process calls this, and looks at its part of the pictures; all have the row.
 
     Raises:
         UsageError: another number of classes; no labelled pixel; a mask that is none.
@@ -74,8 +80,11 @@ def score(
             f"the head tells {classes} classes apart and {val.where} has {len(val.classes)}"
         )
     begun, skipped, matrix = time.perf_counter(), list[str](), ConfusionMatrix(classes)
-    with evaluating(model):
-        for index in range(len(val)):
+    step = distributed.world_size() if shared else 1
+
+    def look() -> None:
+        for index in range(distributed.rank() if shared else 0, len(val), step):
+            stopping.asked()
             try:
                 image, labels = val.read(index)
             except (UnreadableImage, OSError):
@@ -84,22 +93,38 @@ def score(
             matrix.add(segmented(model, image, views, scales, flip).argmax(0).cpu().numpy(), labels)
             if progress is not None:
                 progress(index + 1, len(val))
+
+    with evaluating(model):
+        turns.all_hear(look, shared)
+    if shared:
+        matrix.gather()
+        skipped = [each for some in distributed.gather(skipped) for each in some]
     if len(skipped) == len(val):
         raise RunFailed(f"no picture of {val.where} could be read: {skipped[0]} and others")
     scores = matrix.scores()
-    row = Row(
+    row = _row(val, views, scales, flip, scores, skipped)
+    return replace(row, seconds=round(time.perf_counter() - begun, 3)), scores
+
+
+def _row(
+    val: Maps,
+    views: TestViews,
+    scales: Sequence[float],
+    flip: bool,
+    scores: Scores,
+    skipped: Sequence[str],
+) -> Row:
+    return Row(
         protocol=PROTOCOL,
-        settings={"classes": classes, "scales": [*scales], "flip": flip},
+        settings={"classes": len(val.classes), "scales": [*scales], "flip": flip},
         top1=None,
         top5=None,
         data=val.where,
         transform=f"fitted into {views.longer:g} x {views.shorter:g}",
         train_size=0,
         val_size=len(val) - len(skipped),
-        seconds=round(time.perf_counter() - begun, 3),
         notes=[f"{len(skipped)} pictures could not be read ({skipped[0]})"] if skipped else [],
         metrics={
             "mIoU": 100 * scores.miou, "mAcc": 100 * scores.macc, "aAcc": 100 * scores.aacc,
         },
     )  # fmt: skip
-    return row, scores

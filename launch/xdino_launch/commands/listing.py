@@ -14,7 +14,7 @@ from xdino_launch.commands.overrides import complete_recipe, schema_of
 @click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_recipe)
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 def recipes(name: str | None, as_json: bool) -> None:
-    """List the recipes of `pretrain` and `finetune`; with NAME, print that one as it is.
+    """List the recipes of all that learns; with NAME, print that one as it is.
 
     `xdino recipes NAME > mine.yaml` is a start for a recipe of your own: `pretrain mine.yaml`.
     """

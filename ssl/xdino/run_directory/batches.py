@@ -83,6 +83,7 @@ def told(first: BatchLayout, last: BatchLayout, now: BatchLayout, pairs: bool) -
     if now.micro != first.micro:
         sentence += (
             f". BatchNorm and losses that compare images see {now.micro:,} at a time, "
-            f"{first.micro:,} when the run began"
+            f"{first.micro:,} when the run began: other numbers, by some per cent of the loss in a "
+            "run of 8 images a step"
         )
     return sentence + (f". Mixed are {a:,} images at a time, {b:,} then" if apart else "")

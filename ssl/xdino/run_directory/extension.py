@@ -37,8 +37,9 @@ def extended(
 def raised(path: Path, before: RunConfig, given: RunConfig) -> str:
     """A sentence on a run that is started with another `train.epochs` and nothing else new."""
     planned, here = before.train.epochs, given.train.epochs
-    advice = "choose another folder for a run of fewer"
-    if here > planned + sum(before.train.extended):
+    extends = "extended" in vars(before.train)  # pretraining does
+    advice = f"choose another folder for a run of {'fewer' if extends else here}"
+    if extends and here > planned + sum(before.train.extended):
         further = here - planned - sum(before.train.extended)
         advice = f"once the run is finished, --extend {further} adds as many as there are missing"
     return (

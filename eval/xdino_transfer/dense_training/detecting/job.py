@@ -22,6 +22,7 @@ from xdino.data import BadImage
 from xdino.errors import world
 from xdino.runtime import distributed, rng, transfer
 from xdino.runtime.atomic import written_beside
+from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.dense_training.detecting import plan as planning
 from xdino_transfer.dense_training.detecting.loader import DetectionBatch, DetectionLoader
 from xdino_transfer.dense_training.detecting.plan import DetectionPlan
@@ -56,7 +57,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
     def planned(
         self, world_size: int, precision: str, spec: dict[str, Any] | None
     ) -> DetectionPlan:
-        return planning.make_plan(self.config, world_size, precision, spec)
+        return planning.make_plan(self.config, world_size, precision, spec, self._first)
+
+    @property
+    def _first(self) -> BatchLayout | None:
+        return BatchLayout.from_dict(self.last_start.get("batch"))
 
     def network(self) -> tuple[Detector, list[str]]:
         return planning.build_detector(self.plan)
@@ -68,6 +73,7 @@ class DetectionJob(DenseJob[DetectionBatch]):
             self.plan.views,
             distributed.rank(),
             distributed.world_size(),
+            first=self._first,
             **self.loader_options(known_bad),
         )
 

@@ -24,7 +24,7 @@ class DetectionJudge(DenseJudge):
     job: DetectionJob
     score: ClassVar[str] = "val_box_ap"
 
-    def scored(self, network: Detector) -> Scored:
+    def scored(self, network: Detector, shared: bool = False) -> Scored:
         plan = self.job.plan
         found = scoring.score(network, plan.val, plan.views)
         numbers = {key: found.row.metrics[name] for name, key in NUMBERS.items()}

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from xdino.data import BadImage, Loader, steps_per_epoch
+from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.dense_training.detecting.source import AnnotatedSource
 from xdino_transfer.detection.objects import Objects, Shown
 from xdino_transfer.detection.views import Views, oriented_order, repeats_of, together
@@ -39,7 +40,11 @@ class DetectionBatch:
 
 @dataclass(eq=False)
 class DetectionLoader(Loader[DetectionBatch]):
-    """As `data.CropLoader`, of pictures of any size."""
+    """As `data.CropLoader`, of pictures of any size.
+
+    first: how the run's first start shared out its steps, None = as here: orientations change, and an
+    epoch ends, where they did then, however many processes there are.
+    """
 
     source: AnnotatedSource
     views: Views
@@ -52,6 +57,7 @@ class DetectionLoader(Loader[DetectionBatch]):
     prefetch: int = 3
     pin_memory: bool = False
     max_bad_share: float = 0.05
+    first: BatchLayout | None = None
     known_bad: InitVar[Iterable[BadImage]] = ()
 
     bad: dict[int, tuple[str, str]] = field(init=False, default_factory=dict)
@@ -60,18 +66,17 @@ class DetectionLoader(Loader[DetectionBatch]):
 
     def __post_init__(self, known_bad: Iterable[BadImage]) -> None:
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        here = BatchLayout(self.batch_size, self.accumulate, self.world_size)
+        self._layout = self.first or here
+        if self._layout.total != here.total:
+            raise ValueError(f"a step of {self._layout.total} images is {here.total} here")
         self._begin(known_bad)
-
-    @property
-    def together(self) -> int:
-        """Pictures of one orientation in a row: a micro-batch of every process."""
-        return self.batch_size * self.world_size
 
     def _steps(self) -> int:
         steps_per_epoch(len(self.source), self.global_batch)  # refuses what is too small
-        portraits = int(self.source.portrait.sum())
+        portraits, together = int(self.source.portrait.sum()), self._layout.micro
         kinds = (portraits, len(self.source) - portraits)
-        return -(-sum(-(-count // self.together) for count in kinds) // self.accumulate)
+        return -(-sum(-(-count // together) for count in kinds) // self._layout.accumulate)
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's pictures and repeats, int64 [steps x global batch] each.
@@ -79,7 +84,8 @@ class DetectionLoader(Loader[DetectionBatch]):
         Where micro-batches do not fill the last step, the first ones come once more.
         """
         if epoch not in self._orders:
-            order = oriented_order(self.source.portrait, self.together, self.seed, epoch)
+            together = self._layout.micro  # pictures of one orientation in a row
+            order = oriented_order(self.source.portrait, together, self.seed, epoch)
             order = np.resize(order, self.steps_per_epoch * self.global_batch)
             last = {key: value for key, value in self._orders.items() if key == epoch - 1}
             self._orders = {**last, epoch: (order, repeats_of(order))}

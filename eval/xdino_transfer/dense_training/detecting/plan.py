@@ -13,6 +13,7 @@ from torch import Tensor
 from xdino.backbones import BackboneSpec
 from xdino.data.source import limit_pixels
 from xdino.errors import UsageError, asked
+from xdino.runtime.batch_layout import BatchLayout
 from xdino.schedules import Array
 from xdino.values import shown
 from xdino_transfer import rates
@@ -51,12 +52,13 @@ def make_plan(
     world_size: int = 1,
     precision: str | None = None,
     spec: Mapping[str, Any] | None = None,
+    first: BatchLayout | None = None,
 ) -> DetectionPlan:
     """Open the data, work everything out, and prove that the run can start; nothing is written.
 
     Args:
         precision: what "auto" was found to be. spec: of a run that is continued, whose first
-            weights may be gone.
+            weights may be gone. first: as of `DetectionLoader`.
 
     Raises:
         UsageError: whatever cannot be done as configured.
@@ -75,7 +77,7 @@ def make_plan(
             f"{annotated.where}: no object has an outline: masks are learned, and scored, as boxes"
         )
     views = views_of(config, own)
-    steps = loader_of(config, train, views, 0, world_size).steps_per_epoch
+    steps = loader_of(config, train, views, 0, world_size, first=first).steps_per_epoch
     plan = DetectionPlan(
         config=config,
         train=train,

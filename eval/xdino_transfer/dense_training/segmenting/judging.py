@@ -15,11 +15,12 @@ class SegmentationJudge(DenseJudge):
 
     job: SegmentationJob
     score: ClassVar[str] = "val_miou"
+    shares: ClassVar[bool] = True
 
-    def scored(self, network: Segmenter) -> Scored:
+    def scored(self, network: Segmenter, shared: bool = False) -> Scored:
         plan, evaluate = self.job.plan, self.job.config.evaluate
         row, scores = scoring.score(
-            network, plan.val, plan.test_views, evaluate.scales, evaluate.flip
+            network, plan.val, plan.test_views, evaluate.scales, evaluate.flip, shared=shared
         )
         row.settings["head"] = self.job.config.model.stands
         numbers = {

@@ -7,6 +7,7 @@ is refused, with the number of the annotation.
 Letters: N pictures, M objects, K classes, H x W pixels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,11 +217,12 @@ def _present(
 def _inside(box: Sequence[float], size: tuple[int, int]) -> np.ndarray | None:
     """A box cut off at its picture; None where less than a pixel a side was told, or nothing is left."""
     H, W = size
-    corners = np.array(box, np.float64)
-    if not np.isfinite(corners).all() or (corners[2:] - corners[:2] < 1).any():
+    left, top, right, bottom = map(float, box)
+    if not (right - left >= 1 and bottom - top >= 1 and math.isfinite(right - left + bottom - top)):
         return None
-    inside = np.clip(corners, 0, [W, H, W, H])
-    return inside if (inside[2:] > inside[:2]).all() else None
+    left, right = (min(max(x, 0.0), W) for x in (left, right))
+    top, bottom = (min(max(y, 0.0), H) for y in (top, bottom))
+    return np.array([left, top, right, bottom]) if right > left and bottom > top else None
 
 
 def _outline(told: Found, picture: Picture, where: str) -> Outline | None:
