@@ -26,6 +26,8 @@ def test_every_stream_gives_what_it_has_always_given():
         rng.Stream.SUBSETS: [13258688754225584980, 4646783191420176013],
         rng.Stream.SEGMENTING: [17215974538332258373, 7165995321700846496],
         rng.Stream.DETECTING: [3415366512949239510, 7707426976658838364],
+        rng.Stream.REGIONS: [4944207848047074178, 1777188504694572365],
+        rng.Stream.STEPS: [7842761800205998815, 68252868045439758],
     }
     assert rng.raw_of_images(rng.Stream.CROPS, 3, 5, np.array([4, 9]), 2)[1].tolist() == first[1]
     for stream in set(rng.Stream) - {rng.Stream.CROPS}:
@@ -63,7 +65,7 @@ def test_there_is_no_stream_beside_these():
 
 def test_no_two_streams_share_a_number():
     """One key each, so that no counter, however far it runs, meets another's."""
-    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 11
+    assert len(set(rng.Stream)) == len(rng.Stream.__members__) == 13
     rows = [rng.raw(stream, 7, 2, 1000) for stream in rng.Stream]
     rows += list(rng.raw_of_images(rng.Stream.CROPS, 7, 3, np.arange(5), 200))
     assert len(np.unique(np.concatenate(rows))) == sum(map(len, rows))

@@ -100,7 +100,9 @@ TINY_OBJECTS = {
 
 def learned(words: list[str]) -> list[str]:
     """The words, those of a training command made a matter of seconds."""
-    smaller = {"finetune": TINY_TUNING, "segment": TINY_MASKS, "detect": TINY_OBJECTS}.get(words[0])
+    smaller = {"finetune": TINY_TUNING, "segment": TINY_MASKS, "detect": TINY_OBJECTS}.get(
+        "".join(words[:1])
+    )
     if smaller is None or "--data.path" not in words:
         return pretrained(words)
     given = {word.removeprefix("--") for word in words}

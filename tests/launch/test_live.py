@@ -100,7 +100,6 @@ def test_neither_page_nor_film_changes_a_bit(judged, tiny, tmp_path):
     for role in ("student", "teacher"):
         for name, value in one["learner"][role].items():
             assert torch.equal(value, two["learner"][role][name]), name
-    assert torch.equal(one["rng"][0]["torch"], two["rng"][0]["torch"])
 
 
 @pytest.fixture

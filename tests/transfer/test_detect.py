@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import child
 
 from xdino import checkpoint, config
 from xdino.runtime.batch_layout import BatchLayout
 from xdino_eval import results
-from xdino_launch import cli
 from xdino_transfer.dense_files import read_dense
 from xdino_transfer.dense_training.detecting import plan as planning
 from xdino_transfer.dense_training.detecting.recipe import Detection
 from xdino_transfer.detection import scoring
 
-FORK = multiprocessing.get_context("fork")  # children that have imported everything
 TINY = {
     "model.arch": "xcit_nano_12_p8", "model.embed_dim": 16, "model.depth": 4, "model.num_heads": 2,
     "model.drop_path": 0.1, "view.sides": "48,64", "view.longer": 64, "view.before_crop": 48,
@@ -46,17 +44,6 @@ def words(run: Path, data: Path, recipe: str | None = "detect_small", **keys: ob
     return [
         "detect", *first, "--run-dir", run, *(w for k, v in given.items() for w in (f"--{k}", v))
     ]  # fmt: skip
-
-
-def child(*arguments: object, **environment: str) -> multiprocessing.Process:
-    def run() -> None:
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        cli.main([str(argument) for argument in arguments])
-
-    process = FORK.Process(target=run)
-    process.start()
-    return process
 
 
 def told(run: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """`xdino finetune`: runs, what they leave, how they stop and go on, on one process and on two."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import child
 from PIL import Image
 
 from xdino import checkpoint, config
 from xdino_eval import results
 from xdino_eval.during_training import best_of
-from xdino_launch import cli
 from xdino_transfer.classification.files import read_classifier
 from xdino_transfer.finetuning.recipe import FineTuning
 
-FORK = multiprocessing.get_context("fork")  # children that have imported everything
 TINY = {
     "model.arch": "xcit_nano_12_p4", "model.embed_dim": 16, "model.depth": 2, "model.num_heads": 2,
     "view.size": 16, "train.batch_size": 8, "train.epochs": 3, "runtime.log_every": 1,
@@ -49,17 +47,6 @@ def words(run: Path, data: Path, recipe: str | None = "finetune_small", **keys: 
     return [
         "finetune", *first, "--run-dir", run, *(w for k, v in given.items() for w in (f"--{k}", v))
     ]  # fmt: skip
-
-
-def child(*arguments: object, **environment: str) -> multiprocessing.Process:
-    def run() -> None:
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        cli.main([str(argument) for argument in arguments])
-
-    process = FORK.Process(target=run)
-    process.start()
-    return process
 
 
 def told(run: Path) -> list[dict]:

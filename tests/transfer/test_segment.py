@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,16 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import child
 from PIL import Image
 
 from xdino import checkpoint, config
 from xdino.errors import UsageError
 from xdino_eval import results
-from xdino_launch import cli
 from xdino_transfer.dense_files import read_dense
 from xdino_transfer.dense_training.segmenting.recipe import Segmentation
 
-FORK = multiprocessing.get_context("fork")  # children that have imported everything
 TINY = {
     "model.arch": "xcit_nano_12_p8", "model.embed_dim": 16, "model.depth": 4, "model.num_heads": 2,
     "model.channels": 8, "model.drop_path": 0.1, "view.crop": 32, "view.longer": 128,
@@ -68,17 +66,6 @@ def words(run: Path, data: Path, recipe: str | None = "segment_small", **keys: o
     return [
         "segment", *first, "--run-dir", run, *(w for k, v in given.items() for w in (f"--{k}", v))
     ]  # fmt: skip
-
-
-def child(*arguments: object, **environment: str) -> multiprocessing.Process:
-    def run() -> None:
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        cli.main([str(argument) for argument in arguments])
-
-    process = FORK.Process(target=run)
-    process.start()
-    return process
 
 
 def done(*arguments: object) -> None:

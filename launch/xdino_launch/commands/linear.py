@@ -1,5 +1,6 @@
 """`xdino linear`."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -89,10 +90,12 @@ def linear(
     every process looks at its share of the images, and the numbers are those of one process.
     """
     if probe is not None:
-        from xdino.runtime import distributed, turns
+        _check_applied(ctx, judged, probe)
+        from xdino.runtime import turns
 
-        alone = partial(_apply, ctx, judged, output, probe, split, predictions)
-        turns.on_first(alone, distributed.world_size() > 1 and judged.cache is None)
+        alone = partial(_apply, judged, output, probe, split, predictions)
+        shared = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and judged.cache is None
+        turns.on_first(alone, shared)
         return
     for name, value in {"--split": split, "--predictions": predictions}.items():
         if value is not None:
@@ -122,19 +125,13 @@ def linear(
     )
     rows = probe_of(subject.backbone, subject.train, subject.val, subject.options)
     output.tell(rows, judged.weights)
-    for remove in to_remove:
-        remove()
+    if os.environ.get("RANK", "0") == "0":  # who kept them
+        for remove in to_remove:
+            remove()
 
 
-def _apply(
-    ctx: click.Context,
-    judged: SubjectOptions,
-    output: OutputOptions,
-    probe: str,
-    split: str | None,
-    predictions: str | None,
-) -> None:
-    """`--apply`: options that only training has are refused."""
+def _check_applied(ctx: click.Context, judged: SubjectOptions, probe: str) -> None:
+    """Options that only training has are refused, and what is named must be there."""
     training = ("protocol", "epochs", "lr", "lrs", "wds", "features", "cs", "seed", "save_head")
     for name in training:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -142,6 +139,15 @@ def _apply(
             raise UsageError(f"--apply trains nothing: leave out --{option}")
     places.check_files("probe", probe)
     judged.there(judged.data)
+
+
+def _apply(
+    judged: SubjectOptions,
+    output: OutputOptions,
+    probe: str,
+    split: str | None,
+    predictions: str | None,
+) -> None:
     from xdino_launch.evaluation.probing import use
 
     rows = use(judged.open, probe, split, predictions)
