@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import click
@@ -90,12 +89,7 @@ def linear(
     every process looks at its share of the images, and the numbers are those of one process.
     """
     if probe is not None:
-        _check_applied(ctx, judged, probe)
-        from xdino.runtime import turns
-
-        alone = partial(_apply, judged, output, probe, split, predictions)
-        shared = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and judged.cache is None
-        turns.on_first(alone, shared)
+        _apply(ctx, judged, output, probe, split, predictions)
         return
     for name, value in {"--split": split, "--predictions": predictions}.items():
         if value is not None:
@@ -130,8 +124,15 @@ def linear(
             remove()
 
 
-def _check_applied(ctx: click.Context, judged: SubjectOptions, probe: str) -> None:
-    """Options that only training has are refused, and what is named must be there."""
+def _apply(
+    ctx: click.Context,
+    judged: SubjectOptions,
+    output: OutputOptions,
+    probe: str,
+    split: str | None,
+    predictions: str | None,
+) -> None:
+    """`--apply`, on the first process: options that only training has are refused."""
     training = ("protocol", "epochs", "lr", "lrs", "wds", "features", "cs", "seed", "save_head")
     for name in training:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -139,19 +140,14 @@ def _check_applied(ctx: click.Context, judged: SubjectOptions, probe: str) -> No
             raise UsageError(f"--apply trains nothing: leave out --{option}")
     places.check_files("probe", probe)
     judged.there(judged.data)
-
-
-def _apply(
-    judged: SubjectOptions,
-    output: OutputOptions,
-    probe: str,
-    split: str | None,
-    predictions: str | None,
-) -> None:
+    from xdino.runtime import distributed, turns
     from xdino_launch.evaluation.probing import use
 
-    rows = use(judged.open, probe, split, predictions)
-    if predictions is not None:
-        click.echo(f"predictions: {predictions}", err=True)
-    if rows:
-        output.tell(rows, judged.weights)
+    def work() -> None:
+        rows = use(judged.open, probe, split, predictions)
+        if predictions is not None:
+            click.echo(f"predictions: {predictions}", err=True)
+        if rows:
+            output.tell(rows, judged.weights)
+
+    turns.on_first(work, distributed.world_size() > 1 and judged.cache is None)
