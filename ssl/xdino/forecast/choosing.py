@@ -219,7 +219,8 @@ class Choosing:
             return
         unlabelled = [] if self._has_what_judges else [fitting.UNLABELLED]
         config = configured([*choices, *unlabelled])
-        self.judging = distributed.from_first(lambda: self._judged(config))
+        found = distributed.together(lambda: self._judged(config))  # each does its part of it
+        self.judging = distributed.from_first(lambda: found)
 
     @property
     def _has_what_judges(self) -> bool:
