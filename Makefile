@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 SEED ?= 0
 SCALE ?= 1
 
-.PHONY: demo test check torture long cluster format clean
+.PHONY: demo test check torture cluster format clean
 
 # The stamp is newer than pyproject.toml exactly when what it lists is installed.
 $(VENV)/.installed: pyproject.toml
@@ -28,9 +28,6 @@ check: $(VENV)/.installed  ## lint, types, import direction
 
 torture: $(VENV)/.installed  ## kills, signals, full disks, damaged and mutated files: hours at SCALE=1
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture --seed $(SEED) --scale $(SCALE) $(KINDS)
-
-long: $(VENV)/.installed  ## what learns, moves or times whole networks, minutes more than `make test`
-	$(BIN)/python -m pytest -m long -n auto
 
 cluster: $(VENV)/.installed  ## submit, time limit, preemption, requeue on a real SLURM (Debian's packages), a quarter of an hour
 	$(BIN)/python -m pytest -m cluster -rs -s tests/slurm

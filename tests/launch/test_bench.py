@@ -187,7 +187,6 @@ def test_scaling(run):
     assert "vit_tiny_patch16_224 / xcit_nano_12_p16, 64 px" in report["ratios"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_scaling_of_whole_networks(run, task, monkeypatch):
     def here(measure, *wanted, lower):

@@ -163,7 +163,7 @@ def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
     }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_classifier_and_a_segmenter(tmp_path):
     runs = moved(tmp_path, **fine_tuning(), **segmentation(tmp_path))
     # Mixed are the same images of two processes, on one and on four.

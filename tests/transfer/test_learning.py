@@ -55,7 +55,7 @@ def as_pixels(image):
     return ((image.clamp(-1, 3) + 1) / 4 * 255).byte().permute(1, 2, 0).numpy()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_detector_learns(composites, tmp_path, xdino, detection_data):
     """Through the command, from a file of COCO's kind that scores it, too."""
     images, objects, _ = composites
@@ -100,7 +100,7 @@ def test_a_detector_learns(composites, tmp_path, xdino, detection_data):
     assert row.metrics["mask AP50"] >= 75
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_segmenter_learns(composites, tmp_path, xdino):
     """Through the command, from a folder of pictures and masks that scores it, too."""
     images, _, labels = composites
