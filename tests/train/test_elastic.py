@@ -164,6 +164,11 @@ def segmentation(folder: Path) -> dict[str, tuple[Any, list]]:
 
 
 @pytest.mark.slow
+def test_two_hundred_iterations(tiny, tmp_path):
+    check_pretraining(moved(tmp_path, **pretraining(tiny, 100)), 100)
+
+
+@pytest.mark.slow
 def test_a_classifier_and_a_segmenter(tmp_path):
     runs = moved(tmp_path, **fine_tuning(), **segmentation(tmp_path))
     # Mixed are the same images of two processes, on one and on four.
