@@ -2,16 +2,13 @@
 
 import csv
 import json
-import os
 import signal
-import socket
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from children import child
+from children import awaited, check_printed, child, done, ended_by, losses, pair, told, typed
 
 from xdino import checkpoint, config
 from xdino.runtime.batch_layout import BatchLayout
@@ -39,29 +36,13 @@ def coco(tmp_path_factory, detection_data) -> Path:
 
 
 def words(run: Path, data: Path, recipe: str | None = "detect_small", **keys: object) -> list:
-    given = {**TINY, "data.path": data, **{k.replace("__", "."): v for k, v in keys.items()}}
-    first = [] if recipe is None else [recipe]
-    return [
-        "detect", *first, "--run-dir", run, *(w for k, v in given.items() for w in (f"--{k}", v))
-    ]  # fmt: skip
-
-
-def told(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in told(run) if "loss" in row]
+    return typed("detect", TINY, run, data, recipe, keys)
 
 
 @pytest.fixture(scope="session")
 def finished(coco, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
-    process = child(*words(run, coco, evaluate__every=3))
-    process.join()
-    assert process.exitcode == 0
+    done(*words(run, coco, evaluate__every=3))
     return run
 
 
@@ -145,34 +126,16 @@ def test_commands_name_each_other(finished, tmp_path, xdino):
 
 
 def test_the_printed_configuration_is_a_recipe(tmp_path, xdino):
-    for name in config.recipes("detect"):
-        code, out, error = xdino("detect", name, "--print-config")
-        assert (code, error) == (0, "")
-        assert out.startswith("kind: detect\nmodel:\n")
-        assert max(map(len, out.splitlines())) <= 80
-        (tmp_path / "again.yaml").write_text(out)
-        again = config.load(str(tmp_path / "again.yaml"), None, Detection)
-        assert again == config.load(name, None, Detection)
-        assert xdino("recipes", name)[0] == 0
+    check_printed(xdino, Detection, tmp_path)
 
 
 def test_stopped_and_killed_in_an_epoch_it_ends_in_the_same_bytes(finished, coco, tmp_path):
     """Everything that is random takes part: drop path, views, and what is sampled of them."""
     run = tmp_path / "run"
     arguments = words(run, coco, evaluate__every=3)
-    for moment, sent, code in ((3, signal.SIGTERM, 75), (7, signal.SIGKILL, -signal.SIGKILL)):
-        process = child(*arguments)
-        deadline = time.monotonic() + 100
-        while len(losses(run)) < moment:
-            assert process.is_alive(), "it ended before it could be stopped"
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
-        os.kill(process.pid, sent)
-        process.join()
-        assert process.exitcode == code
-    last = child("detect", "--run", run)
-    last.join()
-    assert last.exitcode == 0
+    for moment, sent in ((3, signal.SIGTERM), (7, signal.SIGKILL)):
+        ended_by(sent, [child(*arguments)], run, moment)
+    done("detect", "--run", run)
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert len(starts) == 3
     assert 0 < starts[-1]["iteration"] < 12
@@ -185,24 +148,11 @@ def test_two_processes_are_one_and_one_goes_on_alone(coco, tmp_path):
     """With the same total batch, on pictures that are padded alike; losses by all processes' counts."""
     same = {"view__sides": 48, "view__crop_chance": 0}
     alone = child(*words(tmp_path / "one", coco, **same))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = words(tmp_path / "two", coco, **same, train__batch_size=1)
-    pair = [child(*arguments, RANK=str(r), LOCAL_RANK=str(r), **world) for r in (0, 1)]
-    while len(losses(tmp_path / "two")) < 6:
-        assert all(process.is_alive() for process in pair)
-        time.sleep(0.0005)
-    for process in pair:
-        os.kill(process.pid, signal.SIGTERM)
-    for process in pair:
-        process.join()
-        assert process.exitcode == 75
+    two = pair(*arguments)
+    ended_by(signal.SIGTERM, two, tmp_path / "two", 6)
     last = child(*words(tmp_path / "two", coco, **same))
-    for process in (alone, last):
-        process.join()
-        assert process.exitcode == 0
+    awaited(alone, last)
     one, two = (read_dense(tmp_path / name).network for name in ("one", "two"))
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
@@ -221,9 +171,7 @@ def test_statistics_can_rest_and_blocks_be_computed_again(finished, coco, tmp_pa
         child(*words(tmp_path / "one", coco, **keys), "--init", finished),
         child(*words(tmp_path / "two", coco, **keys, **again), "--init", finished),
     ]
-    for process in runs:
-        process.join()
-        assert process.exitcode == 0
+    awaited(*runs)
     before = read_dense(finished).network.state_dict()
     one, two = (read_dense(tmp_path / name).network.state_dict() for name in ("one", "two"))
     moved = 0

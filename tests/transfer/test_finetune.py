@@ -1,19 +1,16 @@
 """`xdino finetune`: runs, what they leave, how they stop and go on, on one process and on two."""
 
 import json
-import os
 import signal
-import socket
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from children import child
+from children import awaited, check_printed, child, done, ended_by, losses, pair, told, typed
 from PIL import Image
 
-from xdino import checkpoint, config
+from xdino import checkpoint
 from xdino_eval import results
 from xdino_eval.during_training import best_of
 from xdino_transfer.classification.files import read_classifier
@@ -42,29 +39,13 @@ def classes(tmp_path_factory) -> Path:
 
 
 def words(run: Path, data: Path, recipe: str | None = "finetune_small", **keys: object) -> list:
-    given = {**TINY, "data.path": data, **{k.replace("__", "."): v for k, v in keys.items()}}
-    first = [] if recipe is None else [recipe]
-    return [
-        "finetune", *first, "--run-dir", run, *(w for k, v in given.items() for w in (f"--{k}", v))
-    ]  # fmt: skip
-
-
-def told(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in told(run) if "loss" in row]
+    return typed("finetune", TINY, run, data, recipe, keys)
 
 
 @pytest.fixture(scope="session")
 def finished(classes, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
-    process = child(*words(run, classes, train__ema=0.9))
-    process.join()
-    assert process.exitcode == 0
+    done(*words(run, classes, train__ema=0.9))
     return run
 
 
@@ -154,15 +135,7 @@ def test_commands_name_each_other(finished, tmp_path, xdino, classes):
 
 
 def test_the_printed_configuration_is_a_recipe(tmp_path, xdino):
-    for name in config.recipes("finetune"):
-        code, out, error = xdino("finetune", name, "--print-config")
-        assert (code, error) == (0, "")
-        assert out.startswith("kind: finetune\nmodel:\n")
-        assert max(map(len, out.splitlines())) <= 80
-        (tmp_path / "again.yaml").write_text(out)
-        again = config.load(str(tmp_path / "again.yaml"), None, FineTuning)
-        assert again == config.load(name, None, FineTuning)
-        assert xdino("recipes", name)[0] == 0
+    check_printed(xdino, FineTuning, tmp_path)
 
 
 def test_killed_in_an_epoch_it_ends_in_the_same_bytes(finished, classes, tmp_path):
@@ -170,17 +143,8 @@ def test_killed_in_an_epoch_it_ends_in_the_same_bytes(finished, classes, tmp_pat
     run = tmp_path / "run"
     arguments = words(run, classes, train__ema=0.9)
     for moment in (3, 9):
-        process = child(*arguments)
-        deadline = time.monotonic() + 100
-        while len(losses(run)) < moment:
-            assert process.is_alive(), "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    last = child(*arguments)
-    last.join()
-    assert last.exitcode == 0
+        ended_by(signal.SIGKILL, [child(*arguments)], run, moment)
+    done(*arguments)
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert len(starts) == 3
     assert 0 < starts[-1]["iteration"] < 18
@@ -194,16 +158,8 @@ def test_killed_in_an_epoch_it_ends_in_the_same_bytes(finished, classes, tmp_pat
 
 def test_a_signal_stops_it_and_the_same_command_goes_on(finished, classes, tmp_path):
     arguments = words(tmp_path / "run", classes, train__ema=0.9)
-    process = child(*arguments)
-    while len(losses(tmp_path / "run")) < 4:
-        assert process.is_alive()
-        time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join()
-    assert process.exitcode == 75
-    again = child("finetune", "--run", tmp_path / "run")
-    again.join()
-    assert again.exitcode == 0
+    ended_by(signal.SIGTERM, [child(*arguments)], tmp_path / "run", 4)
+    done("finetune", "--run", tmp_path / "run")
     assert losses(tmp_path / "run") == losses(finished)
 
 
@@ -216,15 +172,9 @@ def test_two_processes_are_one(classes, tmp_path):
         "optim__name": "sgd",
     }
     alone = child(*words(tmp_path / "one", classes, **same))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = words(tmp_path / "two", classes, **{**same, "train__batch_size": 4})
-    pair = [child(*arguments, RANK=str(r), LOCAL_RANK=str(r), **world) for r in (0, 1)]
-    for process in (alone, *pair):
-        process.join()
-        assert process.exitcode == 0
+    two = pair(*arguments)
+    awaited(alone, *two)
     one, two = (read_classifier(tmp_path / name).classifier for name in ("one", "two"))
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
@@ -241,9 +191,7 @@ def test_micro_batches_add_up_and_the_average_can_be_what_is_kept(classes, tmp_p
         child(*words(tmp_path / "one", classes, **same)),
         child(*words(tmp_path / "two", classes, **same, **average, **parts)),
     ]
-    for process in runs:
-        process.join()
-        assert process.exitcode == 0
+    awaited(*runs)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     states = [
         checkpoint.load_state(tmp_path / name / checkpoint.STATE_FILE)["learner"]

@@ -3,19 +3,16 @@
 import csv
 import json
 import math
-import os
 import signal
-import socket
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from children import child
+from children import awaited, check_printed, child, done, ended_by, losses, pair, told, typed
 from PIL import Image
 
-from xdino import checkpoint, config
+from xdino import checkpoint
 from xdino.errors import UsageError
 from xdino_eval import results
 from xdino_transfer.dense_files import read_dense
@@ -61,27 +58,7 @@ def painted(tmp_path_factory) -> Path:
 
 
 def words(run: Path, data: Path, recipe: str | None = "segment_small", **keys: object) -> list:
-    given = {**TINY, "data.path": data, **{k.replace("__", "."): v for k, v in keys.items()}}
-    first = [] if recipe is None else [recipe]
-    return [
-        "segment", *first, "--run-dir", run, *(w for k, v in given.items() for w in (f"--{k}", v))
-    ]  # fmt: skip
-
-
-def done(*arguments: object) -> None:
-    process = child(*arguments)
-    process.join()
-    assert process.exitcode == 0
-
-
-def told(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in told(run) if "loss" in row]
+    return typed("segment", TINY, run, data, recipe, keys)
 
 
 @pytest.fixture(scope="session")
@@ -154,14 +131,7 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_named(
 
 
 def test_the_printed_configuration_is_a_recipe(tmp_path, xdino):
-    for name in config.recipes("segment"):
-        code, out, error = xdino("segment", name, "--print-config")
-        assert (code, error) == (0, "")
-        assert out.startswith("kind: segment\nmodel:\n")
-        assert max(map(len, out.splitlines())) <= 80
-        (tmp_path / "again.yaml").write_text(out)
-        again = config.load(str(tmp_path / "again.yaml"), None, Segmentation)
-        assert again == config.load(name, None, Segmentation)
+    check_printed(xdino, Segmentation, tmp_path)
 
 
 def test_killed_and_stopped_in_an_epoch_it_ends_in_the_same_bytes(finished, painted, tmp_path):
@@ -169,15 +139,7 @@ def test_killed_and_stopped_in_an_epoch_it_ends_in_the_same_bytes(finished, pain
     run = tmp_path / "run"
     arguments = words(run, painted, model__head="upernet")
     for moment, how in ((3, signal.SIGKILL), (7, signal.SIGTERM)):
-        process = child(*arguments)
-        deadline = time.monotonic() + 100
-        while len(losses(run)) < moment:
-            assert process.is_alive(), "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
-        os.kill(process.pid, how)
-        process.join()
-    assert process.exitcode == 75
+        ended_by(how, [child(*arguments)], run, moment)
     done("segment", "--run", run)
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert len(starts) == 3
@@ -191,15 +153,9 @@ def test_two_processes_are_one(painted, tmp_path):
     """With the same total batch: BatchNorms see both processes' pictures."""
     same = {"evaluate__every": 3, "optim__lr": 0.001}  # paths and channels are dropped alike
     alone = child(*words(tmp_path / "one", painted, **same))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = words(tmp_path / "two", painted, **{**same, "train__batch_size": 2})
-    pair = [child(*arguments, RANK=str(r), LOCAL_RANK=str(r), **world) for r in (0, 1)]
-    for process in (alone, *pair):
-        process.join()
-        assert process.exitcode == 0
+    two = pair(*arguments)
+    awaited(alone, *two)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     scores = [
         [row["val_miou"] for row in told(tmp_path / name) if "val_miou" in row]

@@ -6,7 +6,6 @@ Letters: B images of a micro-batch, H x W pixels.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 from xdino.backbones import BackboneSpec
 from xdino.data import Source
 from xdino.errors import UsageError
-from xdino.forecast.costs import Meter
+from xdino.forecast.costs import activation_bytes
 from xdino.plan import feasibility
 from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.schedules import Array
 from xdino_transfer.dense_training import starting
 from xdino_transfer.dense_training.recipe import BATCH, DenseConfig
 from xdino_transfer.dense_training.starting import Weights
-
-LARGE = 2**31  # bytes of a step, from which on they are told before it
-HALF = 0.6  # of the bytes in fp32, where numbers are half: not all of them are
 
 
 @dataclass(frozen=True)
@@ -136,29 +132,14 @@ def proven(
     state = weights + 2 * trained  # and the two moments of AdamW
     step = state + trained
     if losses is not None and next(network.parameters()).is_meta:
-        step += _activations(network, losses, plan)
+
+        def backward(images: int) -> None:
+            losses(network, "meta", images).backward()
+
+        step += activation_bytes(backward, plan.config.train.batch_size, plan.precision)
     plan = dataclasses.replace(plan, step_bytes=step, state_bytes=state)
     feasibility.check_memory(what, step, plan.device, mend)
     return plan
-
-
-def _activations(
-    network: nn.Module, losses: Callable[[nn.Module, str, int], Tensor], plan: DensePlan
-) -> int:
-    """Bytes that live at once in a step's forward and backward pass, counted for two images."""
-    images = 2
-    try:
-        with torch.random.fork_rng(devices=[]), Meter() as meter:
-            losses(network, "meta", images).backward()
-    except (RuntimeError, ValueError, NotImplementedError):  # it asks its tensors for values
-        return 0
-    share = 1.0 if plan.precision == "fp32" else HALF
-    return round(share * meter.peak * plan.config.train.batch_size / images)
-
-
-def check_disk(plan: DensePlan, run_dir: Path) -> None:
-    """Raises UsageError where the disk has no room for two checkpoints of the run."""
-    feasibility.check_disk(run_dir, 2 * plan.state_bytes)
 
 
 def with_weights(plan: P, weights: Weights | None) -> P:

@@ -19,7 +19,7 @@ from xdino.config import in_epochs
 from xdino.config.bands import Bands, channels_of
 from xdino.data import Source
 from xdino.errors import RunFailed, UsageError, asked, reason
-from xdino.forecast.costs import Meter
+from xdino.forecast.costs import activation_bytes
 from xdino.plan import feasibility
 from xdino.plan.measured import measured
 from xdino.plan.networks import checkpoint_activations
@@ -342,28 +342,20 @@ def _proven(plan: Plan) -> Plan:
 
 
 def _activations(network: Classifier, plan: Plan) -> int:
-    """Bytes that live at once in a step's forward and backward pass, counted for two images."""
+    """Bytes that live at once in a step's forward and backward pass, see `activation_bytes`."""
     parameter = next(network.parameters())
     if not parameter.is_meta:
         return 0
-    spec, images = plan.spec, 2
+    spec = plan.spec
     if plan.config.runtime.activation_checkpointing:
         checkpoint_activations(network.backbone, spec.arch)
     side = spec.input_size
-    try:
-        with torch.random.fork_rng(devices=[]), Meter() as meter:
-            shown_to = torch.empty(images, spec.in_chans, side, side, device="meta")
-            network(shown_to).sum().backward()
-    except (RuntimeError, ValueError, NotImplementedError):  # it asks its tensors for values
-        return 0
-    share = 1.0 if plan.precision == "fp32" else 0.6  # half numbers, but not all of them
-    return round(share * meter.peak * plan.config.train.batch_size / images)
 
+    def backward(images: int) -> None:
+        shown_to = torch.empty(images, spec.in_chans, side, side, device="meta")
+        network(shown_to).sum().backward()
 
-def check_disk(plan: Plan, run_dir: Path) -> None:
-    """Raises UsageError where the disk has no room for the newest checkpoints of the run."""
-    states = plan.config.runtime.keep_last
-    feasibility.check_disk(run_dir, states * plan.state_bytes, states)
+    return activation_bytes(backward, plan.config.train.batch_size, plan.precision)
 
 
 def init_facts(config: FineTuning) -> dict[str, Any]:

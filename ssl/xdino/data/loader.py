@@ -154,6 +154,11 @@ class Loader(abc.ABC, Generic[Batch]):
         start += (micro * self.world_size + self.rank) * self.batch_size
         return epoch, order[start : start + self.batch_size].copy()  # writable, as torch wants it
 
+    def images_at(self, iteration: int, micro: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """As `indices_at`, and which repeat of its image in the epoch each of them is [B]."""
+        epoch, indices = self.indices_at(iteration, micro)
+        return epoch, indices, np.zeros_like(indices)
+
     def iterate(self, start_iteration: int, end_iteration: int) -> Generator[Batch, None, None]:
         """The micro-batches of iterations start to end (exclusive), `accumulate` for each.
 

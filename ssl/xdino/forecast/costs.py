@@ -11,7 +11,7 @@ bottleneck, P parameters.
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -353,6 +353,28 @@ class Meter(TorchDispatchMode):
             if not flops:  # products are bound by arithmetic
                 self.bytes += sum(x.numel() * x.element_size() for x in (*read, *written))
         return out
+
+
+HALF = 0.6  # of the bytes in fp32, where numbers are half: not all of them are
+
+
+def activation_bytes(backward: Callable[[int], None], batch_size: int, precision: str) -> int:
+    """About the bytes that live at once in a step's forward and backward pass, counted for two images.
+
+    0 where that cannot be known without values: the network asks its tensors for them, or has an
+    operation that torch's "meta" device does not know. Such a step is not refused for its memory.
+
+    Args:
+        backward: both passes over so many images on the "meta" device.
+    """
+    images = 2
+    try:
+        with torch.random.fork_rng(devices=[]), Meter() as meter:
+            backward(images)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return 0
+    share = 1.0 if precision == "fp32" else HALF
+    return round(share * meter.peak * batch_size / images)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:

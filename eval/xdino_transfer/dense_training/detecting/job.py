@@ -22,7 +22,6 @@ from xdino.data import BadImage
 from xdino.errors import world
 from xdino.runtime import distributed, rng, transfer
 from xdino.runtime.atomic import written_beside
-from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.dense_training.detecting import plan as planning
 from xdino_transfer.dense_training.detecting.loader import DetectionBatch, DetectionLoader
 from xdino_transfer.dense_training.detecting.plan import DetectionPlan
@@ -52,16 +51,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
     plan: DetectionPlan
     loader: DetectionLoader
     protocol = PROTOCOL
-    doing = "learning to detect"
+    task = "learning to detect"
 
-    def planned(
-        self, world_size: int, precision: str, spec: dict[str, Any] | None
-    ) -> DetectionPlan:
-        return planning.make_plan(self.config, world_size, precision, spec, self._first)
-
-    @property
-    def _first(self) -> BatchLayout | None:
-        return BatchLayout.from_dict(self.last_start.get("batch"))
+    def planned(self, precision: str, spec: dict[str, Any] | None) -> DetectionPlan:
+        processes = distributed.world_size()
+        return planning.make_plan(self.config, processes, precision, spec, self.first)
 
     def network(self) -> tuple[Detector, list[str]]:
         return planning.build_detector(self.plan)
@@ -73,7 +67,7 @@ class DetectionJob(DenseJob[DetectionBatch]):
             self.plan.views,
             distributed.rank(),
             distributed.world_size(),
-            first=self._first,
+            first=self.first,
             **self.loader_options(known_bad),
         )
 
@@ -133,22 +127,6 @@ class DetectionJob(DenseJob[DetectionBatch]):
             picture.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
             pictures.append(picture)
         _save_beside(pictures[:DRAWN], path)
-
-    # --- what is told of it, and kept ---
-
-    def images_of(self, number: int) -> dict[str, Any]:
-        loader = self.loader
-        micro = [loader.images_at(number - 1, i) for i in range(loader.accumulate)]
-        indices = [int(index) for _, found, _ in micro for index in found]
-        repeats = [int(repeat) for *_, found in micro for repeat in found]
-        return {
-            "indices": indices,
-            "images": [self.plan.train.describe(index) for index in indices],
-            "seeds": [
-                [loader.seed, micro[0][0], index, repeat]
-                for index, repeat in zip(indices, repeats, strict=True)
-            ],
-        }
 
     @property
     def test_views(self) -> Views:

@@ -32,10 +32,10 @@ class SegmentationJob(DenseJob[MaskedBatch]):
     plan: Plan
     loader: MaskedLoader
     protocol: ClassVar[str] = PROTOCOL
-    doing: ClassVar[str] = "learning to segment"
+    task: ClassVar[str] = "learning to segment"
 
-    def planned(self, world_size: int, precision: str, spec: dict[str, Any] | None) -> Plan:
-        return planning.make_plan(self.config, world_size, precision, spec)
+    def planned(self, precision: str, spec: dict[str, Any] | None) -> Plan:
+        return planning.make_plan(self.config, distributed.world_size(), precision, spec)
 
     def network(self) -> tuple[Segmenter, list[str]]:
         plan = self.plan
