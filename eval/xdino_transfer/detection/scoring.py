@@ -34,7 +34,7 @@ class Scored:
 
 @torch.no_grad()
 def detected(model: Detector, image: np.ndarray, views: Views) -> Detections:
-    """What a model in evaluation mode finds in a picture uint8 [H, W, 3], in its own pixels.
+    """What a model in evaluation mode finds in a picture uint8 [H, W, C], in its own pixels.
 
     Raises:
         RunFailed: a box or a score is not finite.
@@ -62,20 +62,21 @@ def score(
         raise UsageError(
             f"the heads know {model.roi.classes} classes and {val.where} has {len(val.classes)}"
         )
-    begun, skipped, results = time.perf_counter(), list[str](), list[dict]()
+    begun, skipped, results = time.perf_counter(), list[tuple[str, str]](), list[dict]()
     with evaluating(model):
         for index in range(len(val)):
             try:
                 image = val.read(index)
-            except (UnreadableImage, OSError):
-                skipped.append(printable(bytes(val.paths[index])))
+            except (UnreadableImage, OSError) as error:
+                skipped.append((printable(bytes(val.paths[index])), str(error)))
                 continue
             found = detected(model, image, views)
             results += results_of(int(val.numbers[index]), found, val.category_ids.tolist())
             if progress is not None:
                 progress(index + 1, len(val))
     if len(skipped) == len(val):
-        raise RunFailed(f"no picture of {val.where} could be read: {skipped[0]} and others")
+        name, why = skipped[0]
+        raise RunFailed(f"no picture of {val.where} could be read: {name} and others ({why})")
     truth = val.truth()
     by_kind = {kind: average_precision(truth, results, kind) for kind in KINDS}
     row = Row(
@@ -88,7 +89,7 @@ def score(
         train_size=0,
         val_size=len(val) - len(skipped),
         seconds=round(time.perf_counter() - begun, 3),
-        notes=[f"{len(skipped)} pictures could not be read ({skipped[0]})"] if skipped else [],
+        notes=[f"{len(skipped)} pictures could not be read ({skipped[0][0]})"] if skipped else [],
         metrics={
             f"{kind} {name}": 100 * value
             for kind, found in by_kind.items()

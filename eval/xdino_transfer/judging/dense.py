@@ -32,7 +32,6 @@ from xdino_transfer.segmentation.maps import Maps, open_maps
 from xdino_transfer.segmentation.segmenter import Segmenter
 from xdino_transfer.segmentation.views import TestViews
 
-CHANNELS = 3  # annotated pictures are read in colours
 PER_CLASS_FILE = "per_class.csv"
 TOLD = ("init", "recipe")  # facts of a file that its rows name
 
@@ -74,26 +73,17 @@ def score(loaded: LoadedDense, data: str, how: How | None = None) -> DenseScore:
     """mIoU, mAcc and aAcc of a segmenter, AP of boxes and masks of a detector.
 
     Raises:
-        UsageError: data of another task, other classes, a network that reads no colours.
+        UsageError: data of another task, other classes.
         RunFailed: pictures that cannot be read, numbers that are not finite.
     """
     how = how or How()
     if isinstance(loaded.network, Detector) and (how.flip or how.scales != (1.0,)):
         raise UsageError("flip and scales are of segmenters, and this is a detector")
-    check_channels(loaded)
     if how.device is not None:
         loaded.network.to(how.device)
     if isinstance(loaded.network, Detector):
         return _score_detector(loaded, loaded.network, data, how)
     return _score_segmenter(loaded, loaded.network, data, how)
-
-
-def check_channels(loaded: LoadedDense) -> None:
-    """Raises UsageError for a network that does not read pictures in colours."""
-    if len(loaded.mean) != CHANNELS:
-        raise UsageError(
-            f"{loaded.origin.path} reads {len(loaded.mean)} channels, and pictures have {CHANNELS} here"
-        )
 
 
 def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views:
@@ -113,7 +103,7 @@ def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views
 
 def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How) -> DenseScore:
     train, val = open_maps(data, how.zero_is_void)
-    chosen: Maps = train if how.split == "train" else val
+    chosen: Maps = replace(train if how.split == "train" else val, channels=loaded.channels)
     for sentence in chosen.notices:
         how.notice(sentence)
     notes = check_classes(loaded, chosen.classes, chosen.where)
@@ -130,6 +120,7 @@ def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How)
 def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -> DenseScore:
     train, val = open_annotated(data)
     chosen: Annotations = train if how.split == "train" else val
+    chosen = replace(chosen, channels=loaded.channels)
     for sentence in chosen.notices:
         how.notice(sentence)
     notes = check_classes(loaded, chosen.classes, chosen.where)

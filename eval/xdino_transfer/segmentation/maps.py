@@ -42,7 +42,7 @@ _ONE_NUMBER = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes
 class Maps:
     """N pictures and their masks.
 
-    zero_is_void: labels begin at 1, and 0 is none. channels: of the pictures, 1 for grey.
+    zero_is_void: labels begin at 1, and 0 is none. channels: of the pictures, 1 for grey, or `Bands`.
     max_pixels: of a picture; a larger one cannot be read.
     """
 
@@ -220,7 +220,7 @@ def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder}")
     there = {path.stem: path for path in sorted(masks.iterdir()) if path.suffix.lower() in SUFFIXES}
-    pictures = sorted(listed(images))
+    pictures = sorted(listed(images) or listed(images, (".npy",)))
     seen: set[str] = set()
     for path in pictures:
         if path.stem in seen:

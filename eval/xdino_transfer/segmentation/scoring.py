@@ -37,7 +37,7 @@ def segmented(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """A picture uint8 [H, W, 3] -> probabilities [K, H, W]; the model must be in evaluation mode.
+    """A picture uint8 [H, W, C] -> probabilities [K, H, W]; the model must be in evaluation mode.
 
     Raises:
         RunFailed: they are not finite.
@@ -79,7 +79,7 @@ def score(
         raise UsageError(
             f"the head tells {classes} classes apart and {val.where} has {len(val.classes)}"
         )
-    begun, skipped, matrix = time.perf_counter(), list[str](), ConfusionMatrix(classes)
+    begun, skipped, matrix = time.perf_counter(), list[tuple[str, str]](), ConfusionMatrix(classes)
     step = distributed.world_size() if shared else 1
 
     def look() -> None:
@@ -87,8 +87,8 @@ def score(
             stopping.asked()
             try:
                 image, labels = val.read(index)
-            except (UnreadableImage, OSError):
-                skipped.append(val.describe(index))
+            except (UnreadableImage, OSError) as error:
+                skipped.append((val.describe(index), str(error)))
                 continue
             matrix.add(segmented(model, image, views, scales, flip).argmax(0).cpu().numpy(), labels)
             if progress is not None:
@@ -100,9 +100,10 @@ def score(
         matrix.gather()
         skipped = [each for some in distributed.gather(skipped) for each in some]
     if len(skipped) == len(val):
-        raise RunFailed(f"no picture of {val.where} could be read: {skipped[0]} and others")
+        name, why = skipped[0]
+        raise RunFailed(f"no picture of {val.where} could be read: {name} and others ({why})")
     scores = matrix.scores()
-    row = _row(val, views, scales, flip, scores, skipped)
+    row = _row(val, views, scales, flip, scores, [name for name, _ in skipped])
     return replace(row, seconds=round(time.perf_counter() - begun, 3)), scores
 
 
