@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from xdino.config import MAX_PIXELS
-from xdino.data.decode import SUFFIXES, decode
+from xdino.data.decode import ARRAYS, SUFFIXES, decode
 from xdino.data.image_files import DAMAGED, listed, why
 from xdino.data.listing import printable
 from xdino.errors import UsageError, asked
@@ -220,7 +220,7 @@ def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder}")
     there = {path.stem: path for path in sorted(masks.iterdir()) if path.suffix.lower() in SUFFIXES}
-    pictures = sorted(listed(images) or listed(images, (".npy",)))
+    pictures = sorted(listed(images) or listed(images, ARRAYS))
     seen: set[str] = set()
     for path in pictures:
         if path.stem in seen:
