@@ -5,7 +5,7 @@
 
 `learning_data.py` makes the folders; `fashion_mnist` and `fashion_mnist_sample` are named sources. An
 arm is a line of `ARMS`; `learning_arms.py` says how each is trained, on how many CPU minutes, and how
-all are judged alike. The trained arms of one data set and seed take turns, a period of training each,
+all are judged alike; "by hand" stands for the twelve of `BY_HAND`. The trained arms of one data set and seed take turns, a period of training each,
 so that the machine's moods fall on all of them; only one of them works at a time.
 
 FILE is written whenever an arm has finished. The same command goes on where it stopped, with what is
@@ -89,6 +89,22 @@ ARMS = {
     "few steps + colour": Arm("ours", FEW_STEPS | COLOUR),
     "few steps + colour + sinkhorn": Arm("ours", FEW_STEPS | COLOUR | {"loss.targets": "sinkhorn"}),
 }
+# Twelve that a person may set by hand, beside what `auto` chooses: networks x objectives x rates.
+NETWORKS = {
+    "tiny": {},
+    "shallow": {"model.depth": "2"},
+    "narrow": {"model.arch": "xcit_nano_12_p8", "model.depth": "6"},
+}
+BY_HAND = {
+    f"{network} {objective} x{rate}": Arm(
+        "ours", shape | {"loss.objective": objective, "optim.lr": f"{5e-4 * rate:g}"}
+    )
+    for network, shape in NETWORKS.items()
+    for objective in ("dino", "simdino")
+    for rate in (1, 4)
+}
+ARMS |= {"auto": Arm("auto")} | BY_HAND
+
 DEFAULT = ("raw pixels", "untrained network", "published components", "ours", "supervised")
 
 # What every arm is told, the published one too. The rate is the published one, for 256 images.
@@ -273,7 +289,7 @@ def main(
     settings: tuple[str, ...],
 ) -> None:
     """Measure what is missing, write the JSON file after every arm, print the tables."""
-    chosen = [name.strip() for name in arms.split(",")]
+    chosen = [name.strip() for name in arms.replace("by hand", ",".join(BY_HAND)).split(",")]
     if unknown := [name for name in chosen if name not in ARMS]:
         raise click.UsageError(f"no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
     told = _pairs(settings, "--set")

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from xdino import checkpoint, config, data, student_teacher
+from xdino.forecast.choosing import Asked, Choosing
 from xdino.job import Listener
 from xdino.plan import Plan, make_plan
 from xdino.pretraining import pretrain
@@ -41,17 +42,18 @@ from xdino_eval.features import Features, extract, pixels
 from xdino_eval.linear import logistic_probe
 from xdino_eval.transform import EvalTransform
 from xdino_launch.bench import reference
+from xdino_launch.local import evaluator_of
 
 NEIGHBOURS = 20
 STRENGTHS = (1e-2, 1.0, 1e2)  # of the linear probe: a held-out tenth of train chooses
 COMPONENTS = 1024  # of features wider than that: raw pixels
 PILOT = (3, 13)  # steps between which the clock runs
-TRAINED = ("ours", "published", "supervised")
+TRAINED = ("ours", "auto", "published", "supervised")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """kind: "pixels", "untrained", "supervised", "published" or "ours".
+    """kind: "pixels", "untrained", "supervised", "published", "ours" or "auto".
 
     settings: dotted keys of the configuration that differ from the board's. change: of `CHANGES`,
     what no key says.
@@ -254,6 +256,20 @@ def train_ours(job: Job, say: Say) -> None:
         minutes = clock.seconds / 60
         found = judge(checkpoint.load_backbone(path), at_end=True)
     say({"step": epochs * steps, "minutes": minutes, "last": True, **found})
+
+
+def train_auto(job: Job, say: Say) -> None:
+    """What `xdino pretrain auto --minutes N` chooses for the images; nothing of the board's settings."""
+    given = {"data.path": job.path, "train.seed": str(job.seed), "runtime.device": "cpu"}
+    wanted = Asked(job.minutes, None, given)
+    device = torch.device("cpu")
+    recipe = Choosing(wanted, None, device, time.monotonic(), print, evaluator_of).recipe()
+    chosen = {
+        choice.key: choice.value
+        for choice in recipe.choices
+        if not choice.key.startswith(("runtime.", "evaluate.", "data.", "train.epochs"))
+    }
+    train_ours(replace(job, arm=Arm("ours", chosen), settings={}), say)
 
 
 def replaced(settings: config.Config, section: str, **values: Any) -> config.Config:
@@ -479,6 +495,7 @@ def train_supervised(job: Job, say: Say) -> None:
 
 TRAINERS: dict[str, Callable[[Job, Say], None]] = {
     "ours": train_ours,
+    "auto": train_auto,
     "published": train_published,
     "supervised": train_supervised,
 }
