@@ -4,9 +4,10 @@
         --minutes 30 --seeds 0,1,2 --dino DINO_DIR --xcit XCIT_DIR [--arms NAME,NAME] [--set KEY=VALUE]
 
 `learning_data.py` makes the folders; `fashion_mnist` and `fashion_mnist_sample` are named sources. An
-arm is a line of `ARMS`; `learning_arms.py` says how each is trained, on how many CPU minutes, and how
-all are judged alike; "by hand" stands for the twelve of `BY_HAND`. The trained arms of one data set and seed take turns, a period of training each,
-so that the machine's moods fall on all of them; only one of them works at a time.
+arm is a line of `ARMS` ("by hand" stands for the twelve of `BY_HAND`); `learning_arms.py` says how each
+is trained, on how many CPU minutes, and how all are judged alike. The trained arms of one data set and
+seed take turns, a period of training each, so that the machine's moods fall on all of them; only one of
+them works at a time.
 
 FILE is written whenever an arm has finished. The same command goes on where it stopped, with what is
 missing; further data, seeds and arms join the same file if minutes and settings are the same.
@@ -51,6 +52,16 @@ FEW_STEPS = {
     "crops.local_count": "2",
     "crops.local_scale": "0.15,0.5",
 }
+# What configs/small_data.yaml sets, but for the sizes of network, crops and batch.
+SMALL_DATA = {
+    "model.drop_path": "0.05",
+    "head.prototypes": "4096",
+    "head.norm_last_layer": "false",
+    "crops.global_scale": "0.3,1.0",
+    "crops.local_scale": "0.05,0.3",
+    "optim.min_lr": "1e-5",
+    "optim.warmup_epochs": "5%",
+}
 SIMDINO = {"loss.objective": "simdino"}
 
 ARMS = {
@@ -78,6 +89,8 @@ ARMS = {
     "weaker colour": Arm("ours", COLOUR),
     "no colour": Arm("ours", COLOUR | {"crops.jitter": "0", "crops.grayscale": "0"}),
     "larger local crops": Arm("ours", {"crops.local_scale": "0.15,0.4"}),
+    "small_data": Arm("ours", SMALL_DATA),
+    "small_data + simdino x4": Arm("ours", SMALL_DATA | SIMDINO | {"optim.lr": "2e-3"}),
     "head with BatchNorm": Arm("ours", {"head.use_bn": "true"}),
     # What BatchNorm takes its statistics of; the first three: a total batch of 256 in micro-batches.
     "256 x 1": Arm("ours", {"train.batch_size": "256"}),
