@@ -4,10 +4,9 @@
         --minutes 30 --seeds 0,1,2 --dino DINO_DIR --xcit XCIT_DIR [--arms NAME,NAME] [--set KEY=VALUE]
 
 `learning_data.py` makes the folders; `fashion_mnist` and `fashion_mnist_sample` are named sources. An
-arm is a line of `ARMS` ("by hand" stands for the twelve of `BY_HAND`); `learning_arms.py` says how each
-is trained, on how many CPU minutes, and how all are judged alike. The trained arms of one data set and
-seed take turns, a period of training each, so that the machine's moods fall on all of them; only one of
-them works at a time.
+arm is a line of `ARMS` ("by hand" stands for the twelve of `BY_HAND`); `learning_judging.py` says what
+a minute is, and judges all alike. The trained arms of one data set and seed take turns, a period of
+training each, so that the machine's moods fall on all of them; only one of them works at a time.
 
 FILE is written whenever an arm has finished. The same command goes on where it stopped, with what is
 missing; further data, seeds and arms join the same file if minutes and settings are the same.
@@ -29,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from learning_arms import TRAINED, Arm, Job, run
+from learning_arms import TRAINERS, run
+from learning_judging import Arm, Job
 from rich.table import Table
 from scipy.stats import t as student_t
 
@@ -331,9 +331,9 @@ def main(
             stderr_console().print(f"{name}, seed {seed}: {len(jobs)} arms")
             # Arms that do not train first, one by one; then the others in turn.
             for arm, job in jobs.items():
-                if job.arm.kind not in TRAINED:
+                if job.arm.kind not in TRAINERS:
                     take_turns({arm: job}, finished)
-            take_turns({a: job for a, job in jobs.items() if job.arm.kind in TRAINED}, finished)
+            take_turns({a: job for a, job in jobs.items() if job.arm.kind in TRAINERS}, finished)
         stdout_console().print(table(results, name))
 
 
