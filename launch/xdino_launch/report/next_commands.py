@@ -12,6 +12,8 @@ from xdino.data.files import split_folder
 from xdino.data.idx import NAMES
 
 LOOKED_AT = 2_000  # names below a folder of images, at most, to find one of them
+# Where images to try a segmenter or a detector on lie: COCO, plain and ADE20K, VOC.
+HELD_OUT = ("val*", "images/val*", "*/images/val*", "JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
 IMAGE = "IMAGE.jpg"  # where no image file of the run's own is at hand
 
 
@@ -72,7 +74,7 @@ def next_of_labelled(kind: str, run: Path, data: str) -> list[tuple[str, str]]:
     if kind == "finetune":
         return next_of_classifier(run, data)
     place, data = _operand(str(run)), _operand(data or "DATA")  # files may be named instead
-    image = an_image(data, ("val*", "images/val*")) or IMAGE
+    image = an_image(data, HELD_OUT) or IMAGE
     commands = [
         ("the score", ["score", place, "--data", data]),
         (
