@@ -43,8 +43,8 @@ class How:
 
     split: "val" or "train". scales, flip: of a segmenter: views whose probabilities are averaged.
     shorter_side: pixels, None = as the file says. zero_is_void: labels begin at 1, of images/ and
-    masks/. progress: is told how many pictures of how many are done. notice: sentences. shared: every
-    process calls this, and looks at its part of the pictures.
+    masks/, whatever the file says. progress: is told how many pictures of how many are done. notice:
+    sentences. shared: every process calls this, and looks at its part of the pictures.
     """
 
     split: str = "val"
@@ -110,7 +110,8 @@ def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views
 
 
 def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How) -> DenseScore:
-    train, val = turns.all_hear(lambda: open_maps(data, how.zero_is_void), how.shared)
+    begins_at_one = how.zero_is_void or loaded.facts.get("zero_is_void") is True
+    train, val = turns.all_hear(lambda: open_maps(data, begins_at_one), how.shared)
     chosen: Maps = train if how.split == "train" else val
     for sentence in chosen.notices:
         how.notice(sentence)
