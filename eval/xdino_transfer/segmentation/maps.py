@@ -4,8 +4,8 @@
   0 is "other" and counts as void, 1 to 150 become 0 to 149.
 - Pascal VOC: JPEGImages, SegmentationClass, ImageSets/Segmentation/{train,val}.txt; 0 is background,
   255 void.
-- Any other: images/{train,val} and masks/{train,val}, equal names but for the suffix, and
-  classes.txt with a name a line; 255 is void, and 0 too if wanted.
+- Any other: images/{train,val} and masks/{train,val}, flat or with folders below, equal names but for
+  the suffix, and classes.txt with a name a line; 255 is void, and 0 too if wanted.
 
 A mask is a picture of one number a pixel: gray, or a palette's indices, of the size of its picture.
 
@@ -13,6 +13,7 @@ Letters: N pictures, K classes, H x W pixels.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from xdino.config import MAX_PIXELS
-from xdino.data.decode import ARRAYS, SUFFIXES, decode
-from xdino.data.image_files import DAMAGED, listed, why
-from xdino.data.listing import printable
+from xdino.data.decode import decode
+from xdino.data.image_files import DAMAGED, why
+from xdino.data.listing import left_out_sentence, of_arrays, printable, scan
 from xdino.errors import UsageError, asked
 from xdino_transfer.segmentation.confusion import zero_is_void
 from xdino_transfer.segmentation.losses import VOID
@@ -151,7 +152,9 @@ def open_maps(
                 f"val/ in both, {ADE}, or VOC's JPEGImages/ and SegmentationClass/"
             )
         if len(found) > 1:
-            raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {found}")
+            raise UsageError(
+                f"{folder} mixes layouts, so that it is unclear what to read: {' and '.join(found)}"
+            )
         if voc is not None:
             train, val = (_voc_split(voc, split, missing_share) for split in ("train", "val"))
         elif ade is not None:
@@ -179,8 +182,8 @@ def _ade_split(folder: Path, part: str, missing_share: float) -> Maps:
     names = [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
     if len(names) < 2:
         raise UsageError(f"{info} names {len(names)} classes")
-    pairs = _pairs(folder / "images" / part, folder / "annotations" / part)
-    return _maps(f"{part} of {folder}", names, pairs, True, missing_share)
+    pairs, notices = _pairs(folder / "images" / part, folder / "annotations" / part)
+    return _maps(f"{part} of {folder}", names, pairs, True, missing_share, notices)
 
 
 def _voc(folder: Path) -> Path | None:
@@ -206,29 +209,50 @@ def _voc_split(folder: Path, split: str, missing_share: float) -> Maps:
 def _plain_split(folder: Path, part: str, zero: bool, missing_share: float) -> Maps:
     named = folder / "classes.txt"
     with asked(f"{named} cannot be read"):
-        names = [line.strip() for line in named.read_text("utf-8", "replace").splitlines()]
+        names = [line.strip() for line in named.read_text("utf-8-sig", "replace").splitlines()]
     names = [name for name in names if name]
     if not 2 <= len(names) <= VOID:
         raise UsageError(f"{named} names {len(names)} classes, and 2 to {VOID} can be told apart")
-    pairs = _pairs(folder / "images" / part, folder / "masks" / part)
-    return _maps(f"{part} of {folder}", names, pairs, zero, missing_share)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"{named} names {printable(os.fsencode(twice[0]))} more than once")
+    pairs, notices = _pairs(folder / "images" / part, folder / "masks" / part)
+    return _maps(f"{part} of {folder}", names, pairs, zero, missing_share, notices)
 
 
-def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Each picture with the mask of its name, which may not be there."""
+def _pairs(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Each picture with the mask of its name, which may not be there; what was no picture.
+
+    Folders below are looked into: a mask lies below `masks` where its picture lies below `images`.
+    """
     for folder in (images, masks):
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder}")
-    there = {path.stem: path for path in sorted(masks.iterdir()) if path.suffix.lower() in SUFFIXES}
-    pictures = sorted(listed(images) or listed(images, ARRAYS))
-    seen: set[str] = set()
+    left_out: dict[str, int] = {}
+    there = {path.with_suffix(""): path for path in _below(masks, {})}
+    pictures = sorted(_below(images, left_out))
+    if not pictures:  # arrays are images where there are no others
+        left_out.clear()
+        with of_arrays():
+            pictures = sorted(_below(images, left_out))
+    seen: set[Path] = set()
     for path in pictures:
-        if path.stem in seen:
+        if path.with_suffix("") in seen:
             raise UsageError(
-                f"{images} has several pictures called {printable(os.fsencode(path.stem))}"
+                f"{images} has several pictures called {printable(bytes(path.with_suffix('')))}"
             )
-        seen.add(path.stem)
-    return [(path, there.get(path.stem, masks / f"{path.stem}.png")) for path in pictures]
+        seen.add(path.with_suffix(""))
+    pairs = [
+        (images / path, masks / there.get(path.with_suffix(""), path.with_suffix(".png")))
+        for path in pictures
+    ]
+    where = printable(bytes(images))
+    return pairs, [left_out_sentence(where, left_out)] if left_out else []
+
+
+def _below(folder: Path, left_out: dict[str, int]) -> list[Path]:
+    """Image files below a folder, by their paths from it."""
+    return [Path(os.fsdecode(name)) for name, _, _ in scan(os.fsencode(folder), left_out)]
 
 
 def _maps(
@@ -237,12 +261,13 @@ def _maps(
     pairs: list[tuple[Path, Path]],
     zero: bool,
     missing_share: float,
+    notices: Sequence[str] = (),
 ) -> Maps:
     if not pairs:
         raise UsageError(f"{where} holds no picture")
     missing = [next(p for p in pair if not p.is_file()) for pair in pairs if not _there(pair)]
     kept = [pair for pair in pairs if _there(pair)]
-    notices = []
+    notices = [*notices]
     if missing:
         told = ", ".join(printable(bytes(path)) for path in missing[:3])
         told += ", ..." if len(missing) > 3 else ""
