@@ -101,7 +101,9 @@ def test_a_run_leaves_segmenter_backbone_scores_and_its_start(finished, painted,
     assert (code, "finished" in out) == (0, True), error
     assert f"{max(row['val_miou'] for row in scored):.1f}" in out
     assert "mIoU" in out.splitlines()[0]
+    table = (finished / "per_class.csv").read_bytes()
     code, out, error = xdino("score", finished, "--data", painted, "--json")
+    assert (finished / "per_class.csv").read_bytes() == table
     assert code == 0, error  # by the file alone, which says how pictures are shown
     assert json.loads(out)[0]["metrics"]["mIoU"] == pytest.approx(last.metrics["mIoU"])
     state = finished / "checkpoints" / "last.pt"

@@ -6,12 +6,9 @@
 Letters: K classes.
 """
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ import torch
 from xdino.data.image_files import printable
 from xdino.data.listing import first
 from xdino.errors import UsageError
-from xdino.runtime.atomic import write_text
+from xdino.runtime import turns
 from xdino_eval.results import Row, signed
 from xdino_transfer.dense_files import LoadedDense
 from xdino_transfer.detection import scoring as detecting
@@ -33,7 +30,6 @@ from xdino_transfer.segmentation.segmenter import Segmenter
 from xdino_transfer.segmentation.views import TestViews
 
 CHANNELS = 3  # annotated pictures are read in colours
-PER_CLASS_FILE = "per_class.csv"
 TOLD = ("init", "recipe")  # facts of a file that its rows name
 
 
@@ -47,8 +43,8 @@ class How:
 
     split: "val" or "train". scales, flip: of a segmenter: views whose probabilities are averaged.
     shorter_side: pixels, None = as the file says. zero_is_void: labels begin at 1, of images/ and
-    masks/, whatever the file says. progress: is told how many pictures of how many are done.
-    notice: sentences.
+    masks/, whatever the file says. progress: is told how many pictures of how many are done. notice:
+    sentences. shared: every process calls this, and looks at its part of the pictures.
     """
 
     split: str = "val"
@@ -59,15 +55,16 @@ class How:
     device: torch.device | None = None
     progress: Callable[[int, int], None] | None = None
     notice: Callable[[str], None] = _quiet
+    shared: bool = False
 
 
 @dataclass(frozen=True)
 class DenseScore:
-    """row: signed. per_class: numbers in per cent by the name of each class, None where it does not
-    occur. results: of a detector, as COCO's result files have them."""
+    """row: signed. per_class: a line a class, its name first, in per cent, None where it does not occur.
+    results: of a detector, as COCO's result files have them, on the first process."""
 
     row: Row
-    per_class: dict[str, dict[str, float | None]]
+    per_class: list[dict[str, Any]]
     results: list[dict[str, Any]] | None = field(default=None, repr=False)
 
 
@@ -114,43 +111,31 @@ def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views
 
 def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How) -> DenseScore:
     begins_at_one = how.zero_is_void or loaded.facts.get("zero_is_void") is True
-    train, val = open_maps(data, begins_at_one)
+    train, val = turns.all_hear(lambda: open_maps(data, begins_at_one), how.shared)
     chosen: Maps = train if how.split == "train" else val
     for sentence in chosen.notices:
         how.notice(sentence)
     notes = check_classes(loaded, chosen.classes, chosen.where)
     views = views_at(loaded, how.shorter_side)
     assert isinstance(views, TestViews)
-    row, scores = segmenting.score(model, chosen, views, how.scales, how.flip, how.progress)
-    table: dict[str, dict[str, float | None]] = {
-        name: {"IoU": _per_cent(iou), "accuracy": _per_cent(accuracy)}
-        for name, iou, accuracy in zip(chosen.classes, scores.iou, scores.accuracy, strict=True)
-    }
+    row, scores = segmenting.score(
+        model, chosen, views, how.scales, how.flip, how.progress, how.shared
+    )
+    table = segmenting.per_class(chosen.classes, scores)
     return DenseScore(_signed(loaded, row, notes, len(train)), table)
 
 
 def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -> DenseScore:
-    train, val = open_annotated(data)
+    train, val = turns.all_hear(lambda: open_annotated(data), how.shared)
     chosen: Annotations = train if how.split == "train" else val
     for sentence in chosen.notices:
         how.notice(sentence)
     notes = check_classes(loaded, chosen.classes, chosen.where)
     views = views_at(loaded, how.shorter_side)
     assert isinstance(views, Views)
-    found = detecting.score(model, chosen, views, how.progress)
-    numbers = dict(zip(chosen.classes, chosen.category_ids.tolist(), strict=True))
-    table = {
-        name: {
-            f"{kind} AP": _per_cent(each.per_class.get(number))
-            for kind, each in found.by_kind.items()
-        }
-        for name, number in numbers.items()
-    }
+    found = detecting.score(model, chosen, views, how.progress, how.shared)
+    table = detecting.per_class(chosen, found.by_kind)
     return DenseScore(_signed(loaded, found.row, notes, len(train)), table, found.results)
-
-
-def _per_cent(share: float | None) -> float | None:
-    return None if share is None or math.isnan(share) else 100 * float(share)
 
 
 def _signed(loaded: LoadedDense, row: Row, notes: Sequence[str], train_size: int) -> Row:
@@ -204,19 +189,3 @@ def _counted(number: int) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return first([printable(name) for name in names])
-
-
-def write_per_class(path: Path, table: dict[str, dict[str, float | None]]) -> None:
-    """A line a class, in per cent; empty where it does not occur.
-
-    Raises:
-        RunFailed: it cannot be written.
-    """
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    for place, (name, numbers) in enumerate(table.items()):
-        if not place:
-            lines.writerow(("class", *numbers))
-        told = ("" if value is None else f"{value:.4f}" for value in numbers.values())
-        lines.writerow((name, *told))
-    write_text(path, text.getvalue())

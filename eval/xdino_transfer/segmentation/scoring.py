@@ -6,9 +6,11 @@ probabilities. A batch of one picture has nothing added, which would enter XCA's
 Letters: K classes, H x W pixels.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,3 +130,15 @@ def _row(
             "mIoU": 100 * scores.miou, "mAcc": 100 * scores.macc, "aAcc": 100 * scores.aacc,
         },
     )  # fmt: skip
+
+
+def per_class(classes: Sequence[str], scores: Scores) -> list[dict[str, Any]]:
+    """A line a class, per cent; None where a class does not occur."""
+
+    def told(share: float) -> float | None:
+        return None if math.isnan(share) else 100 * float(share)
+
+    return [
+        {"class": name, "IoU": told(iou), "accuracy": told(accuracy)}
+        for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
+    ]

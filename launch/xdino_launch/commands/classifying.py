@@ -210,8 +210,8 @@ def score(
     classification (top-1 and top-5), segmentation (mIoU, mAcc, aAcc) or detection (AP of boxes and
     masks); or a classifier of timm's (a file with --arch, or a folder with config.json). Classes are
     matched by name where the file names them, else in the order of the data's; published classifiers
-    by ImageNet's synsets. The row says which. Under torchrun every process looks at its share of what a
-    classifier is shown.
+    by ImageNet's synsets. The row says which. Under torchrun every process looks at its share of the
+    images.
     """
     judged.there(data)
     from xdino.runtime import distributed, turns
@@ -219,13 +219,13 @@ def score(
     if _task(judged.weights) is not None:
         from xdino_launch.evaluation import dense
 
-        def of_dense() -> None:
-            loaded = dense.opened(judged.weights, judged.arch, judged.device)
-            found = dense.score(loaded, data, split=split, **asdict(showing))
-            output.tell([found.row], judged.weights)
-            dense.keep_per_class(found, output.file(judged.weights))
-
-        turns.on_first(of_dense, distributed.world_size() > 1)
+        loaded = turns.all_hear(
+            lambda: dense.opened(judged.weights, judged.arch, judged.device),
+            distributed.world_size() > 1,
+        )
+        found = dense.score(loaded, data, split=split, **asdict(showing))
+        output.tell([found.row], judged.weights)
+        dense.keep_per_class(found, output.file(judged.weights))
         return
     opened = judged.open().on_all()
     from xdino_launch.evaluation.dense import refuse_annotated

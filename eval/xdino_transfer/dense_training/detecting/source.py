@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from xdino.data import Source
-from xdino.data.listing import ByteStrings, printable
+from xdino.data.listing import ByteStrings, printable, size_and_time, status_of
 from xdino.data.source import names_and_sizes
 from xdino.errors import UsageError
 from xdino_transfer.detection.layouts.annotations import Annotations
@@ -36,7 +36,8 @@ class AnnotatedSource(Source):
         self.annotations = annotations
         self.remarks = list(annotations.notices)
         large = annotations.sizes.min(axis=1, initial=1 << 30) >= SHORTEST
-        some = np.array([len(annotations.of(i)) > 0 for i in range(len(annotations))], bool)
+        owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+        some = np.bincount(owners[~annotations.crowd], minlength=len(annotations)) > 0
         self.numbers = np.flatnonzero(large & some)  # of our pictures among all
         if not len(self.numbers):
             what = "an object" if not some.any() else f"both sides of {SHORTEST} pixels or more"
@@ -76,9 +77,9 @@ class AnnotatedSource(Source):
     def _content(self) -> Iterator[bytes]:
         """Names and sizes of the files, and all columns of what is known of them."""
         known = self.annotations
-        paths = [known.paths[number] for number in self.numbers]
-        sizes = np.array([path.stat().st_size if path.is_file() else -1 for path in paths])
-        yield names_and_sizes(ByteStrings.of(map(bytes, paths)), sizes)
+        names = ByteStrings.of(bytes(known.paths[number]) for number in self.numbers.tolist())
+        sizes = np.array([size_and_time(status_of(name))[0] for name in names])
+        yield names_and_sizes(names, sizes)
         told = hashlib.blake2b(digest_size=32)
         for column in (known.sizes, known.starts, known.boxes, known.labels, known.areas):
             told.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).tobytes())

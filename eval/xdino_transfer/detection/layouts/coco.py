@@ -4,7 +4,7 @@ Letters: K classes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from xdino_transfer.detection.layouts.annotations import (
     Picture,
     collected,
 )
+from xdino_transfer.detection.layouts.index import indexed
 
 _OTHER_KINDS = (LookupError, TypeError, AttributeError, OverflowError, ValueError)
 
@@ -30,9 +31,16 @@ def read(path: Path, images: Path, missing_share: float = MISSING_SHARE) -> Anno
             that are not there.
     """
     with asked(f"{path} cannot be read"):
+        return indexed(path, images, missing_share, lambda: _read(path, images, missing_share))
+
+
+def _read(path: Path, images: Path, missing_share: float) -> tuple[Annotations, Sequence[str]]:
+    """From the file itself, with the names of its pictures."""
+    with asked(f"{path} cannot be read"):
         text = path.read_bytes()
     try:
         tree = json.loads(text)
+        del text
     except (ValueError, RecursionError):
         raise UsageError(f"{path} is no JSON file, or cut short") from None
     if not isinstance(tree, dict):
@@ -55,7 +63,7 @@ def _no_entry(path: Path, error: Exception, which: str = "") -> UsageError:
 
 def _columns(
     path: Path, images: Path, tree: Mapping[str, Any], missing_share: float
-) -> Annotations:
+) -> tuple[Annotations, Sequence[str]]:
     names = {int(category["id"]): str(category["name"]) for category in tree["categories"]}
     ids = sorted(names)
     if len(names) < len(tree["categories"]):
@@ -85,7 +93,8 @@ def _columns(
         )
         for image in tree["images"]
     ]
-    return collected(str(path), pictures, [names[i] for i in ids], ids, missing_share)
+    known = collected(str(path), pictures, [names[i] for i in ids], ids, missing_share)
+    return known, [str(image["file_name"]) for image in tree["images"]]
 
 
 def _found(path: Path, told: Mapping[str, Any], label: Mapping[int, int]) -> tuple[int, Found]:
