@@ -111,6 +111,7 @@ def world(tmp_path_factory) -> Path:
         path = root / "photos" / ("deep" if i else "") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((90 + i, 130, 3), 60 * i, np.uint8)).save(path)
+    (root / "photos" / "film.avi").write_bytes(b"RIFF")
     (root / "broken").mkdir()
     for i in range(3):
         whole = (root / "maps" / "images" / "val" / f"{i}.png").read_bytes()
@@ -204,6 +205,8 @@ def test_a_segmenter_s_pictures(xdino, there):
     assert out.splitlines() == [*made, "s/classes.txt", "s/predictions.json"]
     assert "looking at 130 x 90 pixels whole: about " in error
     assert error.count("looking at") == 1  # not of each size
+    assert "1 file of" in error
+    assert "left out, for want of the suffix of an image that can be read: .avi (1)" in error
     assert error.splitlines()[-1] == "3 pictures: sky 100.0 %"
     told = json.loads(Path("s/predictions.json").read_text())
     assert [entry["image"] for entry in told] == ["0.jpg", "deep/1.jpg", "deep/2.jpg"]
