@@ -110,6 +110,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
             found.append(generator)
         return found
 
+    def weights_facts(self, iteration: int) -> dict[str, Any]:
+        """With the classes' numbers in the data, by which predictions are told."""
+        numbers = self.plan.train.annotations.category_ids.tolist()
+        return {**super().weights_facts(iteration), "category_ids": numbers}
+
     def draw(self, batch: Given, path: Path) -> None:
         """The first images, and what is to be found in them."""
         views = self.plan.views
