@@ -19,7 +19,7 @@ from xdino_eval.results import load
 from xdino_transfer import fpn
 from xdino_transfer.classification.classifier import Classifier
 from xdino_transfer.classification.files import write_classifier
-from xdino_transfer.dense_files import write_dense
+from xdino_transfer.dense_files import read_dense, write_dense
 from xdino_transfer.detection import detector
 from xdino_transfer.detection.published import to_published
 from xdino_transfer.detection.roi import RegionSettings
@@ -166,6 +166,22 @@ def test_a_segmenter_is_scored(xdino, there):
     assert Path("else/per_class.csv").is_file()
 
 
+def test_labels_are_counted_as_the_run_counted_them(xdino, there):
+    network = read_dense("seg").network
+    write_dense(there / "ones/model.safetensors", network, {"zero_is_void": True}, spec=SPEC,
+                classes=NAMES)  # fmt: skip
+    shutil.copytree("maps", "from_one")
+    for path in Path("from_one/masks").rglob("*.png"):
+        labels = np.asarray(Image.open(path))
+        Image.fromarray((labels + 1).astype(np.uint8)).save(path)  # 255, for none, becomes 0
+    zero, one = (
+        xdino("score", which, "--data", data, "--shorter-side", "64", "--json")
+        for which, data in (("seg", "maps"), ("ones", "from_one"))
+    )
+    assert (zero[0], one[0]) == (0, 0), one[2]
+    assert json.loads(zero[1])[0]["metrics"] == json.loads(one[1])[0]["metrics"]
+
+
 def test_a_detector_is_scored(xdino, there):
     code, out, error = xdino("score", "det", "--data", "boxes", "--json")
     assert code == 0, error
@@ -192,6 +208,7 @@ def test_a_segmenter_s_pictures(xdino, there):
     made = ["s/0-overlay.png", "s/deep-1-overlay.png", "s/deep-2-overlay.png"]
     assert out.splitlines() == [*made, "s/classes.txt", "s/predictions.json"]
     assert "looking at 130 x 90 pixels whole: about " in error
+    assert error.count("looking at") == 1  # not of each size
     assert error.splitlines()[-1] == "3 pictures: sky 100.0 %"
     told = json.loads(Path("s/predictions.json").read_text())
     assert [entry["image"] for entry in told] == ["0.jpg", "deep/1.jpg", "deep/2.jpg"]

@@ -80,6 +80,12 @@ def test_a_run_leaves_a_detector_its_scores_and_its_start(finished, coco, xdino,
     assert start["init"] is None
     assert (finished / "config.yaml").read_text().startswith("kind: detect\n")
     assert (finished / "views.png").stat().st_size > 1000
+    annotated = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    image = next((coco / "val2017").iterdir())
+    code, out, error = xdino("predict", finished, image, "--json")
+    assert code == 0, error
+    numbers = [[c["id"] for c in tree["categories"]] for tree in (json.loads(out), annotated)]
+    assert numbers == [[3, 7, 90]] * 2  # predictions are of the data's own numbers
     code, out, _ = xdino("runs", finished)
     assert code == 0
     assert "finished" in out

@@ -85,6 +85,25 @@ def test_pictures_beside_masks(tmp_path):
     assert train.read(0)[0].shape == (H, W, 3)
 
 
+def test_folders_below_and_what_is_no_picture(tmp_path):
+    root = plain(tmp_path)
+    picture(root / "images" / "train" / "north" / "0.jpg")
+    mask(root / "masks" / "train" / "north" / "0.png", 1)
+    (root / "images" / "train" / "notes.doc").write_text("none")
+    (root / "images" / "train" / "._0.jpg").write_bytes(b"of macOS")
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\n\r\ntree\r\n")
+    train, _ = open_maps(str(root))
+    assert train.classes == ("sky", "tree")
+    assert [path.relative_to(root).as_posix() for path in train.masks] == [
+        "masks/train/0.png", "masks/train/north/0.png"
+    ]  # fmt: skip
+    assert "1 file of" in train.notices[0]
+    assert ".doc (1)" in train.notices[0]
+    (root / "classes.txt").write_text("sky\ntree\nsky\n")
+    with pytest.raises(UsageError, match=r"classes\.txt names sky more than once"):
+        open_maps(str(root))
+
+
 def _turned():
     exif = Image.Exif()
     exif[0x0112] = 6

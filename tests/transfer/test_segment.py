@@ -101,11 +101,20 @@ def test_a_run_leaves_segmenter_backbone_scores_and_its_start(finished, painted,
     code, out, error = xdino("runs", finished)
     assert (code, "finished" in out) == (0, True), error
     assert f"{max(row['val_miou'] for row in scored):.1f}" in out
+    assert "mIoU" in out.splitlines()[0]
     table = (finished / "per_class.csv").read_bytes()
     code, out, error = xdino("score", finished, "--data", painted, "--json")
     assert (finished / "per_class.csv").read_bytes() == table
     assert code == 0, error  # by the file alone, which says how pictures are shown
     assert json.loads(out)[0]["metrics"]["mIoU"] == pytest.approx(last.metrics["mIoU"])
+    state = finished / "checkpoints" / "last.pt"
+    for command in (("predict", state, painted / "images"), ("knn", state, "--data", painted)):
+        code, _, error = xdino(*command, *(["--out", "x"] if command[0] == "predict" else []))
+        assert code == 2
+        assert f"{state} is what a run of xdino segment goes on with" in error
+    code, _, error = xdino("finetune", "--run", finished)
+    assert code == 2
+    assert f"holds a run of xdino segment: xdino segment --run {finished}" in error
     code, _, error = xdino("report", finished)
     assert code == 0, error
     page = (finished / "report.html").read_text()

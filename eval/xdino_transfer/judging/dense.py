@@ -47,9 +47,9 @@ class How:
     split: "val", "train", or what need not be annotated: "test", and "test-dev" of COCO. scales,
     flip: of a segmenter: views whose probabilities are averaged.
     shorter_side: pixels, None = as the file says. zero_is_void: labels begin at 1, of images/ and
-    masks/. progress: is told how many pictures of how many are done. notice: sentences. shared: every
-    process calls this, and looks at its part of the pictures. submission: what a benchmark's server
-    takes, see `submission`.
+    masks/, whatever the file says. progress: is told how many pictures of how many are done. notice:
+    sentences. shared: every process calls this, and looks at its part of the pictures. submission: what
+    a benchmark's server takes, see `submission`.
     """
 
     split: str = "val"
@@ -117,13 +117,15 @@ def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views
 
 
 def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How) -> DenseScore:
+    begins_at_one = how.zero_is_void or loaded.facts.get("zero_is_void") is True
+
     def opened() -> tuple[Maps, int]:
         if how.split == "test-dev":
             raise UsageError("test-dev is a split of COCO's boxes; pictures with masks have test")
         if how.split == "test":
-            maps = open_test_maps(data, how.zero_is_void)
+            maps = open_test_maps(data, begins_at_one)
             return maps, _learned_from(loaded)
-        train, val = open_maps(data, how.zero_is_void)
+        train, val = open_maps(data, begins_at_one)
         return train if how.split == "train" else val, len(train)
 
     chosen, train_size = turns.all_hear(opened, how.shared)

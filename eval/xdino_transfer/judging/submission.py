@@ -8,6 +8,7 @@
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,9 @@ class Masks:
     _held: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for places in (self.maps.images, self.maps.masks):
-            if places and places[0].parent.resolve() == self.path.resolve():
+        self._below = _shared_folder(self.maps.images)
+        for places in filter(None, (self.maps.images, self.maps.masks)):
+            if _shared_folder(places).resolve() == self.path.resolve():
                 raise UsageError(f"--submission {self.path} is the folder of the data itself")
         if self.path.suffix.lower() != ZIP:
             with world(f"write {self.path}"):
@@ -81,13 +83,16 @@ class Masks:
         png = io.BytesIO()
         numbers = classes.astype(np.uint8) + np.uint8(self.maps.zero_is_void)
         Image.fromarray(numbers).save(png, "PNG")
-        name = f"{self.maps.images[index].stem}.png"
+        own = self.maps.images[index].relative_to(self._below)
+        name = str(own.with_suffix(".png"))  # pictures may lie in folders
         if self.path.suffix.lower() == ZIP:
             self._held[name] = png.getvalue()
             return
         path = self.path / name
-        with world(f"write {printable(bytes(path))}"), written_beside(path) as beside:
-            beside.write_bytes(png.getvalue())
+        with world(f"write {printable(bytes(path))}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(path) as beside:
+                beside.write_bytes(png.getvalue())
 
     def finish(self, shared: bool) -> None:
         """Of several processes every one calls this; the first writes the zip."""
@@ -103,3 +108,8 @@ class Masks:
         ):
             for name, png in sorted(item for some in held for item in some.items()):
                 archive.writestr(name, png)
+
+
+def _shared_folder(places: Sequence[Path]) -> Path:
+    """The folder that all files lie in or below."""
+    return Path(os.path.commonpath([place.parent for place in places]))

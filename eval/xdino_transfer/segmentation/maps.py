@@ -4,8 +4,8 @@
   0 is "other" and counts as void, 1 to 150 become 0 to 149.
 - Pascal VOC: JPEGImages, SegmentationClass, ImageSets/Segmentation/{train,val}.txt; 0 is background,
   255 void.
-- Any other: images/{train,val} and masks/{train,val}, equal names but for the suffix, and
-  classes.txt with a name a line; 255 is void, and 0 too if wanted.
+- Any other: images/{train,val} and masks/{train,val}, flat or with folders below, equal names but for
+  the suffix, and classes.txt with a name a line; 255 is void, and 0 too if wanted.
 
 A mask is a picture of one number a pixel: gray, or a palette's indices, of the size of its picture.
 
@@ -13,6 +13,7 @@ Letters: N pictures, K classes, H x W pixels.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from xdino.config import MAX_PIXELS
-from xdino.data.decode import SUFFIXES, decode
-from xdino.data.image_files import DAMAGED, listed, why
-from xdino.data.listing import printable
+from xdino.data.decode import decode
+from xdino.data.image_files import DAMAGED, why
+from xdino.data.listing import left_out_sentence, printable, scan
 from xdino.errors import UsageError, asked
 from xdino_transfer.segmentation.confusion import zero_is_void
 from xdino_transfer.segmentation.losses import VOID
@@ -176,9 +177,9 @@ def open_test(data: str, zero_is_void: bool = False, missing_share: float = MISS
                 f"the test pictures of {root} are expected in {places[0]} or {places[-1]}, and there "
                 "is no such folder"
             )
-        pairs = [(path, path) for path in sorted(listed(found))]
-        maps = _maps(f"testing of {root}", _ade_names(root), pairs, True, missing_share)
-        return replace(maps, masks=[])
+        pairs, notices = _alone(found)
+        names = _ade_names(root)
+        return _split(f"testing of {root}", names, pairs, True, missing_share, TEST, notices)
 
 
 def _layout(data: str) -> tuple[str, Path]:
@@ -198,7 +199,7 @@ def _layout(data: str) -> tuple[str, Path]:
             f"val/ in both, {ADE}, or VOC's JPEGImages/ and SegmentationClass/"
         )
     if len(found) > 1:
-        names = [name for name, _ in found]
+        names = " and ".join(name for name, _ in found)
         raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {names}")
     return found[0]
 
@@ -222,8 +223,8 @@ def _ade_names(folder: Path) -> list[str]:
 
 def _ade_split(folder: Path, part: str, missing_share: float) -> Maps:
     names = _ade_names(folder)
-    pairs = _pairs(folder / "images" / part, folder / "annotations" / part)
-    return _maps(f"{part} of {folder}", names, pairs, True, missing_share)
+    pairs, notices = _pairs(folder / "images" / part, folder / "annotations" / part)
+    return _maps(f"{part} of {folder}", names, pairs, True, missing_share, notices)
 
 
 def _voc(folder: Path) -> Path | None:
@@ -249,16 +250,26 @@ def _voc_split(folder: Path, split: str, missing_share: float) -> Maps:
 def _plain_split(folder: Path, part: str, zero: bool, missing_share: float) -> Maps:
     named = folder / "classes.txt"
     with asked(f"{named} cannot be read"):
-        names = [line.strip() for line in named.read_text("utf-8", "replace").splitlines()]
+        names = [line.strip() for line in named.read_text("utf-8-sig", "replace").splitlines()]
     names = [name for name in names if name]
     if not 2 <= len(names) <= VOID:
         raise UsageError(f"{named} names {len(names)} classes, and 2 to {VOID} can be told apart")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"{named} names {printable(os.fsencode(twice[0]))} more than once")
     images, masks = folder / "images" / part, folder / "masks" / part
-    if part == TEST and images.is_dir() and not masks.is_dir():
-        pairs = [(path, masks / f"{path.stem}.png") for path in sorted(listed(images))]
-    else:
-        pairs = _pairs(images, masks)
-    return _split(f"{part} of {folder}", names, pairs, zero, missing_share, part)
+    alone = part == TEST and images.is_dir() and not masks.is_dir()
+    pairs, notices = _alone(images) if alone else _pairs(images, masks)
+    return _split(f"{part} of {folder}", names, pairs, zero, missing_share, part, notices)
+
+
+def _alone(images: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """As `_pairs`, of pictures that have no masks: each stands in for its own."""
+    left_out: dict[str, int] = {}
+    found = sorted(_below(images, left_out))
+    where = printable(bytes(images))
+    told = [left_out_sentence(where, left_out)] if left_out else []
+    return [(images / path, images / path) for path in found], told
 
 
 def _split(
@@ -268,29 +279,45 @@ def _split(
     zero: bool,
     missing_share: float,
     part: str,
+    notices: Sequence[str] = (),
 ) -> Maps:
     """`_maps`; of a test split without any mask the pictures alone."""
-    if part == TEST and not any(mask.is_file() for _, mask in pairs):
+    unmasked = all(mask == image or not mask.is_file() for image, mask in pairs)
+    if part == TEST and unmasked:
         alone = [(image, image) for image, _ in pairs]
-        return replace(_maps(where, names, alone, zero, missing_share), masks=[])
-    return _maps(where, names, pairs, zero, missing_share)
+        return replace(_maps(where, names, alone, zero, missing_share, notices), masks=[])
+    return _maps(where, names, pairs, zero, missing_share, notices)
 
 
-def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Each picture with the mask of its name, which may not be there."""
+def _pairs(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Each picture with the mask of its name, which may not be there; what was no picture.
+
+    Folders below are looked into: a mask lies below `masks` where its picture lies below `images`.
+    """
     for folder in (images, masks):
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder}")
-    there = {path.stem: path for path in sorted(masks.iterdir()) if path.suffix.lower() in SUFFIXES}
-    pictures = sorted(listed(images))
-    seen: set[str] = set()
+    left_out: dict[str, int] = {}
+    there = {path.with_suffix(""): path for path in _below(masks, {})}
+    pictures = sorted(_below(images, left_out))
+    seen: set[Path] = set()
     for path in pictures:
-        if path.stem in seen:
+        if path.with_suffix("") in seen:
             raise UsageError(
-                f"{images} has several pictures called {printable(os.fsencode(path.stem))}"
+                f"{images} has several pictures called {printable(bytes(path.with_suffix('')))}"
             )
-        seen.add(path.stem)
-    return [(path, there.get(path.stem, masks / f"{path.stem}.png")) for path in pictures]
+        seen.add(path.with_suffix(""))
+    pairs = [
+        (images / path, masks / there.get(path.with_suffix(""), path.with_suffix(".png")))
+        for path in pictures
+    ]
+    where = printable(bytes(images))
+    return pairs, [left_out_sentence(where, left_out)] if left_out else []
+
+
+def _below(folder: Path, left_out: dict[str, int]) -> list[Path]:
+    """Image files below a folder, by their paths from it."""
+    return [Path(os.fsdecode(name)) for name, _, _ in scan(os.fsencode(folder), left_out)]
 
 
 def _maps(
@@ -299,12 +326,13 @@ def _maps(
     pairs: list[tuple[Path, Path]],
     zero: bool,
     missing_share: float,
+    notices: Sequence[str] = (),
 ) -> Maps:
     if not pairs:
         raise UsageError(f"{where} holds no picture")
     missing = [next(p for p in pair if not p.is_file()) for pair in pairs if not _there(pair)]
     kept = [pair for pair in pairs if _there(pair)]
-    notices = []
+    notices = [*notices]
     if missing:
         told = ", ".join(printable(bytes(path)) for path in missing[:3])
         told += ", ..." if len(missing) > 3 else ""

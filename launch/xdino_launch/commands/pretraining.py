@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +170,10 @@ def begun(run_dir: str | None, kind: str = "pretrain") -> str:
     file = Path(run_dir) / "config.yaml"
     with asked(f"--run {run_dir}"):
         if file.is_file():
+            whose = config.kind_of(file)
+            if whose not in (None, kind):
+                command = shlex.join(["xdino", str(whose), "--run", run_dir])
+                raise UsageError(f"{run_dir} holds a run of xdino {whose}: {command}")
             return str(file)
     raise UsageError(
         f"{run_dir} holds no run to continue: name a recipe first, one of "

@@ -110,11 +110,6 @@ class DetectionJob(DenseJob[DetectionBatch]):
             found.append(generator)
         return found
 
-    def weights_facts(self, iteration: int) -> dict[str, Any]:
-        """With the classes' numbers in the data, by which predictions are told."""
-        numbers = self.plan.train.annotations.category_ids.tolist()
-        return {**super().weights_facts(iteration), "category_ids": numbers}
-
     def draw(self, batch: Given, path: Path) -> None:
         """The first images, and what is to be found in them."""
         views = self.plan.views
@@ -132,6 +127,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
             picture.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
             pictures.append(picture)
         _save_beside(pictures[:DRAWN], path)
+
+    def weights_facts(self, iteration: int) -> dict[str, Any]:
+        """With the numbers of the classes in COCO's files, which predictions have as well."""
+        ids = self.plan.train.annotations.category_ids.tolist()
+        return super().weights_facts(iteration) | {"category_ids": ids}
 
     @property
     def test_views(self) -> Views:

@@ -18,6 +18,8 @@ from xdino_transfer.detection.layouts.annotations import (
 )
 from xdino_transfer.detection.layouts.index import indexed
 
+_OTHER_KINDS = (LookupError, TypeError, AttributeError, OverflowError, ValueError)
+
 
 def read(
     path: Path, images: Path, missing_share: float = MISSING_SHARE, annotated: bool = True
@@ -59,11 +61,13 @@ def _read(
         return _columns(path, images, tree, missing_share)
     except UsageError:
         raise
-    except (LookupError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else "one of another kind"
-        raise UsageError(
-            f"{path} is no COCO file: where an entry is expected it has {what}"
-        ) from None
+    except _OTHER_KINDS as error:
+        raise _no_entry(path, error) from None
+
+
+def _no_entry(path: Path, error: Exception, which: str = "") -> UsageError:
+    what = f"no {error}" if isinstance(error, KeyError) else "one of another kind"
+    return UsageError(f"{path} is no COCO file: where an entry is expected it has {what}{which}")
 
 
 def _columns(
@@ -77,30 +81,18 @@ def _columns(
     of_picture: dict[int, list[Found]] = {int(image["id"]): [] for image in tree["images"]}
     if len(of_picture) < len(tree["images"]):
         raise UsageError(f"{path} has two pictures of one number")
-    for told in tree["annotations"]:
-        number = told.get("id", "without a number")
-        category, picture = int(told["category_id"]), int(told["image_id"])
-        if category not in label:
-            listed = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
-            raise UsageError(
-                f"annotation {number} of {path} has category {category}, and there are {listed}"
-            )
-        if picture not in of_picture:
-            raise UsageError(
-                f"annotation {number} of {path} is on image {picture}, which is not listed"
-            )
-        left, top, width, height = (float(value) for value in told["bbox"])
-        outline = told.get("segmentation") or None
-        of_picture[picture].append(
-            Found(
-                number,
-                label[category],
-                (left, top, left + width, top + height),
-                outline,
-                bool(told.get("iscrowd", 0)),
-                float(told["area"]) if "area" in told else None,
-            )
-        )
+    for place, told in enumerate(tree["annotations"], start=1):
+        try:
+            picture, found = _found(path, told, label)
+            if picture not in of_picture:
+                raise UsageError(
+                    f"annotation {found.number} of {path} is on image {picture}, which is not listed"
+                )
+            of_picture[picture].append(found)
+        except UsageError:
+            raise
+        except _OTHER_KINDS as error:
+            raise _no_entry(path, error, f" (annotation {place} of the file's)") from None
     pictures = [
         Picture(
             int(image["id"]),
@@ -112,3 +104,24 @@ def _columns(
     ]
     known = collected(str(path), pictures, [names[i] for i in ids], ids, missing_share)
     return known, [str(image["file_name"]) for image in tree["images"]]
+
+
+def _found(path: Path, told: Mapping[str, Any], label: Mapping[int, int]) -> tuple[int, Found]:
+    """An annotation, and the number of its picture. label: of each category's number."""
+    number = told.get("id", "without a number")
+    category, picture = int(told["category_id"]), int(told["image_id"])
+    if category not in label:
+        ids = [*label]
+        listed = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+        raise UsageError(
+            f"annotation {number} of {path} has category {category}, and there are {listed}"
+        )
+    left, top, width, height = (float(value) for value in told["bbox"])
+    return picture, Found(
+        number,
+        label[category],
+        (left, top, left + width, top + height),
+        told.get("segmentation") or None,
+        bool(told.get("iscrowd", 0)),
+        float(told["area"]) if "area" in told else None,
+    )

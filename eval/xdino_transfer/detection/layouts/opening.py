@@ -39,7 +39,9 @@ def open_annotated(
                 f"{folder} holds no annotated pictures: expected {', '.join(layouts)} there"
             )
         if len(found) > 1:
-            raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {found}")
+            raise UsageError(
+                f"{folder} mixes layouts, so that it is unclear what to read: {' and '.join(found)}"
+            )
         train, val = _opened(folder, missing_share)
     _compare(train, val, str(folder))
     return train, val
