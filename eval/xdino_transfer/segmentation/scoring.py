@@ -120,11 +120,10 @@ def looked(
         for index in range(distributed.rank() if shared else 0, len(maps), step):
             stopping.asked()
             try:
-                image = maps.picture(index)
+                image, labels = maps.read(index) if maps.masks else (maps.picture(index), None)
             except (UnreadableImage, OSError):
                 skipped.append(maps.describe(index))
                 continue
-            labels = maps.labels(index, image.shape[:2]) if maps.masks else None
             found = segmented(model, image, views, scales, flip).argmax(0).cpu().numpy()
             seen(index, found, labels)
             if progress is not None:
