@@ -394,6 +394,8 @@ def test_detections_are_submitted_as_coco_takes_them(xdino, there, tmp_path):
         ("predict seg photos --out s --memory 0.000001", "give more by --memory"),
         ("predict seg photos --out photos", "--out is the folder of images photos itself"),
         ("predict seg nothing.png --out s", "there is no image, folder or video nothing.png"),
+        ("export seg --out seg.onnx --format onnx",
+         "seg holds a segmenter: backbones and classifiers are exported"),
         ("knn seg --data classes", "is a network for segmentation, which gives pixels or boxes"),
         ("finetune finetune_small --init det --data.path classes --run f",
          "is a network for detection, not a classifier"),

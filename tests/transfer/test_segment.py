@@ -120,6 +120,7 @@ def test_a_run_leaves_segmenter_backbone_scores_and_its_start(finished, painted,
     page = (finished / "report.html").read_text()
     assert "trained to tell the class of every pixel" in page
     assert "mIoU of the segmenter" in page
+    assert f"mIoU <b>{last.metrics['mIoU']:.4g}</b>" in page
 
 
 def test_a_finished_run_is_left_alone_and_another_configuration_is_named(
