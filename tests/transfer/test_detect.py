@@ -178,16 +178,24 @@ def test_two_processes_are_one_and_one_goes_on_alone(coco, tmp_path):
 
 def test_two_processes_score_as_one(finished, coco, tmp_path, xdino):
     """To the digit, and each picture by one of them; one row is written."""
-    told = ("--data", coco, "--split", "train", "--shorter-side", "64", "--results")
-    awaited(*pair("score", finished, *told, tmp_path / "two" / "results.json"))
-    code, _, error = xdino("score", finished, *told, tmp_path / "one" / "results.json")
+    words = {
+        name: ("score", finished, "--data", coco, "--split", "train", "--shorter-side", "64",
+               "--results", tmp_path / name / "results.json", "--submission", tmp_path / name / "d.json")
+        for name in ("one", "two")
+    }  # fmt: skip
+    awaited(*pair(*words["two"]))
+    code, _, error = xdino(*words["one"])
     assert code == 0, error
     one, two = (results.load(tmp_path / name / "results.json") for name in ("one", "two"))
     assert len(one) == len(two) == 1
     assert two[0].metrics == one[0].metrics
     assert two[0].val_size == 7
-    tables = [(tmp_path / name / "per_class.csv").read_text() for name in ("one", "two")]
-    assert tables[0] == tables[1]
+    for name in ("per_class.csv", "d.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    found = json.loads((tmp_path / "two" / "d.json").read_text())
+    assert len({row["image_id"] for row in found}) > 1
+    assert {row["category_id"] for row in found} <= {3, 7, 90}
+    assert read_dense(finished).facts["category_ids"] == [3, 7, 90]
 
 
 def test_statistics_can_rest_and_blocks_be_computed_again(finished, coco, tmp_path):

@@ -82,25 +82,47 @@ def score(
         RunFailed: no picture could be read, or a detection is not finite.
     """
     begun = time.perf_counter()
-    if shared:
-        distributed.agree({"the number of pictures": len(val)})
-    seen = turns.all_hear(lambda: _seen(model, val, views, progress, shared), shared)
-    for other in distributed.to_first(seen)[1:] if shared else ():
-        seen.add(other)
-    results = [row for index in sorted(seen.results) for row in seen.results[index]]
+    results, skipped = looked(model, val, views, progress, shared)
 
     def scored() -> tuple[Row, dict[str, AveragePrecision]]:
-        skipped = [seen.skipped[index] for index in sorted(seen.skipped)]
-        if len(skipped) == len(val):
-            name, why = skipped[0]
-            raise RunFailed(f"no picture of {val.where} could be read: {name} and others ({why})")
         truth = val.truth()
         by_kind = {kind: average_precision(truth, results, kind) for kind in KINDS}
-        row = _row(val, views, by_kind, [name for name, _ in skipped])
+        row = _row(val, views, by_kind, skipped)
         return replace(row, seconds=round(time.perf_counter() - begun, 3)), by_kind
 
     row, by_kind = turns.on_first(scored, shared)
-    return Scored(row, by_kind, results if distributed.rank() == 0 or not shared else [])
+    return Scored(row, by_kind, results)
+
+
+def looked(
+    model: Detector,
+    val: Annotations,
+    views: Views,
+    progress: Callable[[int, int], None] | None = None,
+    shared: bool = False,
+) -> tuple[list[dict], list[str]]:
+    """What is found in all pictures, as COCO's result files have it, and which cannot be read.
+
+    shared: every process looks at its part; the first has all, the others nothing. Raises as `score`.
+    """
+    if shared:
+        distributed.agree({"the number of pictures": len(val)})
+    seen = turns.all_hear(lambda: _seen(model, val, views, progress, shared), shared)
+    if shared:
+        others = distributed.to_first(seen)
+        seen = _Seen()
+        for other in others:
+            seen.add(other)
+    results = [row for index in sorted(seen.results) for row in seen.results[index]]
+    skipped = [seen.skipped[index] for index in sorted(seen.skipped)]
+
+    def some() -> None:
+        if len(skipped) == len(val):
+            name, why = skipped[0]
+            raise RunFailed(f"no picture of {val.where} could be read: {name} and others ({why})")
+
+    turns.on_first(some, shared)
+    return results, [name for name, _ in skipped]
 
 
 def _seen(

@@ -15,7 +15,7 @@ Letters: N pictures, K classes, H x W pixels.
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )  # fmt: skip
 ADE = "ADEChallengeData2016"
+TEST = "test"
 MISSING_SHARE = 0.05  # of the pictures that may lack a file
 _ONE_NUMBER = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes
 
@@ -43,8 +44,9 @@ _ONE_NUMBER = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes
 class Maps:
     """N pictures and their masks.
 
-    zero_is_void: labels begin at 1, and 0 is none. channels: of the pictures, 1 for grey, or `Bands`.
-    max_pixels: of a picture; a larger one cannot be read.
+    masks: none where a test split has none. zero_is_void: labels begin at 1, and 0 is none.
+    channels: of the pictures, 1 for grey, or `Bands`. max_pixels: of a picture; a larger one cannot be
+    read.
     """
 
     where: str
@@ -69,8 +71,12 @@ class Maps:
             UnreadableImage, OSError: the picture cannot be read.
             UsageError: its mask cannot, is of another size, or has labels that are no classes.
         """
-        image = decode(self.images[index].read_bytes(), self.channels, self.max_pixels)
+        image = self.picture(index)
         return image, self.labels(index, image.shape[:2])
+
+    def picture(self, index: int) -> np.ndarray:
+        """The picture alone. Raises as `read`."""
+        return decode(self.images[index].read_bytes(), self.channels, self.max_pixels)
 
     def labels(self, index: int, size: Sequence[int]) -> np.ndarray:
         """The labels alone, of a picture of this size (H, W). Raises as `read`."""
@@ -122,6 +128,9 @@ def read_mask(path: Path) -> np.ndarray:
 
 # Layouts
 
+_ADE, _VOC = "ADE20K's images/ and annotations/", "VOC's JPEGImages/ and SegmentationClass/"
+_PLAIN = "images/ and masks/"
+
 
 def open_maps(
     data: str, zero_is_void: bool = False, missing_share: float = MISSING_SHARE
@@ -132,40 +141,68 @@ def open_maps(
         UsageError: none of them, or more than one; files that are not there; no names of classes.
     """
     with asked(f"{data} cannot be read"):
-        folder = Path(data).expanduser()
-        if not folder.is_dir():
-            raise UsageError(f"there is no folder {folder} to read pictures and masks from")
-        ade, voc = _ade(folder), _voc(folder)
-        plain = folder if (folder / "masks").is_dir() and (folder / "images").is_dir() else None
-        found = [
-            name
-            for name, there in (
-                ("ADE20K's images/ and annotations/", ade),
-                ("VOC's JPEGImages/ and SegmentationClass/", voc),
-                ("images/ and masks/", plain),
-            )
-            if there is not None
-        ]
-        if not found:
-            raise UsageError(
-                f"{folder} holds no pictures with masks: expected images/ and masks/ with train/ and "
-                f"val/ in both, {ADE}, or VOC's JPEGImages/ and SegmentationClass/"
-            )
-        if len(found) > 1:
-            raise UsageError(
-                f"{folder} mixes layouts, so that it is unclear what to read: {' and '.join(found)}"
-            )
-        if voc is not None:
-            train, val = (_voc_split(voc, split, missing_share) for split in ("train", "val"))
-        elif ade is not None:
+        kind, root = _layout(data)
+        if kind == _VOC:
+            train, val = (_voc_split(root, split, missing_share) for split in ("train", "val"))
+        elif kind == _ADE:
             train, val = (
-                _ade_split(ade, part, missing_share) for part in ("training", "validation")
+                _ade_split(root, part, missing_share) for part in ("training", "validation")
             )
         else:
             train, val = (
-                _plain_split(folder, part, zero_is_void, missing_share) for part in ("train", "val")
+                _plain_split(root, part, zero_is_void, missing_share) for part in ("train", "val")
             )
     return train, val
+
+
+def open_test(data: str, zero_is_void: bool = False, missing_share: float = MISSING_SHARE) -> Maps:
+    """The test split of such a folder, whose masks need not be there.
+
+    ADE20K's images/testing, or release_test/testing in or beside it, as it is unpacked; VOC's
+    ImageSets/Segmentation/test.txt; images/test, with masks/test or without.
+
+    Raises:
+        UsageError: as `open_maps`; there is no such split.
+    """
+    with asked(f"{data} cannot be read"):
+        kind, root = _layout(data)
+        if kind == _VOC:
+            return _voc_split(root, "test", missing_share)
+        if kind == _PLAIN:
+            return _plain_split(root, "test", zero_is_void, missing_share)
+        places = [root / "images" / "testing"]
+        places += [place / "release_test" / "testing" for place in (root, root.parent)]
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise UsageError(
+                f"the test pictures of {root} are expected in {places[0]} or {places[-1]}, and there "
+                "is no such folder"
+            )
+        pairs, notices = _alone(found)
+        names = _ade_names(root)
+        return _split(f"testing of {root}", names, pairs, True, missing_share, TEST, notices)
+
+
+def _layout(data: str) -> tuple[str, Path]:
+    """Which of the layouts above a folder has, and where that begins."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} to read pictures and masks from")
+    plain = folder if (folder / "masks").is_dir() and (folder / "images").is_dir() else None
+    found = [
+        (name, there)
+        for name, there in ((_ADE, _ade(folder)), (_VOC, _voc(folder)), (_PLAIN, plain))
+        if there is not None
+    ]
+    if not found:
+        raise UsageError(
+            f"{folder} holds no pictures with masks: expected images/ and masks/ with train/ and "
+            f"val/ in both, {ADE}, or VOC's JPEGImages/ and SegmentationClass/"
+        )
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {names}")
+    return found[0]
 
 
 def _ade(folder: Path) -> Path | None:
@@ -175,13 +212,18 @@ def _ade(folder: Path) -> Path | None:
     return next(there, None)
 
 
-def _ade_split(folder: Path, part: str, missing_share: float) -> Maps:
+def _ade_names(folder: Path) -> list[str]:
     info = folder / "objectInfo150.txt"
     with asked(f"{info} cannot be read"):
         lines = info.read_text("utf-8", "replace").splitlines()
     names = [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
     if len(names) < 2:
         raise UsageError(f"{info} names {len(names)} classes")
+    return names
+
+
+def _ade_split(folder: Path, part: str, missing_share: float) -> Maps:
+    names = _ade_names(folder)
     pairs, notices = _pairs(folder / "images" / part, folder / "annotations" / part)
     return _maps(f"{part} of {folder}", names, pairs, True, missing_share, notices)
 
@@ -203,7 +245,7 @@ def _voc_split(folder: Path, split: str, missing_share: float) -> Maps:
         (folder / "JPEGImages" / f"{stem}.jpg", folder / "SegmentationClass" / f"{stem}.png")
         for stem in stems
     ]
-    return _maps(f"{split} of {folder}", VOC_CLASSES, pairs, False, missing_share)
+    return _split(f"{split} of {folder}", VOC_CLASSES, pairs, False, missing_share, split)
 
 
 def _plain_split(folder: Path, part: str, zero: bool, missing_share: float) -> Maps:
@@ -216,8 +258,36 @@ def _plain_split(folder: Path, part: str, zero: bool, missing_share: float) -> M
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(f"{named} names {printable(os.fsencode(twice[0]))} more than once")
-    pairs, notices = _pairs(folder / "images" / part, folder / "masks" / part)
-    return _maps(f"{part} of {folder}", names, pairs, zero, missing_share, notices)
+    images, masks = folder / "images" / part, folder / "masks" / part
+    alone = part == TEST and images.is_dir() and not masks.is_dir()
+    pairs, notices = _alone(images) if alone else _pairs(images, masks)
+    return _split(f"{part} of {folder}", names, pairs, zero, missing_share, part, notices)
+
+
+def _alone(images: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """As `_pairs`, of pictures that have no masks: each stands in for its own."""
+    left_out: dict[str, int] = {}
+    found = sorted(_below(images, left_out))
+    where = printable(bytes(images))
+    told = [left_out_sentence(where, left_out)] if left_out else []
+    return [(images / path, images / path) for path in found], told
+
+
+def _split(
+    where: str,
+    names: Sequence[str],
+    pairs: list[tuple[Path, Path]],
+    zero: bool,
+    missing_share: float,
+    part: str,
+    notices: Sequence[str] = (),
+) -> Maps:
+    """`_maps`; of a test split without any mask the pictures alone."""
+    unmasked = all(mask == image or not mask.is_file() for image, mask in pairs)
+    if part == TEST and unmasked:
+        alone = [(image, image) for image, _ in pairs]
+        return replace(_maps(where, names, alone, zero, missing_share, notices), masks=[])
+    return _maps(where, names, pairs, zero, missing_share, notices)
 
 
 def _pairs(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], list[str]]:

@@ -27,7 +27,7 @@ from xdino_launch.evaluation.drawing import make_folder
 from xdino_launch.evaluation.inputs import Film, Item, Skipped, Work, gather, say
 from xdino_transfer.dense_files import SEGMENTATION, LoadedDense, read_dense
 from xdino_transfer.detection.outlines import encoded, pycocotools_mask
-from xdino_transfer.judging import dense, overlays
+from xdino_transfer.judging import dense, overlays, submission
 from xdino_transfer.judging.dense import DenseScore, How
 from xdino_transfer.judging.seeing import Instance, Seeing
 
@@ -45,7 +45,7 @@ def opened(weights: str, arch: str | None, device: str) -> LoadedDense:
     return loaded
 
 
-def score(loaded: LoadedDense, data: str, **how: Any) -> DenseScore:
+def score(loaded: LoadedDense, data: str, submission: str | None = None, **how: Any) -> DenseScore:
     """As `dense.score`; how far it is, and what was left out, is said on standard error.
 
     Of several processes every one calls this, looks at its part, and the first one tells.
@@ -53,6 +53,7 @@ def score(loaded: LoadedDense, data: str, **how: Any) -> DenseScore:
     first, shared = distributed.rank() == 0, distributed.world_size() > 1
     if first:
         how |= {"progress": counter(stderr_console(), "pictures"), "notice": say}
+    how["submission"] = None if submission is None else Path(submission)
     return dense.score(loaded, data, How(**how, shared=shared))
 
 
@@ -62,6 +63,18 @@ def keep_per_class(found: DenseScore, results: Path | None) -> None:
         path = results.parent / CLASSES_FILE
         write_classes(path, found.per_class)
         say(f"per class: {path}")
+
+
+def check_submission(name: str | None, task: str) -> None:
+    """Raises UsageError for a name that cannot be what is submitted."""
+    if name is not None:
+        submission.check(Path(name), task == SEGMENTATION)
+
+
+def tell_submission(name: str | None) -> None:
+    """Where it lies, on standard error; by the first process."""
+    if name is not None and distributed.rank() == 0:
+        say(f"to submit: {name}")
 
 
 def refuse_annotated(weights: str, data: str) -> None:

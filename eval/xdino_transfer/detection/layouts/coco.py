@@ -21,20 +21,27 @@ from xdino_transfer.detection.layouts.index import indexed
 _OTHER_KINDS = (LookupError, TypeError, AttributeError, OverflowError, ValueError)
 
 
-def read(path: Path, images: Path, missing_share: float = MISSING_SHARE) -> Annotations:
+def read(
+    path: Path, images: Path, missing_share: float = MISSING_SHARE, annotated: bool = True
+) -> Annotations:
     """A JSON file of annotations and the folder that its pictures lie in.
 
-    Labels are the ranks of the sorted category numbers, 0 to K - 1.
+    Labels are the ranks of the sorted category numbers, 0 to K - 1. annotated: whether it must have
+    annotations.
 
     Raises:
         UsageError: not there, no such file, entries that contradict each other, too many pictures
             that are not there.
     """
     with asked(f"{path} cannot be read"):
+        if not annotated:
+            return _read(path, images, missing_share, False)[0]
         return indexed(path, images, missing_share, lambda: _read(path, images, missing_share))
 
 
-def _read(path: Path, images: Path, missing_share: float) -> tuple[Annotations, Sequence[str]]:
+def _read(
+    path: Path, images: Path, missing_share: float, annotated: bool = True
+) -> tuple[Annotations, Sequence[str]]:
     """From the file itself, with the names of its pictures."""
     with asked(f"{path} cannot be read"):
         text = path.read_bytes()
@@ -45,6 +52,8 @@ def _read(path: Path, images: Path, missing_share: float) -> tuple[Annotations, 
         raise UsageError(f"{path} is no JSON file, or cut short") from None
     if not isinstance(tree, dict):
         tree = {}
+    if not annotated:
+        tree.setdefault("annotations", [])
     missing = [key for key in ("images", "annotations", "categories") if key not in tree]
     if missing:
         raise UsageError(f"{path} is no COCO file: it has no {' and no '.join(missing)}")
