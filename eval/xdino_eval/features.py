@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xdino.backbone import evaluating
 from xdino.data.decode import UnreadableImage
 from xdino.data.sources import Source
-from xdino.errors import RunFailed, UsageError, nearest
+from xdino.errors import RunFailed, UsageError, nearest, reason
 from xdino.runtime import transfer, turns
 from xdino.runtime.device import device_of
 from xdino_eval.transform import EvalTransform
@@ -93,7 +93,7 @@ def read_batches(
             try:
                 loaded.append((index, crop(source.read(index), index)))
             except (UnreadableImage, OSError) as error:
-                loaded.append((index, str(error) or type(error).__name__))
+                loaded.append((index, reason(error)))
         return loaded
 
     Task = Future[list[tuple[int, np.ndarray | str]]]

@@ -6,12 +6,14 @@ Processes append one after the other.
 """
 
 import contextlib
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from xdino.runtime.atomic import write_text
 if TYPE_CHECKING:  # torch takes seconds, and rows are read and written without it
     from xdino_eval.features import Features
 
+CLASSES_FILE = "per_class.csv"  # beside results.json
 LARGEST = 1e15  # of any number in a row: JSON has integers that no float holds
 PATIENCE = 60.0  # seconds that one process waits for the others' rows
 
@@ -227,3 +230,17 @@ def row_of(
         seconds=round(seconds, 3),
         notes=[*skipped, *notes],
     )
+
+
+def write_classes(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """A line a class under the names of its numbers: whole ones, per cent, None where there is none.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(lines[0] if lines else ())
+    for line in lines:
+        writer.writerow(f"{v:.4f}" if isinstance(v, float) else v for v in line.values())
+    write_text(path, text.getvalue())

@@ -18,7 +18,7 @@ from xdino import weight_names
 from xdino.backbone import statistics
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint.plain import load_plain, reading
-from xdino.checkpoint.weights import is_network
+from xdino.checkpoint.weights import is_network, refuse_labelled
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.xcit import XCiT
 from xdino_transfer.pyramid import Pyramid
@@ -48,6 +48,7 @@ def read(path: str | Path) -> DenseFile:
             raise UsageError(f"there is no file {path}")
     with reading(path):
         tree = load_plain(path)
+        refuse_labelled(path, tree)
         size = path.stat().st_size
         inner: Any = tree.get("state_dict", tree) if isinstance(tree, dict) else None
         if not is_network(inner, size):

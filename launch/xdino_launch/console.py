@@ -91,11 +91,12 @@ class ConsoleListener(Listener):
         self._remaining = Remaining(facts["iteration"], facts["iterations"])
         if facts.get("doing") == "fine-tuning":
             self._began = "at first"
+        images = f"{facts['total_batch']} image{'s' if facts['total_batch'] > 1 else ''}"
         verb = "continuing" if facts["iteration"] else facts.get("doing", "pretraining")
         self.notice(
             f"{verb} on {facts['images']:,} images of {facts['data']}: iteration "
             f"{facts['iteration']:,} of {facts['iterations']:,}, {facts['steps_per_epoch']:,} an "
-            f"epoch, {facts['total_batch']} images a step, peak lr {facts['peak_lr']:.3g}, "
+            f"epoch, {images} a step, peak lr {facts['peak_lr']:.3g}, "
             f"{facts['precision']} on {facts['device']}"
         )
         if self.console.is_terminal:

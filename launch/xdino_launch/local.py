@@ -128,8 +128,7 @@ def run_labelled(
         with Watcher(config, run, listener, None) as watcher:
             evaluator: Evaluator | None = None
             if config.evaluate.every:
-                shares = isinstance(judge, Judge) or judge.shares
-                evaluator = of_all(judge) if shares else judge
+                evaluator = of_all(judge)
             train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
             if distributed.rank() == 0:
                 with stop.abandoning("while the last network was scored"):

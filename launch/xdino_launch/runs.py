@@ -18,6 +18,8 @@ from xdino.values import span
 from xdino_eval import results
 
 DEEPEST = 3  # folders below the given one in which runs are looked for
+# Columns of metrics.jsonl that say what a run with labels is worth, and their headings.
+MEASURES = {"val_top1": "top-1", "val_miou": "mIoU", "val_box_ap": "box AP"}
 LONGEST_HEADER = 10**8  # bytes of a safetensors file's header: the format's own limit
 
 
@@ -40,6 +42,7 @@ class RunState:
     linear: float | None
     changed: float
     classifier: float | None = None
+    measure: str | None = None  # which of the three that is
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
@@ -90,6 +93,8 @@ def describe(run: Path) -> RunState:
         state, reached = "stopped", iteration if isinstance(iteration, int) else reached
     files = [run / name for name in ("metrics.jsonl", "backbone.safetensors", "config.yaml")]
     knn, linear = _best(run / "results.json", rows)
+    labelled = {key: [_number(row.get(key)) for row in rows if key in row] for key in MEASURES}
+    measure = next((key for key, found in labelled.items() if found), None)
     return RunState(
         path=str(run),
         state=state,
@@ -100,15 +105,8 @@ def describe(run: Path) -> RunState:
         knn=knn,
         linear=linear,
         changed=max(path.stat().st_mtime for path in files if path.exists()),
-        classifier=max(
-            (
-                s
-                for row in rows
-                for key in ("val_top1", "val_miou", "val_box_ap")
-                if (s := _number(row.get(key))) is not None
-            ),
-            default=None,
-        ),
+        classifier=max((s for s in labelled.get(measure or "", ()) if s is not None), default=None),
+        measure=MEASURES.get(measure or ""),
     )
 
 
@@ -166,10 +164,12 @@ def _best(file: Path, logged: list[dict[str, Any]]) -> tuple[float | None, float
 def table(runs: Iterable[RunState], now: float | None = None) -> str:
     """A line a run, and the path on it whole; what is not known is a dash.
 
-    Scores of classifiers have a column where there is one.
+    Scores of runs that learned with labels have a column where there is one, called as they are, and
+    "score" where they are of several kinds.
     """
     now, runs = time.time() if now is None else now, list(runs)
-    tuned = ("top-1",) if any(run.classifier is not None for run in runs) else ()
+    measures = {run.measure or "top-1" for run in runs if run.classifier is not None}
+    tuned = ("score",) if len(measures) > 1 else tuple(measures)
     rows: list[tuple[str, ...]] = [
         ("state", "iteration", "loss", "k-NN", "linear", *tuned, "changed", "run")
     ]

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from xdino import config as configuration
-from xdino.config import Config
 from xdino.errors import RunFailed, UsageError, world
 from xdino.run_directory import RunDirectory
 from xdino.runtime.atomic import write_text
@@ -167,7 +167,7 @@ def whole_minutes(hours: float) -> int:
 
 
 def submit(
-    config: Config, run_dir: str | Path, resources: Resources, seeds: Sequence[int] = ()
+    config: Any, run_dir: str | Path, resources: Resources, seeds: Sequence[int] = ()
 ) -> str:
     """Queue the run; returns the job's number.
 
@@ -175,6 +175,7 @@ def submit(
     configuration as it is now, whatever becomes of the recipe.
 
     Args:
+        config: of any kind of recipe.
         seeds: instead of one run in `run_dir` one for each, in its folders seed0, seed1, ...: an array.
 
     Raises:
@@ -182,7 +183,7 @@ def submit(
         RunFailed: SLURM does not answer, or the files cannot be written.
     """
     run = _checked(run_dir)
-    if not config.data.path:
+    if not getattr(config.data, "named", config.data.path):
         raise UsageError("data.path is not set: name the images with --data.path FOLDER")
     wanted = {"": config}
     if seeds:
@@ -201,7 +202,7 @@ def submit(
         place, recipe = f"{run}/seed{_TASK}", f"{logs}/{digest}-seed{_TASK}.yaml"
     else:
         place, (recipe,) = str(run), map(str, recipes)
-    words = ["pretrain", recipe, "--run-dir", place]
+    words = [config.kind, recipe, "--run-dir", place]
     return _queue(run, digest, recipes, words, resources, seeds)
 
 

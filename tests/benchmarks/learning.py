@@ -4,9 +4,9 @@
         --minutes 30 --seeds 0,1,2 --dino DINO_DIR --xcit XCIT_DIR [--arms NAME,NAME] [--set KEY=VALUE]
 
 `learning_data.py` makes the folders; `fashion_mnist` and `fashion_mnist_sample` are named sources. An
-arm is a line of `ARMS`; `learning_arms.py` says how each is trained, on how many CPU minutes, and how
-all are judged alike. The trained arms of one data set and seed take turns, a period of training each,
-so that the machine's moods fall on all of them; only one of them works at a time.
+arm is a line of `ARMS` ("by hand" stands for the twelve of `BY_HAND`); `learning_judging.py` says what
+a minute is, and judges all alike. The trained arms of one data set and seed take turns, a period of
+training each, so that the machine's moods fall on all of them; only one of them works at a time.
 
 FILE is written whenever an arm has finished. The same command goes on where it stopped, with what is
 missing; further data, seeds and arms join the same file if minutes and settings are the same.
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from learning_arms import TRAINED, Arm, Job, run
+from learning_arms import TRAINERS, run
+from learning_judging import Arm, Job
 from rich.table import Table
 from scipy.stats import t as student_t
 
@@ -50,6 +51,16 @@ FEW_STEPS = {
     "model.drop_path": "0",
     "crops.local_count": "2",
     "crops.local_scale": "0.15,0.5",
+}
+# What configs/small_data.yaml sets, but for the sizes of network, crops and batch.
+SMALL_DATA = {
+    "model.drop_path": "0.05",
+    "head.prototypes": "4096",
+    "head.norm_last_layer": "false",
+    "crops.global_scale": "0.3,1.0",
+    "crops.local_scale": "0.05,0.3",
+    "optim.min_lr": "1e-5",
+    "optim.warmup_epochs": "5%",
 }
 SIMDINO = {"loss.objective": "simdino"}
 
@@ -78,6 +89,8 @@ ARMS = {
     "weaker colour": Arm("ours", COLOUR),
     "no colour": Arm("ours", COLOUR | {"crops.jitter": "0", "crops.grayscale": "0"}),
     "larger local crops": Arm("ours", {"crops.local_scale": "0.15,0.4"}),
+    "small_data": Arm("ours", SMALL_DATA),
+    "small_data + simdino x4": Arm("ours", SMALL_DATA | SIMDINO | {"optim.lr": "2e-3"}),
     "head with BatchNorm": Arm("ours", {"head.use_bn": "true"}),
     # What BatchNorm takes its statistics of; the first three: a total batch of 256 in micro-batches.
     "256 x 1": Arm("ours", {"train.batch_size": "256"}),
@@ -89,6 +102,22 @@ ARMS = {
     "few steps + colour": Arm("ours", FEW_STEPS | COLOUR),
     "few steps + colour + sinkhorn": Arm("ours", FEW_STEPS | COLOUR | {"loss.targets": "sinkhorn"}),
 }
+# Twelve that a person may set by hand, beside what `auto` chooses: networks x objectives x rates.
+NETWORKS = {
+    "tiny": {},
+    "shallow": {"model.depth": "2"},
+    "narrow": {"model.arch": "xcit_nano_12_p8", "model.depth": "6"},
+}
+BY_HAND = {
+    f"{network} {objective} x{rate}": Arm(
+        "ours", shape | {"loss.objective": objective, "optim.lr": f"{5e-4 * rate:g}"}
+    )
+    for network, shape in NETWORKS.items()
+    for objective in ("dino", "simdino")
+    for rate in (1, 4)
+}
+ARMS |= {"auto": Arm("auto")} | BY_HAND
+
 DEFAULT = ("raw pixels", "untrained network", "published components", "ours", "supervised")
 
 # What every arm is told, the published one too. The rate is the published one, for 256 images.
@@ -273,7 +302,7 @@ def main(
     settings: tuple[str, ...],
 ) -> None:
     """Measure what is missing, write the JSON file after every arm, print the tables."""
-    chosen = [name.strip() for name in arms.split(",")]
+    chosen = [name.strip() for name in arms.replace("by hand", ",".join(BY_HAND)).split(",")]
     if unknown := [name for name in chosen if name not in ARMS]:
         raise click.UsageError(f"no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
     told = _pairs(settings, "--set")
@@ -302,9 +331,9 @@ def main(
             stderr_console().print(f"{name}, seed {seed}: {len(jobs)} arms")
             # Arms that do not train first, one by one; then the others in turn.
             for arm, job in jobs.items():
-                if job.arm.kind not in TRAINED:
+                if job.arm.kind not in TRAINERS:
                     take_turns({arm: job}, finished)
-            take_turns({a: job for a, job in jobs.items() if job.arm.kind in TRAINED}, finished)
+            take_turns({a: job for a, job in jobs.items() if job.arm.kind in TRAINERS}, finished)
         stdout_console().print(table(results, name))
 
 

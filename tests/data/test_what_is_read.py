@@ -104,6 +104,22 @@ def test_what_systems_leave_behind_is_no_class(tmp_path, folder):
     assert (len(source), source.classes, source.notices()) == (2, ("a", "b"), [])
 
 
+def test_a_run_among_its_images_is_neither_image_nor_class(tmp_path):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            picture(tmp_path / part / name / "0.png")
+    before = fingerprint(open_source(str(tmp_path)))
+    for run in (tmp_path / "train" / "run", tmp_path / "train" / "cat" / "run"):
+        picture(run / "views.png")
+        for name in ("config.yaml", "environment.json"):
+            (run / name).write_text("")
+    train, _ = open_splits(str(tmp_path))
+    assert train.classes == ("cat", "dog")
+    assert fingerprint(open_source(str(tmp_path))) == before
+    (run / "config.yaml").unlink()  # no run
+    assert "train/cat/run/views.png" in names(open_source(str(tmp_path)))
+
+
 def test_pipes_devices_and_sockets_are_never_opened(tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")

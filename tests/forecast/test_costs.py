@@ -24,12 +24,12 @@ SMALL = {
     "model.arch": "xcit_nano_12_p8", "model.embed_dim": "32", "model.depth": "2",
     "model.num_heads": "2", "head.prototypes": "512", "head.hidden_dim": "64",
     "head.bottleneck_dim": "16", "crops.global_size": "32", "crops.local_size": "16",
-    "crops.local_count": "2", "train.batch_size": "4", "train.epochs": "2",
+    "crops.local_count": "2", "train.batch_size": "4", "train.epochs": "2", "loss.objective": "dino",
 }  # fmt: skip
 
 
 def workload(images=40, channels=3, processes=1, precision="fp32", **overrides):
-    """`small_data`, made small; keys with "__" for the dot."""
+    """`small_data`, made small, with prototypes; keys with "__" for the dot."""
     more = {key.replace("__", "."): str(value) for key, value in overrides.items()}
     return Workload.of(
         config.load("small_data", SMALL | more), images, channels, processes, precision

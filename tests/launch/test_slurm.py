@@ -18,6 +18,7 @@ from xdino import config
 from xdino.errors import RunFailed, UsageError
 from xdino.runtime.rendezvous import first_host, from_slurm
 from xdino_launch.slurm import Resources, job_script, submit, whole_minutes
+from xdino_transfer.finetuning.recipe import FineTuning
 
 SMALL = {"train.batch_size": "2500", "crops.global_size": "12", "crops.local_count": "0",
          "evaluate.every": "0"}  # fmt: skip
@@ -396,9 +397,33 @@ def test_any_command_is_one_task(commands, tmp_path, xdino, monkeypatch):
     assert "--ntasks-per-node=4" in told.read_text().splitlines()
 
 
+def test_recipes_of_every_kind_are_submitted(commands, tmp_path, xdino):
+    told, run = sbatch_arguments(commands, tmp_path), tmp_path / "tuned"
+    code, out, err = xdino("submit", "finetune_small", "--run", run, "--seeds", "0-1",
+                           "--data.path", "classes", "--train.init", "runs/mine")  # fmt: skip
+    assert (code, out) == (0, "42\n"), err
+    (line,) = [x for x in Path(told.read_text().splitlines()[-1]).read_text().splitlines()
+               if x.startswith("srun")]  # fmt: skip
+    assert " finetune " in line
+    kept = [
+        config.load(str(path), None, FineTuning) for path in (tmp_path / "tuned-slurm").glob("*l")
+    ]
+    assert {each.train.seed for each in kept} == {0, 1}
+    assert {each.train.init for each in kept} == {"runs/mine"}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["--", "finetune", "finetune_small"], "finetune needs a --run of its own"),
+        (["--", "segment", "segment_smal", "--run", "a"], 'did you mean "segment_small"?'),
+        (["--", "segment", "segment_small", "--run", "a", "--train.epoch", "3"], '"epochs"?'),
+        (["--", "detect", "--run", "nothing"], "nothing holds no run to continue"),
+        (
+            ["--gpus-per-node", "2", "--", "transfer", "a", "--suite", "b", "--run", "c"],
+            "transfer is one process",
+        ),
+        (["finetune_small", "--data.path", "x", "--cluster", "local"], "is for pretraining: xdino"),
         (["--", "knn", "runs/a", "--daat", "x"], "--daat"),
         (["--", "knn"], "WEIGHTS"),
         (["--seeds", "0-2", "--", "knn", "a", "--data", "b"], "for pretraining"),

@@ -1,7 +1,11 @@
 """`xdino score` and `xdino predict` of segmenters and detectors, as a person types them."""
 
+import contextlib
 import csv
+import io
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from xdino_eval.results import load
 from xdino_transfer import fpn
 from xdino_transfer.classification.classifier import Classifier
 from xdino_transfer.classification.files import write_classifier
-from xdino_transfer.dense_files import write_dense
+from xdino_transfer.dense_files import read_dense, write_dense
 from xdino_transfer.detection import detector
 from xdino_transfer.detection.published import to_published
 from xdino_transfer.detection.roi import RegionSettings
@@ -110,11 +114,14 @@ def world(tmp_path_factory) -> Path:
         path = root / "photos" / ("deep" if i else "") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((90 + i, 130, 3), 60 * i, np.uint8)).save(path)
+    (root / "photos" / "film.avi").write_bytes(b"RIFF")
     (root / "broken").mkdir()
     for i in range(3):
         whole = (root / "maps" / "images" / "val" / f"{i}.png").read_bytes()
         (root / "broken" / f"{i}.png").write_bytes(whole[: 70 if i == 1 else None])
     (root / "empty").mkdir()
+    for folder in ("Annotations", "JPEGImages"):
+        (root / "voc" / folder).mkdir(parents=True)
     (root / "file.txt").write_text("nothing")
     (root / "movie").mkdir()
     frames = [Image.new("RGB", (66, 50), (i * 40, 0, 0)) for i in range(3)]
@@ -160,6 +167,22 @@ def test_a_segmenter_is_scored(xdino, there):
     assert Path("else/per_class.csv").is_file()
 
 
+def test_labels_are_counted_as_the_run_counted_them(xdino, there):
+    network = read_dense("seg").network
+    write_dense(there / "ones/model.safetensors", network, {"zero_is_void": True}, spec=SPEC,
+                classes=NAMES)  # fmt: skip
+    shutil.copytree("maps", "from_one")
+    for path in Path("from_one/masks").rglob("*.png"):
+        labels = np.asarray(Image.open(path))
+        Image.fromarray((labels + 1).astype(np.uint8)).save(path)  # 255, for none, becomes 0
+    zero, one = (
+        xdino("score", which, "--data", data, "--shorter-side", "64", "--json")
+        for which, data in (("seg", "maps"), ("ones", "from_one"))
+    )
+    assert (zero[0], one[0]) == (0, 0), one[2]
+    assert json.loads(zero[1])[0]["metrics"] == json.loads(one[1])[0]["metrics"]
+
+
 def test_a_detector_is_scored(xdino, there):
     code, out, error = xdino("score", "det", "--data", "boxes", "--json")
     assert code == 0, error
@@ -169,7 +192,7 @@ def test_a_detector_is_scored(xdino, there):
     with open("det/per_class.csv", newline="") as file:
         table = [*csv.DictReader(file)]
     assert [line["class"] for line in table] == ["cat", "dog"]
-    assert table[1] == {"class": "dog", "box AP": "", "mask AP": ""}  # there is none
+    assert table[1] == {"class": "dog", "objects": "0", "box AP": "", "mask AP": ""}
     code, out, error = xdino(
         "score", "det.pth", "--data", "boxes", "--json", "--shorter-side", "64"
     )
@@ -186,6 +209,9 @@ def test_a_segmenter_s_pictures(xdino, there):
     made = ["s/0-overlay.png", "s/deep-1-overlay.png", "s/deep-2-overlay.png"]
     assert out.splitlines() == [*made, "s/classes.txt", "s/predictions.json"]
     assert "looking at 130 x 90 pixels whole: about " in error
+    assert error.count("looking at") == 1  # not of each size
+    assert "1 file of" in error
+    assert "left out, for want of the suffix of an image that can be read: .avi (1)" in error
     assert error.splitlines()[-1] == "3 pictures: sky 100.0 %"
     told = json.loads(Path("s/predictions.json").read_text())
     assert [entry["image"] for entry in told] == ["0.jpg", "deep/1.jpg", "deep/2.jpg"]
@@ -243,9 +269,105 @@ def test_every_frame_of_a_film(xdino, there):
     assert Path("film/masks/a-000003.png").is_file()
 
 
+def ade20k(root: Path, *, held_out: str) -> None:
+    """Its folders, with three classes, and pictures that nobody labelled."""
+    (root / "ADEChallengeData2016").mkdir(parents=True)
+    lines = "\n".join(f"{i}\t0.1\t9\t1\t{name}" for i, name in enumerate(NAMES, 1))
+    (root / "ADEChallengeData2016" / "objectInfo150.txt").write_text(f"Idx\tRatio\n{lines}\n")
+    for part in ("training", "validation"):
+        for folder, pixels in (
+            ("images", np.zeros((40, 56, 3))),
+            ("annotations", np.eye(40, 56) + 1),
+        ):
+            path = root / "ADEChallengeData2016" / folder / part / f"ADE_{part}_1.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    for i in range(2):
+        path = root / held_out / f"ADE_test_0{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (56 + i, 40)).save(path)
+
+
+def test_masks_are_submitted_in_the_layout_s_own_numbers(xdino, there, tmp_path):
+    """1 to 150 for ADE20K, of pictures without masks, too; 0 for the first class elsewhere."""
+    code, out, error = xdino("score", "seg", "--data", "maps", "--submission", tmp_path / "plain",
+                             "--results", tmp_path / "r.json")  # fmt: skip
+    assert code == 0, error
+    assert "mIoU" in out
+    assert f"to submit: {tmp_path / 'plain'}" in error
+    for path in sorted((tmp_path / "plain").iterdir()):
+        with Image.open(path) as png, Image.open(Path("maps/images/val", path.name)) as picture:
+            assert (png.mode, png.size) == ("L", picture.size)
+            assert not np.asarray(png).any()
+    assert len([*(tmp_path / "plain").iterdir()]) == 3
+    ade20k(tmp_path / "a", held_out="ADEChallengeData2016/images/testing")
+    ade20k(tmp_path / "b", held_out="release_test/testing")
+    for name, split, stems in (
+        ("a", "test", ["ADE_test_00", "ADE_test_01"]),
+        ("b", "test", ["ADE_test_00", "ADE_test_01"]),
+        ("b", "val", ["ADE_validation_1"]),
+    ):
+        made = tmp_path / f"{name}-{split}.zip"
+        code, out, error = xdino("score", "seg", "--data", tmp_path / name, "--split", split,
+                                 "--submission", made, "--results", tmp_path / "r.json")  # fmt: skip
+        assert code == 0, error
+        assert ("mIoU" in out) == (split == "val")
+        with zipfile.ZipFile(made) as archive:
+            assert archive.namelist() == [f"{stem}.png" for stem in stems]
+            with Image.open(archive.open(f"{stems[-1]}.png")) as png:
+                assert (png.mode, png.size) == ("L", (57 if split == "test" else 56, 40))
+                assert (np.asarray(png) == 1).all()
+
+
+def test_detections_are_submitted_as_coco_takes_them(xdino, there, tmp_path):
+    from pycocotools.coco import COCO
+
+    made = tmp_path / "new" / "d.json"
+    told = ("--submission", made, "--results", tmp_path / "r.json")
+    code, out, error = xdino("score", "det", "--data", "boxes", *told)
+    assert code == 0, error
+    assert "box AP" in out
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = COCO("boxes/annotations/instances_val2017.json").loadRes(str(made)).anns
+    assert len(found) > 1
+    assert {row["image_id"] for row in found.values()} == {4}
+    assert {row["category_id"] for row in found.values()} <= {7, 9}
+    # Pictures of which nothing is told: test-dev's lie among those of test.
+    shutil.copytree("boxes", tmp_path / "boxes")
+    told_of = json.loads((tmp_path / "boxes/annotations/instances_val2017.json").read_text())
+    del told_of["annotations"]
+    told_of["images"][0]["id"] = 12
+    (tmp_path / "boxes/val2017").rename(tmp_path / "boxes/test2017")
+    for name in ("test-dev2017", "test2017"):
+        (tmp_path / f"boxes/annotations/image_info_{name}.json").write_text(json.dumps(told_of))
+    for split in ("test", "test-dev"):
+        made.unlink()
+        code, out, error = xdino(
+            "score", "det", "--data", tmp_path / "boxes", "--split", split, *told
+        )
+        assert (code, out) == (0, ""), error
+        rows = json.loads(made.read_text())
+        assert {row["image_id"] for row in rows} == {12}
+        assert rows[0].keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}
+    code, out, error = xdino("score", "det", "--data", tmp_path / "boxes", "--split", "test")
+    assert code == 2
+    assert "has nothing to score against: --submission FILE writes what" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ("score det --data boxes --submission d", "is a COCO result file, FILE.json, and not d"),
+        ("score seg --data maps --submission s.json", "is a folder or FILE.zip of masks, and not s.json"),
+        ("score seg --data maps --submission maps/images/val", "is the folder of the data itself"),
+        ("score det --data boxes --submission boxes/annotations/instances_val2017.json",
+         "is the file of annotations itself"),
+        ("score det --data voc --submission d.json", "in VOC's layout, whose pictures have names and no"),
+        ("score det --data boxes --split test", "boxes has no test split: expected annotations/image"),
+        ("score seg --data maps --split test --submission s", "there is no folder maps/images/test"),
+        ("score seg --data maps --split test-dev", "test-dev is a split of COCO's boxes"),
+        ("score tuned --data classes --split test", "--split test is of segmenters and detectors"),
+        ("score tuned --data classes --submission d.json", "--submission is of segmenters and detectors"),
         ("score seg --data boxes", "boxes holds no pictures with masks"),
         ("score seg --data classes", "classes holds no pictures with masks"),
         ("score det --data maps", "maps holds no annotated pictures"),
@@ -275,6 +397,8 @@ def test_every_frame_of_a_film(xdino, there):
         ("predict seg photos --out s --memory 0.000001", "give more by --memory"),
         ("predict seg photos --out photos", "--out is the folder of images photos itself"),
         ("predict seg nothing.png --out s", "there is no image, folder or video nothing.png"),
+        ("export seg --out seg.onnx --format onnx",
+         "seg holds a segmenter: backbones and classifiers are exported"),
         ("knn seg --data classes", "is a network for segmentation, which gives pixels or boxes"),
         ("finetune finetune_small --init det --data.path classes --run f",
          "is a network for detection, not a classifier"),

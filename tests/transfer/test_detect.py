@@ -46,7 +46,7 @@ def finished(coco, tmp_path_factory) -> Path:
     return run
 
 
-def test_a_run_leaves_a_detector_its_scores_and_its_start(finished, coco, xdino):
+def test_a_run_leaves_a_detector_its_scores_and_its_start(finished, coco, xdino, tmp_path):
     found = read_dense(finished)
     assert (found.task, found.classes) == ("detection", ("trouser", "sandal", "bag"))
     assert (found.facts["iteration"], found.facts["iterations"]) == (12, 12)  # 3 and 1 a step
@@ -71,10 +71,21 @@ def test_a_run_leaves_a_detector_its_scores_and_its_start(finished, coco, xdino)
         lines = [*csv.DictReader(file)]
     assert [line["class"] for line in lines] == [*found.classes]
     assert sum(int(line["objects"]) for line in lines) == len(plan.val.labels)
+    # `score` writes the same table of classes.
+    told_to = tmp_path / "results.json"
+    assert xdino("score", finished, "--data", coco, "--results", told_to)[0] == 0
+    table = told_to.with_name("per_class.csv").read_bytes()
+    assert table == (finished / "per_class.csv").read_bytes()
     (start,) = json.loads((finished / "environment.json").read_text())["starts"]
     assert start["init"] is None
     assert (finished / "config.yaml").read_text().startswith("kind: detect\n")
     assert (finished / "views.png").stat().st_size > 1000
+    annotated = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    image = next((coco / "val2017").iterdir())
+    code, out, error = xdino("predict", finished, image, "--json")
+    assert code == 0, error
+    numbers = [[c["id"] for c in tree["categories"]] for tree in (json.loads(out), annotated)]
+    assert numbers == [[3, 7, 90]] * 2  # predictions are of the data's own numbers
     code, out, _ = xdino("runs", finished)
     assert code == 0
     assert "finished" in out
@@ -146,7 +157,7 @@ def test_stopped_and_killed_in_an_epoch_it_ends_in_the_same_bytes(finished, coco
 
 def test_two_processes_are_one_and_one_goes_on_alone(coco, tmp_path):
     """With the same total batch, on pictures that are padded alike; losses by all processes' counts."""
-    same = {"view__sides": 48, "view__crop_chance": 0}
+    same = {"view__sides": 48, "view__crop_chance": 0, "evaluate__every": 3}
     alone = child(*words(tmp_path / "one", coco, **same))
     arguments = words(tmp_path / "two", coco, **same, train__batch_size=1)
     two = pair(*arguments)
@@ -157,6 +168,34 @@ def test_two_processes_are_one_and_one_goes_on_alone(coco, tmp_path):
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    before = [
+        next(row for row in told(tmp_path / name) if "val_box_ap" in row) for name in ("one", "two")
+    ]
+    for key in ("iteration", "val_images", "val_box_ap", "val_mask_ap"):
+        assert before[0][key] == before[1][key]
+    assert before[0]["val_box_ap"] > 0
+
+
+def test_two_processes_score_as_one(finished, coco, tmp_path, xdino):
+    """To the digit, and each picture by one of them; one row is written."""
+    words = {
+        name: ("score", finished, "--data", coco, "--split", "train", "--shorter-side", "64",
+               "--results", tmp_path / name / "results.json", "--submission", tmp_path / name / "d.json")
+        for name in ("one", "two")
+    }  # fmt: skip
+    awaited(*pair(*words["two"]))
+    code, _, error = xdino(*words["one"])
+    assert code == 0, error
+    one, two = (results.load(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert len(one) == len(two) == 1
+    assert two[0].metrics == one[0].metrics
+    assert two[0].val_size == 7
+    for name in ("per_class.csv", "d.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    found = json.loads((tmp_path / "two" / "d.json").read_text())
+    assert len({row["image_id"] for row in found}) > 1
+    assert {row["category_id"] for row in found} <= {3, 7, 90}
+    assert read_dense(finished).facts["category_ids"] == [3, 7, 90]
 
 
 def test_statistics_can_rest_and_blocks_be_computed_again(finished, coco, tmp_path):

@@ -75,7 +75,10 @@ def test_where_no_annotated_images_are(detect, coco, tmp_path):
     refused(detect(coco / "train2017"), "holds no annotated pictures: expected annotations/")
     (coco / "train").mkdir()
     (coco / "train" / BESIDE).write_text("{}")
-    refused(detect(coco), "mixes layouts")
+    refused(
+        detect(coco),
+        "unclear what to read: annotations/instances_train*.json and train/_annotations.coco.json",
+    )
     (coco / "train" / BESIDE).unlink()
     (coco / "annotations" / "instances_val2017.json").unlink()
     refused(detect(coco), "has annotations of train and none of val")
@@ -89,7 +92,7 @@ def test_where_no_annotated_images_are(detect, coco, tmp_path):
         ({"segmentation": {"size": [48, 40], "counts": [1920]}}, "its mask is of 40 x 48 pixels and"),
         ({"segmentation": {"size": [40, 48], "counts": [5]}}, "do not add up to its image"),
         ({"segmentation": {"size": [40, 48], "counts": "?~"}}, "do not add up to its image"),
-        ({"bbox": [1, 2, 3]}, "where an entry is expected it has"),
+        ({"bbox": [1, 2, 3]}, "it has one of another kind (annotation 1 of the file's)"),
         ({"bbox": [1, 2, 3, "wide"]}, "where an entry is expected it has"),
         ({"bbox": None}, "where an entry is expected it has"),
     ],

@@ -18,10 +18,13 @@ class Source(ArraySource):
     """Images whose pixels say their number and whose labels are it; some cannot be read."""
 
     unreadable: frozenset[int] = frozenset()
+    strip: int | None = None  # of another shape
 
     def read(self, index):
         if index in self.unreadable:
             raise UnreadableImage("torn")
+        if index == self.strip:
+            return np.zeros((3, 40, 3), np.uint8)
         return super().read(index)
 
 
@@ -56,6 +59,14 @@ def test_labels_are_of_what_is_shown_also_of_stand_ins(source):
     asked = np.concatenate([batch.indices for batch in found])
     assert {5, 6, 100} <= set(asked.tolist())
     assert not {5, 6, 100} & {int(n) for batch in found for n in batch.labels}
+
+
+def test_an_image_without_room_for_a_crop_is_left_out(source):
+    source.strip = 7
+    loader = LabelledLoader(source, VIEW, 8, 3, workers=0)
+    found = list(loader.iterate(0, loader.steps_per_epoch))
+    assert 7 not in {int(n) for batch in found for n in batch.labels}
+    assert loader.bad[7][1].startswith("an image of 3 x 40 pixels is too small for crops of 12")
 
 
 def test_threads_change_nothing(source):

@@ -1,13 +1,17 @@
 """Pictures with masks in their real layouts, what can be wrong with them, and how they are shown."""
 
+import zipfile
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from xdino.errors import UsageError
+from xdino_transfer.judging.submission import Masks
 from xdino_transfer.resizing import fitted, padded, resized_labels
-from xdino_transfer.segmentation.maps import open_maps, read_mask
+from xdino_transfer.segmentation.maps import open_maps, open_test, read_mask
 from xdino_transfer.segmentation.views import TestViews as Whole
 from xdino_transfer.segmentation.views import TrainViews, recoloured
 
@@ -83,6 +87,61 @@ def test_pictures_beside_masks(tmp_path):
     assert np.unique(train.read(0)[1]).tolist() == [0, 255]
     picture(tmp_path / "images" / "train" / "0.jpg", (H, W), exif=_turned())
     assert train.read(0)[0].shape == (H, W, 3)
+
+
+def test_folders_below_and_what_is_no_picture(tmp_path):
+    root = plain(tmp_path)
+    picture(root / "images" / "train" / "north" / "0.jpg")
+    mask(root / "masks" / "train" / "north" / "0.png", 1)
+    (root / "images" / "train" / "notes.doc").write_text("none")
+    (root / "images" / "train" / "._0.jpg").write_bytes(b"of macOS")
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\n\r\ntree\r\n")
+    train, _ = open_maps(str(root))
+    assert train.classes == ("sky", "tree")
+    assert [path.relative_to(root).as_posix() for path in train.masks] == [
+        "masks/train/0.png", "masks/train/north/0.png"
+    ]  # fmt: skip
+    assert "1 file of" in train.notices[0]
+    assert ".doc (1)" in train.notices[0]
+    (root / "classes.txt").write_text("sky\ntree\nsky\n")
+    with pytest.raises(UsageError, match=r"classes\.txt names sky more than once"):
+        open_maps(str(root))
+
+
+def test_a_test_split_may_have_no_masks(tmp_path):
+    root = plain(tmp_path / "plain")
+    with pytest.raises(UsageError, match=r"there is no folder .*images/test"):
+        open_test(str(root))
+    for name in ("0.jpg", "north/0.jpg"):
+        picture(root / "images" / "test" / name)
+    found = open_test(str(root))
+    assert (found.classes, len(found), found.masks) == (("sky", "tree"), 2, [])
+    assert found.picture(1).shape == (H, W, 3)
+    # As many masks, in the same folders, in the layout's own numbers.
+    for zero, path in ((False, tmp_path / "s"), (True, tmp_path / "s.zip")):
+        made = Masks(path, replace(found, zero_is_void=zero))
+        for index in (0, 1):
+            made.add(index, np.ones((H, W), np.int64))
+        made.finish(shared=False)
+    assert np.unique(read_mask(tmp_path / "s" / "north" / "0.png")).tolist() == [1]
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert archive.namelist() == ["0.png", "north/0.png"]
+        assert np.unique(read_mask(archive.open("0.png"))).tolist() == [2]
+    for folder in (root / "images" / "test", root / "images/test/../test"):
+        with pytest.raises(UsageError, match="is the folder of the data itself"):
+            Masks(folder, found)
+    for name in ("0.png", "north/0.png"):
+        mask(root / "masks" / "test" / name)
+    assert len(open_test(str(root)).masks) == 2
+    (root / "masks" / "test" / "0.png").unlink()
+    with pytest.raises(UsageError, match=r"1 of the 2 pictures of test of .* lack a file"):
+        open_test(str(root))
+    voc = tmp_path / "voc"
+    picture(voc / "JPEGImages" / "b.jpg")
+    (voc / "SegmentationClass").mkdir()
+    (voc / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (voc / "ImageSets" / "Segmentation" / "test.txt").write_text("b\n")
+    assert (len(open_test(str(voc))), open_test(str(voc)).masks) == (1, [])
 
 
 def _turned():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +101,26 @@ def test_a_run_leaves_segmenter_backbone_scores_and_its_start(finished, painted,
     code, out, error = xdino("runs", finished)
     assert (code, "finished" in out) == (0, True), error
     assert f"{max(row['val_miou'] for row in scored):.1f}" in out
+    assert "mIoU" in out.splitlines()[0]
+    table = (finished / "per_class.csv").read_bytes()
     code, out, error = xdino("score", finished, "--data", painted, "--json")
+    assert (finished / "per_class.csv").read_bytes() == table
     assert code == 0, error  # by the file alone, which says how pictures are shown
     assert json.loads(out)[0]["metrics"]["mIoU"] == pytest.approx(last.metrics["mIoU"])
+    state = finished / "checkpoints" / "last.pt"
+    for command in (("predict", state, painted / "images"), ("knn", state, "--data", painted)):
+        code, _, error = xdino(*command, *(["--out", "x"] if command[0] == "predict" else []))
+        assert code == 2
+        assert f"{state} is what a run of xdino segment goes on with" in error
+    code, _, error = xdino("finetune", "--run", finished)
+    assert code == 2
+    assert f"holds a run of xdino segment: xdino segment --run {finished}" in error
     code, _, error = xdino("report", finished)
     assert code == 0, error
     page = (finished / "report.html").read_text()
     assert "trained to tell the class of every pixel" in page
     assert "mIoU of the segmenter" in page
+    assert f"mIoU <b>{last.metrics['mIoU']:.4g}</b>" in page
 
 
 def test_a_finished_run_is_left_alone_and_another_configuration_is_named(
@@ -172,6 +185,27 @@ def test_two_processes_are_one(painted, tmp_path):
             "decode_head.scale_heads.3.0.bn.running_mean",
         ):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
+
+
+def test_two_processes_score_as_one(finished, painted, tmp_path, xdino):
+    """To the digit, and the masks of both lie in one zip."""
+    words = {
+        name: ("score", finished, "--data", painted, "--results", tmp_path / name / "results.json",
+               "--submission", tmp_path / name / "s.zip")
+        for name in ("one", "two")
+    }  # fmt: skip
+    awaited(*pair(*words["two"]))
+    code, _, error = xdino(*words["one"])
+    assert code == 0, error
+    one, two = (results.load(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert len(one) == len(two) == 1
+    assert two[0].metrics == one[0].metrics
+    held = []
+    for name in ("one", "two"):
+        with zipfile.ZipFile(tmp_path / name / "s.zip") as archive:
+            held.append({file: archive.read(file) for file in archive.namelist()})
+    assert held[0] == held[1]
+    assert [*held[1]] == [f"{n}.png" for n in range(4)]
 
 
 def test_from_weights_with_resting_statistics(finished, painted, tmp_path):

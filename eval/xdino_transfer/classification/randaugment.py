@@ -94,7 +94,7 @@ class RandAugment:
         if match is None or float(match["m"]) > LARGEST:
             raise UsageError(
                 f'randaugment must be spelt "rand-m9-mstd0.5-inc1" (magnitude up to 10; also '
-                f'"-n3" for three operations after the magnitude), got "{text}"'
+                f'"-n3" for three operations after the magnitude), or null for none, got "{text}"'
             )
         return cls(
             magnitude=float(match["m"]),

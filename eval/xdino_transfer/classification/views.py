@@ -117,12 +117,17 @@ def shifted(image: np.ndarray, position: np.ndarray, size: int) -> np.ndarray:
     Raises:
         UsageError: the image is smaller than that even with its rim.
     """
+    check_room(image, size)
     padded = np.pad(image, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)))
     room = [side - size + 1 for side in padded.shape[:2]]
-    if min(room) < 1:
+    top, left = (int(part * free) for part, free in zip(position, room, strict=True))
+    return padded[top : top + size, left : left + size]
+
+
+def check_room(image: np.ndarray, size: int) -> None:
+    """Raises UsageError for an image that is smaller than a crop even with its rim."""
+    if min(image.shape[:2]) + 2 * PADDING < size:
         raise UsageError(
             f"an image of {image.shape[0]} x {image.shape[1]} pixels is too small for crops of "
             f"{size}, which are not enlarged up to {SMALL} pixels"
         )
-    top, left = (int(part * free) for part, free in zip(position, room, strict=True))
-    return padded[top : top + size, left : left + size]

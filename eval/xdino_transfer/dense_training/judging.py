@@ -5,8 +5,6 @@ RUN/best.safetensors, whose header says how, and has a row in results.json besid
 RUN/per_class.csv has a line a class, of the last.
 """
 
-import csv
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +15,11 @@ from xdino import checkpoint
 from xdino.checkpoint import BEST_FILE
 from xdino.errors import RunFailed, UsageError
 from xdino.runtime import distributed
-from xdino.runtime.atomic import write_text
 from xdino_eval import results
 from xdino_eval.results import Row, signed
 from xdino_transfer.dense_files import MODEL_FILE, read_dense
 from xdino_transfer.dense_training.job import DenseJob
 
-CLASSES_FILE = "per_class.csv"
 _WHICH = "weights"  # of a row's settings: "last" or "best"
 
 
@@ -39,11 +35,12 @@ class Scored:
 class DenseJudge(ABC):
     """An evaluator for `train.run` (`job.Evaluator`) of a job in the folder `run`.
 
+    Of several processes every one calls it (`job.OfAllProcesses`).
+
     notice: is told where the best cannot be kept, in a sentence.
     """
 
     score: ClassVar[str]  # of `Scored.numbers`, and of the best file's facts: larger is better
-    shares: ClassVar[bool] = False  # whether processes share an evaluation (`job.OfAllProcesses`)
 
     def __init__(
         self,
@@ -60,7 +57,7 @@ class DenseJudge(ABC):
 
     def __call__(self, network: Any) -> dict[str, float]:
         iteration = int(network.origin.facts["iteration"])
-        found = self._told(self.scored(network, self.shares and distributed.world_size() > 1))
+        found = self._told(self.scored(network, distributed.world_size() > 1))
         self._last = iteration, found
         if iteration and distributed.rank() == 0:
             try:
@@ -122,7 +119,7 @@ class DenseJudge(ABC):
         """At the end: the row of the last network, and its classes; None where it had the row already."""
         path = self.run / MODEL_FILE
         digest, end = checkpoint.sha256(path), self.job.iterations
-        table = self.run / CLASSES_FILE
+        table = self.run / results.CLASSES_FILE
         for row in results.load(self.run / "results.json"):
             mine = row.checkpoint == digest and row.settings.get(_WHICH) == "last"
             if mine and table.is_file():
@@ -132,15 +129,6 @@ class DenseJudge(ABC):
         else:
             network: Any = read_dense(self.run).network
             found = self._told(self.scored(network.to(self.job.device)))
-        write_text(table, as_csv(found.per_class))
+        results.write_classes(table, found.per_class)
         self._tell(path, found.rows, end, "last")
         return found.numbers
-
-
-def as_csv(lines: Sequence[dict[str, Any]]) -> str:
-    """Lines of one shape under their names; what has no number is left empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*lines[0]] if lines else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from xdino.data import BadImage, Loader, Source, epoch_order, steps_per_epoch
+from xdino.data.decode import UnreadableImage
 from xdino.errors import UsageError
 from xdino.runtime.batch_layout import BatchLayout
 from xdino_transfer.classification.repeated_sampler import dealt, images_per_epoch, repeated_order
-from xdino_transfer.classification.views import Draws, TrainingView
+from xdino_transfer.classification.views import SMALL, Draws, TrainingView, check_room
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,15 @@ class LabelledLoader(Loader[LabelledBatch]):
             if self.batch_size % self.first.batch_size == 0
             else self.batch_size
         )
+
+    def take(self, index: int) -> np.ndarray:
+        image: np.ndarray = super().take(index)
+        if self.view.size <= SMALL:
+            try:
+                check_room(image, self.view.size)
+            except UsageError as error:  # as good as unreadable: another one stands in
+                raise UnreadableImage(str(error)) from None
+        return image
 
     def _prepare(
         self, iteration: int, micro: int

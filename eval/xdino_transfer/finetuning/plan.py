@@ -18,7 +18,7 @@ from xdino.backbones import BackboneSpec, of_timm, statistics
 from xdino.config import in_epochs
 from xdino.config.bands import Bands, channels_of
 from xdino.data import Source
-from xdino.errors import RunFailed, UsageError, asked, reason
+from xdino.errors import RunFailed, UsageError, asked, nearest, reason
 from xdino.forecast.costs import activation_bytes
 from xdino.plan import feasibility
 from xdino.plan.measured import measured
@@ -267,7 +267,10 @@ def build_teacher(plan: Plan) -> tuple[nn.Module | None, list[str]]:
     if d.teacher.startswith(TIMM):
         name = d.teacher.removeprefix(TIMM)
         if not timm.is_model(name):
-            raise UsageError(f"distillation.teacher: timm has no network called {shown(name)}")
+            raise UsageError(
+                f"distillation.teacher: timm has no network called {shown(name)}: "
+                f"{nearest(name, timm.list_models())}"
+            )
         try:
             teacher = timm.create_model(name, pretrained=True)
         except Exception as error:  # noqa: BLE001 -- whatever a download fails with

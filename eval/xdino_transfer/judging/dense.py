@@ -6,8 +6,6 @@
 Letters: K classes.
 """
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,20 +17,21 @@ import torch
 from xdino.data.image_files import printable
 from xdino.data.listing import first
 from xdino.errors import UsageError
-from xdino.runtime.atomic import write_text
+from xdino.runtime import distributed, turns
 from xdino_eval.results import Row, signed
 from xdino_transfer.dense_files import LoadedDense
 from xdino_transfer.detection import scoring as detecting
 from xdino_transfer.detection.detector import Detector
 from xdino_transfer.detection.layouts.annotations import Annotations
-from xdino_transfer.detection.layouts.opening import open_annotated
+from xdino_transfer.detection.layouts.opening import check_numbered, open_annotated, open_test
 from xdino_transfer.detection.views import Views
+from xdino_transfer.judging import submission
 from xdino_transfer.segmentation import scoring as segmenting
 from xdino_transfer.segmentation.maps import Maps, open_maps
+from xdino_transfer.segmentation.maps import open_test as open_test_maps
 from xdino_transfer.segmentation.segmenter import Segmenter
 from xdino_transfer.segmentation.views import TestViews
 
-PER_CLASS_FILE = "per_class.csv"
 TOLD = ("init", "recipe")  # facts of a file that its rows name
 
 
@@ -44,9 +43,12 @@ def _quiet(sentence: str) -> None:
 class How:
     """How pictures are shown, and who is told.
 
-    split: "val" or "train". scales, flip: of a segmenter: views whose probabilities are averaged.
+    split: "val", "train", or what need not be annotated: "test", and "test-dev" of COCO. scales,
+    flip: of a segmenter: views whose probabilities are averaged.
     shorter_side: pixels, None = as the file says. zero_is_void: labels begin at 1, of images/ and
-    masks/. progress: is told how many pictures of how many are done. notice: sentences.
+    masks/, whatever the file says. progress: is told how many pictures of how many are done. notice:
+    sentences. shared: every process calls this, and looks at its part of the pictures. submission: what
+    a benchmark's server takes, see `submission`.
     """
 
     split: str = "val"
@@ -57,15 +59,18 @@ class How:
     device: torch.device | None = None
     progress: Callable[[int, int], None] | None = None
     notice: Callable[[str], None] = _quiet
+    shared: bool = False
+    submission: Path | None = None
 
 
 @dataclass(frozen=True)
 class DenseScore:
-    """row: signed. per_class: numbers in per cent by the name of each class, None where it does not
-    occur. results: of a detector, as COCO's result files have them."""
+    """row: signed, None where there is nothing to score against. per_class: a line a class, its name
+    first, in per cent, None where it does not occur. results: of a detector, as COCO's result files have
+    them, on the first process."""
 
-    row: Row
-    per_class: dict[str, dict[str, float | None]]
+    row: Row | None
+    per_class: list[dict[str, Any]]
     results: list[dict[str, Any]] | None = field(default=None, repr=False)
 
 
@@ -102,44 +107,100 @@ def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views
 
 
 def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How) -> DenseScore:
-    train, val = open_maps(data, how.zero_is_void)
-    chosen: Maps = replace(train if how.split == "train" else val, channels=loaded.channels)
-    for sentence in chosen.notices:
-        how.notice(sentence)
-    notes = check_classes(loaded, chosen.classes, chosen.where)
+    begins_at_one = how.zero_is_void or loaded.facts.get("zero_is_void") is True
+
+    def opened() -> tuple[Maps, int]:
+        if how.split == "test-dev":
+            raise UsageError("test-dev is a split of COCO's boxes; pictures with masks have test")
+        if how.split == "test":
+            maps = open_test_maps(data, begins_at_one)
+            return maps, _learned_from(loaded)
+        train, val = open_maps(data, begins_at_one)
+        return train if how.split == "train" else val, len(train)
+
+    chosen, train_size = turns.all_hear(opened, how.shared)
+    chosen = replace(chosen, channels=loaded.channels)
+    notes = _checked(loaded, chosen, bool(chosen.masks), how)
+    masks = None if how.submission is None else submission.Masks(how.submission, chosen)
     views = views_at(loaded, how.shorter_side)
     assert isinstance(views, TestViews)
-    row, scores = segmenting.score(model, chosen, views, how.scales, how.flip, how.progress)
-    table: dict[str, dict[str, float | None]] = {
-        name: {"IoU": _per_cent(iou), "accuracy": _per_cent(accuracy)}
-        for name, iou, accuracy in zip(chosen.classes, scores.iou, scores.accuracy, strict=True)
-    }
-    return DenseScore(_signed(loaded, row, notes, len(train)), table)
+    told = (how.scales, how.flip, how.progress, how.shared)
+    if masks is not None and not chosen.masks:
+        skipped = segmenting.looked(
+            model, chosen, views, lambda index, classes, _: masks.add(index, classes), *told
+        )
+        masks.finish(how.shared)
+        _tell_of(skipped, how)
+        return DenseScore(None, [])
+    row, scores = segmenting.score(
+        model, chosen, views, *told, None if masks is None else masks.add
+    )
+    if masks is not None:
+        masks.finish(how.shared)
+    table = segmenting.per_class(chosen.classes, scores)
+    return DenseScore(_signed(loaded, row, notes, train_size), table)
 
 
 def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -> DenseScore:
-    train, val = open_annotated(data)
-    chosen: Annotations = train if how.split == "train" else val
+    def opened() -> tuple[Annotations, int]:
+        if how.submission is not None:
+            check_numbered(data)
+        if how.split.startswith("test"):
+            chosen, train_size = open_test(data, how.split), _learned_from(loaded)
+        else:
+            train, val = open_annotated(data)
+            chosen, train_size = train if how.split == "train" else val, len(train)
+        if how.submission is not None:
+            submission.prepare(how.submission, chosen.where)
+        return chosen, train_size
+
+    chosen, train_size = turns.all_hear(opened, how.shared)
     chosen = replace(chosen, channels=loaded.channels)
-    for sentence in chosen.notices:
-        how.notice(sentence)
-    notes = check_classes(loaded, chosen.classes, chosen.where)
+    notes = _checked(loaded, chosen, len(chosen.labels) > 0, how)
     views = views_at(loaded, how.shorter_side)
     assert isinstance(views, Views)
-    found = detecting.score(model, chosen, views, how.progress)
-    numbers = dict(zip(chosen.classes, chosen.category_ids.tolist(), strict=True))
-    table = {
-        name: {
-            f"{kind} AP": _per_cent(each.per_class.get(number))
-            for kind, each in found.by_kind.items()
-        }
-        for name, number in numbers.items()
-    }
-    return DenseScore(_signed(loaded, found.row, notes, len(train)), table, found.results)
+    if how.split.startswith("test") and not len(chosen.labels):
+        results, skipped = detecting.looked(model, chosen, views, how.progress, how.shared)
+        _tell_of(skipped, how)
+        _submit(results, chosen, how)
+        return DenseScore(None, [], results)
+    found = detecting.score(model, chosen, views, how.progress, how.shared)
+    _submit(found.results, chosen, how)
+    table = detecting.per_class(chosen, found.by_kind)
+    return DenseScore(_signed(loaded, found.row, notes, train_size), table, found.results)
 
 
-def _per_cent(share: float | None) -> float | None:
-    return None if share is None or math.isnan(share) else 100 * float(share)
+def _checked(
+    loaded: LoadedDense, chosen: Maps | Annotations, annotated: bool, how: How
+) -> list[str]:
+    """Notes on classes; what was left out is said. Raises UsageError, as `score`."""
+    if how.split.startswith("test") and not annotated and how.submission is None:
+        raise UsageError(
+            f"{chosen.where} has nothing to score against: --submission FILE writes what its server takes"
+        )
+    for sentence in chosen.notices:
+        how.notice(sentence)
+    return check_classes(loaded, chosen.classes, chosen.where)
+
+
+def _learned_from(loaded: LoadedDense) -> int:
+    """How many images, as the file tells it; 0 where it does not."""
+    told = loaded.facts.get("images")
+    return told if type(told) is int else 0
+
+
+def _tell_of(skipped: Sequence[str], how: How) -> None:
+    if skipped:
+        how.notice(
+            f"{len(skipped):,} pictures could not be read, and nothing is submitted for them: "
+            f"{first([*skipped])}"
+        )
+
+
+def _submit(results: Sequence[dict[str, Any]], chosen: Annotations, how: How) -> None:
+    """By the first process, which has them."""
+    if how.submission is not None and (not how.shared or distributed.rank() == 0):
+        submission.write_results(how.submission, results)
 
 
 def _signed(loaded: LoadedDense, row: Row, notes: Sequence[str], train_size: int) -> Row:
@@ -193,19 +254,3 @@ def _counted(number: int) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return first([printable(name) for name in names])
-
-
-def write_per_class(path: Path, table: dict[str, dict[str, float | None]]) -> None:
-    """A line a class, in per cent; empty where it does not occur.
-
-    Raises:
-        RunFailed: it cannot be written.
-    """
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    for place, (name, numbers) in enumerate(table.items()):
-        if not place:
-            lines.writerow(("class", *numbers))
-        told = ("" if value is None else f"{value:.4f}" for value in numbers.values())
-        lines.writerow((name, *told))
-    write_text(path, text.getvalue())

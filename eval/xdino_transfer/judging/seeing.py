@@ -69,7 +69,8 @@ class Seeing:
         shorter: pixels of the shorter side as the network sees it; None = the picture's own.
         tile: pixels a side of tiles; None = whole, or the largest that fit.
         threshold: the least score of objects.
-        notice: is told how a picture of a new size is looked at.
+        notice: is told how a picture of a new size is cut into tiles; of whole pictures, about the
+            first, and about those that take twice the memory of any before.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Seeing:
         self.threshold = threshold
         self._bound = bound or _may_take(device_of(loaded.network))
         self._estimate = Estimate(loaded.network)
-        self._notice, self._told = notice, set[tuple[int, ...]]()
+        self._notice, self._told, self._most = notice, set[tuple[int, ...]](), 0
 
     def cut(self, image: np.ndarray) -> Cut:
         """How a picture uint8 [H, W, C] is looked at."""
@@ -96,7 +97,9 @@ class Seeing:
         found = cut((size[0], size[1]), shown, self._estimate, self._bound, self.tile)
         if self._notice is not None and size not in self._told:
             self._told.add(size)
-            self._notice(found.told)
+            if len(found.windows) > 1 or found.estimate >= 2 * self._most:
+                self._notice(found.told)
+                self._most = max(self._most, found.estimate)
         return found
 
     def _shown(self, image: np.ndarray, plan: Cut, window: Window) -> Tensor:

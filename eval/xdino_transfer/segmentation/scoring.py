@@ -6,9 +6,11 @@ probabilities. A batch of one picture has nothing added, which would enter XCA's
 Letters: K classes, H x W pixels.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,47 +66,78 @@ def score(
     flip: bool = False,
     progress: Callable[[int, int], None] | None = None,
     shared: bool = False,
+    found: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[Row, Scores]:
     """One row, not signed yet (mIoU, mAcc and aAcc in per cent), and the scores of each class.
 
     Args:
         shared: every process calls this, and looks at its part of the pictures; all have the row.
+        found: is given the number of each picture and the class of its pixels, [H, W].
 
     Raises:
         UsageError: another number of classes; no labelled pixel; a mask that is none.
         RunFailed: no picture could be read, or a probability is not finite.
     """
+    begun, matrix = time.perf_counter(), ConfusionMatrix(len(val.classes))
+
+    def count(index: int, classes: np.ndarray, labels: np.ndarray | None) -> None:
+        assert labels is not None
+        matrix.add(classes, labels)
+        if found is not None:
+            found(index, classes)
+
+    skipped = looked(model, val, views, count, scales, flip, progress, shared)
+    if shared:
+        matrix.gather()
+    scores = matrix.scores()
+    row = _row(val, views, scales, flip, scores, skipped)
+    return replace(row, seconds=round(time.perf_counter() - begun, 3)), scores
+
+
+def looked(
+    model: Segmenter,
+    maps: Maps,
+    views: TestViews,
+    seen: Callable[[int, np.ndarray, np.ndarray | None], None],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    shared: bool = False,
+) -> list[str]:
+    """Look at all pictures, or this process's part of them; the names of all that cannot be read.
+
+    seen: is given the number of a picture, the class of each pixel, and its labels where there are
+    masks. Raises as `score`.
+    """
     classes = model.decode_head.conv_seg.out_channels
-    if classes != len(val.classes):
+    if classes != len(maps.classes):
         raise UsageError(
-            f"the head tells {classes} classes apart and {val.where} has {len(val.classes)}"
+            f"the head tells {classes} classes apart and {maps.where} has {len(maps.classes)}"
         )
-    begun, skipped, matrix = time.perf_counter(), list[tuple[str, str]](), ConfusionMatrix(classes)
     step = distributed.world_size() if shared else 1
+    skipped: list[tuple[str, str]] = []  # names, and why
 
     def look() -> None:
-        for index in range(distributed.rank() if shared else 0, len(val), step):
+        for index in range(distributed.rank() if shared else 0, len(maps), step):
             stopping.asked()
             try:
-                image, labels = val.read(index)
+                image, labels = maps.read(index) if maps.masks else (maps.picture(index), None)
             except (UnreadableImage, OSError) as error:
-                skipped.append((val.describe(index), str(error)))
+                skipped.append((maps.describe(index), str(error)))
                 continue
-            matrix.add(segmented(model, image, views, scales, flip).argmax(0).cpu().numpy(), labels)
+            found = segmented(model, image, views, scales, flip).argmax(0).cpu().numpy()
+            seen(index, found, labels)
             if progress is not None:
-                progress(index + 1, len(val))
+                progress(index + 1, len(maps))
 
     with evaluating(model):
         turns.all_hear(look, shared)
     if shared:
-        matrix.gather()
         skipped = [each for some in distributed.gather(skipped) for each in some]
-    if len(skipped) == len(val):
+    if len(skipped) == len(maps):
         name, why = skipped[0]
-        raise RunFailed(f"no picture of {val.where} could be read: {name} and others ({why})")
-    scores = matrix.scores()
-    row = _row(val, views, scales, flip, scores, [name for name, _ in skipped])
-    return replace(row, seconds=round(time.perf_counter() - begun, 3)), scores
+        raise RunFailed(f"no picture of {maps.where} could be read: {name} and others ({why})")
+    return [name for name, _ in skipped]
 
 
 def _row(
@@ -129,3 +162,15 @@ def _row(
             "mIoU": 100 * scores.miou, "mAcc": 100 * scores.macc, "aAcc": 100 * scores.aacc,
         },
     )  # fmt: skip
+
+
+def per_class(classes: Sequence[str], scores: Scores) -> list[dict[str, Any]]:
+    """A line a class, per cent; None where a class does not occur."""
+
+    def told(share: float) -> float | None:
+        return None if math.isnan(share) else 100 * float(share)
+
+    return [
+        {"class": name, "IoU": told(iou), "accuracy": told(accuracy)}
+        for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
+    ]

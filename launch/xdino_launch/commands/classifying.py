@@ -55,7 +55,7 @@ OF_CLASSIFIERS = (
 )  # fmt: skip
 OF_SEGMENTERS = ("scales", "flip", "zero_is_void")
 OF_DETECTORS = ("threshold",)
-OF_DENSE = (*OF_SEGMENTERS, *OF_DETECTORS, "shorter_side", "memory", "tile")
+OF_DENSE = (*OF_SEGMENTERS, *OF_DETECTORS, "shorter_side", "memory", "tile", "submission")
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ class ShowingOptions:
     zero_is_void: bool = option(
         "--zero-is-void", is_flag=True, help="Of images/ and masks/: labels begin at 1."
     )
+    submission: str | None = option(
+        "--submission",
+        type=Place(),
+        help="What a benchmark's server takes: COCO's FILE.json; of a segmenter masks, a folder or "
+        "FILE.zip.",
+    )
 
 
 @dataclass(frozen=True)
@@ -189,10 +195,10 @@ def _task(weights: str) -> str | None:
 @click.option("--data", required=True, type=Place(), help=SCORED)
 @click.option(
     "--split",
-    type=click.Choice(["val", "train"]),
+    type=click.Choice(["val", "train", "test", "test-dev"]),
     default="val",
     show_default=True,
-    help="Of DATA.",
+    help="Of DATA; test and COCO's test-dev of segmenters and detectors, with --submission.",
 )
 @click.option("--category", default="name", show_default=True, help="Of iNaturalist: the rank.")
 @on_all_processes
@@ -210,23 +216,30 @@ def score(
     classification (top-1 and top-5), segmentation (mIoU, mAcc, aAcc) or detection (AP of boxes and
     masks); or a classifier of timm's (a file with --arch, or a folder with config.json). Classes are
     matched by name where the file names them, else in the order of the data's; published classifiers
-    by ImageNet's synsets. The row says which. Under torchrun every process looks at its share of what a
-    classifier is shown.
+    by ImageNet's synsets. The row says which. Under torchrun every process looks at its share of the
+    images.
     """
     judged.there(data)
     from xdino.runtime import distributed, turns
 
-    if _task(judged.weights) is not None:
+    if (task := _task(judged.weights)) is not None:
         from xdino_launch.evaluation import dense
 
-        def of_dense() -> None:
-            loaded = dense.opened(judged.weights, judged.arch, judged.device)
-            found = dense.score(loaded, data, split=split, **asdict(showing))
+        dense.check_submission(showing.submission, task)
+        loaded = turns.all_hear(
+            lambda: dense.opened(judged.weights, judged.arch, judged.device),
+            distributed.world_size() > 1,
+        )
+        found = dense.score(loaded, data, split=split, **asdict(showing))
+        if found.row is not None:
             output.tell([found.row], judged.weights)
             dense.keep_per_class(found, output.file(judged.weights))
-
-        turns.on_first(of_dense, distributed.world_size() > 1)
+        dense.tell_submission(showing.submission)
         return
+    if split.startswith("test"):
+        raise UsageError(
+            f"--split {split} is of segmenters and detectors, and {judged.weights} holds neither"
+        )
     opened = judged.open().on_all()
     from xdino_launch.evaluation.dense import refuse_annotated
     from xdino_transfer.datasets import open_scored

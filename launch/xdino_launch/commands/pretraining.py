@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +170,10 @@ def begun(run_dir: str | None, kind: str = "pretrain") -> str:
     file = Path(run_dir) / "config.yaml"
     with asked(f"--run {run_dir}"):
         if file.is_file():
+            whose = config.kind_of(file)
+            if whose not in (None, kind):
+                command = shlex.join(["xdino", str(whose), "--run", run_dir])
+                raise UsageError(f"{run_dir} holds a run of xdino {whose}: {command}")
             return str(file)
     raise UsageError(
         f"{run_dir} holds no run to continue: name a recipe first, one of "
@@ -317,10 +322,10 @@ def submit(
     cluster: str,
     **asked: Any,
 ) -> None:
-    """Pretrain on a SLURM cluster; goes on by itself when its time is up. Prints the job's number.
+    """Train by a recipe on a SLURM cluster; goes on by itself when its time is up.
 
-    Script, configuration and logs are in RUN-slurm/. Where there is no SLURM it refuses; --cluster
-    local starts one process here instead.
+    Prints the job's number. Script, configuration and logs are in RUN-slurm/. Where there is no SLURM
+    it refuses; --cluster local starts one process here instead.
 
     Another command goes behind two dashes, one task unless it shares its work as knn does:
     xdino submit --run RUN --hours 2 -- knn RUN --data DATA
@@ -334,6 +339,9 @@ def submit(
     if asked["gpus_per_node"] is None:
         asked["gpus_per_node"] = 1 if other else 8
     goes_on = other is not None and any("--run" in each.opts for each in other.params)
+    learns = isinstance(other, Keyed)
+    if learns:
+        _check_learning(str(config), ctx.args)
     if other and asked["max_requeues"] is None and not goes_on:
         asked["max_requeues"] = 0  # it begins anew each time
     resources = queue.Resources(minutes=queue.whole_minutes(hours), extra=extra, **asked)
@@ -341,13 +349,17 @@ def submit(
     if other:
         if several or cluster == "local":
             raise UsageError(f"--seeds and --cluster local are for pretraining, not for {config}")
-        if resources.tasks > 1 and not goes_on and config != "knn":
+        if resources.tasks > 1 and not learns and config != "knn":
             raise UsageError(f"{config} is one process: --nodes 1 and --gpus-per-node 0 or 1")
         job = queue.submit_command([config, *ctx.args], run_dir, resources)
     else:
         from xdino import config as configuration
 
-        resolved = configuration.load(config, parse_overrides(ctx.args))
+        kind = configuration.kind_of(configuration.file_of(config)) or "pretrain"
+        overrides = parse_overrides(ctx.args, kind)
+        resolved: Any = configuration.load(config, overrides, schema_of(kind))
+        if cluster == "local" and kind != "pretrain":
+            raise UsageError(f"--cluster local is for pretraining: xdino {kind} runs it here")
         if cluster == "local":
             return _here(resolved, run_dir, several)
         job = queue.submit(resolved, run_dir, resources, several)
@@ -370,6 +382,21 @@ def _another_command(ctx: click.Context, name: str) -> click.Command | None:
         raise UsageError(f"{name} RECIPE is submitted as `xdino submit RECIPE --run RUN`")
     group.commands[name].make_context(name, list(ctx.args), parent=ctx.parent)
     return group.commands[name]
+
+
+def _check_learning(kind: str, words: Sequence[str]) -> None:
+    """Raises UsageError where `xdino KIND WORDS` could not begin, whatever the images are."""
+    from xdino import config as configuration
+
+    command: Any = click.get_current_context().find_root().command
+    context = command.commands[kind].make_context(kind, list(words))
+    recipe, run_dir, rest = context.params["config"], context.params["run_dir"], context.args
+    if run_dir is None:
+        raise UsageError(f"{kind} needs a --run of its own, behind the dashes")
+    if recipe is None or recipe.startswith("--"):
+        rest = [*([] if recipe is None else [recipe]), *rest]
+        recipe = begun(run_dir, kind)
+    configuration.load(recipe, parse_overrides(rest, kind), schema_of(kind))
 
 
 def _here(resolved: "Config", run_dir: str, seeds: Sequence[int]) -> None:

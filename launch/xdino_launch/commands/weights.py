@@ -51,6 +51,7 @@ def export(judged: WeightsOptions, out: Path, format: str | None, head: bool | N
     from xdino_launch.export.backbone import export_backbone
     from xdino_launch.export.classifier import export_classifier
     from xdino_transfer.classification.files import holds_classifier
+    from xdino_transfer.dense_files import dense_task
 
     console = stderr_console()
 
@@ -58,6 +59,12 @@ def export(judged: WeightsOptions, out: Path, format: str | None, head: bool | N
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     weights, arch, role = judged.weights, judged.arch, judged.role
+    if (task := dense_task(weights)) is not None:
+        what = "a segmenter" if task == "segmentation" else "a detector"
+        raise UsageError(
+            f"{weights} holds {what}: backbones and classifiers are exported, and {what} is used by "
+            "xdino score and predict"
+        )
     if head or (head is None and role == "teacher" and holds_classifier(weights)):
         click.echo(str(export_classifier(weights, out, format, arch, say)))
         return

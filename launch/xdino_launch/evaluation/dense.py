@@ -17,20 +17,21 @@ from PIL import Image
 
 from xdino.data.image_files import printable
 from xdino.errors import UsageError
+from xdino.runtime import distributed
 from xdino.runtime.atomic import write_text
 from xdino.runtime.device import resolve_device
 from xdino_eval import sheets
-from xdino_eval.results import as_json
+from xdino_eval.results import CLASSES_FILE, as_json, write_classes
 from xdino_launch.console import counter, stderr_console
 from xdino_launch.evaluation.drawing import make_folder
 from xdino_launch.evaluation.inputs import Film, Item, Skipped, Work, gather, say
 from xdino_transfer.dense_files import SEGMENTATION, LoadedDense, read_dense
 from xdino_transfer.detection.outlines import encoded, pycocotools_mask
-from xdino_transfer.judging import dense, overlays
+from xdino_transfer.judging import dense, overlays, submission
 from xdino_transfer.judging.dense import DenseScore, How
 from xdino_transfer.judging.seeing import Instance, Seeing
 
-JSON_FILE, CLASSES_FILE, MASKS = "predictions.json", "classes.txt", "masks"
+JSON_FILE, NAMES_FILE, MASKS = "predictions.json", "classes.txt", "masks"
 EVERY = 1 << 30  # images of a folder: all of them
 
 
@@ -44,18 +45,36 @@ def opened(weights: str, arch: str | None, device: str) -> LoadedDense:
     return loaded
 
 
-def score(loaded: LoadedDense, data: str, **how: Any) -> DenseScore:
-    """As `dense.score`; how far it is, and what was left out, is said on standard error."""
-    told = counter(stderr_console(), "pictures")
-    return dense.score(loaded, data, How(**how, progress=told, notice=say))
+def score(loaded: LoadedDense, data: str, submission: str | None = None, **how: Any) -> DenseScore:
+    """As `dense.score`; how far it is, and what was left out, is said on standard error.
+
+    Of several processes every one calls this, looks at its part, and the first one tells.
+    """
+    first, shared = distributed.rank() == 0, distributed.world_size() > 1
+    if first:
+        how |= {"progress": counter(stderr_console(), "pictures"), "notice": say}
+    how["submission"] = None if submission is None else Path(submission)
+    return dense.score(loaded, data, How(**how, shared=shared))
 
 
 def keep_per_class(found: DenseScore, results: Path | None) -> None:
-    """per_class.csv beside the file of results, if there is one."""
-    if results is not None:
-        path = results.parent / dense.PER_CLASS_FILE
-        dense.write_per_class(path, found.per_class)
+    """per_class.csv beside the file of results, if there is one; by the first process."""
+    if results is not None and distributed.rank() == 0:
+        path = results.parent / CLASSES_FILE
+        write_classes(path, found.per_class)
         say(f"per class: {path}")
+
+
+def check_submission(name: str | None, task: str) -> None:
+    """Raises UsageError for a name that cannot be what is submitted."""
+    if name is not None:
+        submission.check(Path(name), task == SEGMENTATION)
+
+
+def tell_submission(name: str | None) -> None:
+    """Where it lies, on standard error; by the first process."""
+    if name is not None and distributed.rank() == 0:
+        say(f"to submit: {name}")
 
 
 def refuse_annotated(weights: str, data: str) -> None:
@@ -129,8 +148,8 @@ def predict(loaded: LoadedDense, names: Sequence[str], looking: Looking) -> tupl
     if looking.out is not None:
         if loaded.task == SEGMENTATION:
             lines = "".join(f"{printable(name)}\n" for name in loaded.classes)
-            write_text(looking.out / CLASSES_FILE, lines)
-            found.paths.append(looking.out / CLASSES_FILE)
+            write_text(looking.out / NAMES_FILE, lines)
+            found.paths.append(looking.out / NAMES_FILE)
         write_text(looking.out / JSON_FILE, as_json(tree))
         found.paths.append(looking.out / JSON_FILE)
     _summarise(found, loaded)

@@ -174,6 +174,8 @@ class _Gathering:
         chosen = _photographs(source, self._out)
         if not chosen:
             raise UsageError(f"{path} holds no image but pictures that xdino drew")
+        for sentence in source.notices():  # videos, for one, are named by themselves
+            say(sentence)
         if len(chosen) < len(source):
             say(f"left out {len(source) - len(chosen):,} pictures in {path} that xdino drew")
         if self._fps is None and len(chosen) > self._limit:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from xdino.data.decode import SUFFIXES
@@ -11,6 +12,8 @@ from xdino.data.files import split_folder
 from xdino.data.idx import NAMES
 
 LOOKED_AT = 2_000  # names below a folder of images, at most, to find one of them
+# Where images to try a segmenter or a detector on lie: COCO, plain and ADE20K, VOC.
+HELD_OUT = ("val*", "images/val*", "*/images/val*", "JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
 IMAGE = "IMAGE.jpg"  # where no image file of the run's own is at hand
 
 
@@ -71,7 +74,7 @@ def next_of_labelled(kind: str, run: Path, data: str) -> list[tuple[str, str]]:
     if kind == "finetune":
         return next_of_classifier(run, data)
     place, data = _operand(str(run)), _operand(data or "DATA")  # files may be named instead
-    image = an_image(data) or IMAGE
+    image = an_image(data, HELD_OUT) or IMAGE
     commands = [
         ("the score", ["score", place, "--data", data]),
         (
@@ -92,11 +95,15 @@ def has_splits(data: str) -> bool:
     return False
 
 
-def an_image(data: str) -> str | None:
-    """An image file of the folder `data`, of its val/ if it has one; None where none is soon found."""
+def an_image(data: str, called: Sequence[str] = ()) -> str | None:
+    """An image file of the folder `data`, of its val/ if it has one; None where none is soon found.
+
+    called: patterns of other folders in it that are looked into first.
+    """
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         place = Path(data).expanduser()
-        for folder in (split_folder(place, "val"), place):
+        first = (folder for pattern in called for folder in sorted(place.glob(pattern)))
+        for folder in (*first, split_folder(place, "val"), place):
             files = (
                 os.path.join(where, name)
                 for where, folders, names in os.walk(folder)

@@ -73,7 +73,8 @@ def save_views(
         pixels, size = _rgb(_pixels(group[:, rows], mean, std), channels), group.shape[-1]
         most = min(max(1, round(largest / size)), max(1, height // SMALLEST))
         blocks = [_block(pixels[:, i], first, height, most) for i in range(len(rows))]
-        columns.append((f"{len(group)} crops, {size} px", blocks))
+        crops = f"{len(group)} crop{'s' if len(group) > 1 else ''}"
+        columns.append((f"{crops}, {size} px", blocks))
         first += len(group)
     with written_beside(path) as beside:
         _together(columns, height).save(beside)

@@ -32,6 +32,7 @@ from xdino.runtime.places import missing_weights
 BACKBONE_FILE = "backbone.safetensors"
 BEST_FILE = "best.safetensors"  # beside it: the teacher whose k-NN was best while training
 EXPORTED_FILE = "model.safetensors"  # of a folder that was exported for timm and transformers
+LABELLED = ("finetune", "segment", "detect")  # kinds of runs, as their states say
 HEADER_KEY = "xdino"  # of the safetensors metadata
 CHECKSUM = "sha256"  # of tensors, spec and facts, in the header of our own files
 
@@ -199,6 +200,7 @@ def _read_pickle(path: Path, role: str) -> WeightsFile:
     tree = load_plain(path)
     size = path.stat().st_size
     if isinstance(tree, dict) and isinstance(tree.get("learner"), dict):  # a run's own state
+        refuse_labelled(path, tree)
         check_state(path)
         facts = _facts({"role": role, "iteration": tree.get("iteration")})
         network = tree["learner"].get(role)
@@ -227,6 +229,15 @@ def _read_pickle(path: Path, role: str) -> WeightsFile:
     if group.role:
         facts["role"] = group.role
     return WeightsFile(path, weight_names.own_names(group.tensors), None, facts)
+
+
+def refuse_labelled(path: Path, tree: Any) -> None:
+    """Raises UsageError for the state of a run that learns with labels, whose weights lie beside it."""
+    if isinstance(tree, dict) and tree.get("kind") in LABELLED:
+        raise UsageError(
+            f"{path} is what a run of xdino {tree['kind']} goes on with, and is not read for weights: "
+            f"name the run, or its {EXPORTED_FILE}"
+        )
 
 
 def _inner(tree: dict[Any, Any], role: str) -> str | None:

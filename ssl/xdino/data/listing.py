@@ -128,6 +128,7 @@ def no_image(where: Path | str, left_out: Iterable[str]) -> str:
 
 # Folders
 
+_OF_A_RUN = (b"config.yaml", b"environment.json")
 _listed: ContextVar[dict[bytes, int] | None] = ContextVar("listed", default=None)
 
 
@@ -163,8 +164,14 @@ def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
 
 
 def folders_in(path: Path) -> list[str]:
-    """The names of the folders directly in `path`, links to folders included."""
-    return [os.fsdecode(e.name) for e in entries(os.fsencode(path)) if _is_folder(e)]
+    """The names of the folders directly in `path`, links to folders included; runs are none of them."""
+    found = (e for e in entries(os.fsencode(path)) if _is_folder(e))
+    return [os.fsdecode(e.name) for e in found if not _is_run(e.path)]
+
+
+def _is_run(folder: bytes) -> bool:
+    """Whether it is the folder of a run, which may lie among its images: its pictures are none."""
+    return all(os.path.exists(os.path.join(folder, name)) for name in _OF_A_RUN)
 
 
 def tars_in(path: Path) -> list[Path]:
@@ -207,7 +214,8 @@ def scan(
     """(path, size, time of change) of the images below `root`, sorted folder by folder.
 
     Paths are relative to it. Linked folders are followed, except into a folder that is being
-    listed. but: folders directly in `root` that are skipped. Other files are counted in `left_out`.
+    listed; runs are not looked into. but: folders directly in `root` that are skipped. Other files are
+    counted in `left_out`.
     """
     skipped = {os.fsencode(name) for name in but}
     stack = [(b"", frozenset([_identity(os.stat(root))]), iter(entries(root)))]
@@ -219,8 +227,9 @@ def scan(
             continue
         path, status = below + entry.name, status_of(entry.path)
         if status is not None and stat.S_ISDIR(status.st_mode):
-            if _identity(status) not in above and path not in skipped:
-                inside = iter(entries(os.path.join(root, path)))
+            folder = os.path.join(root, path)
+            if _identity(status) not in above and path not in skipped and not _is_run(folder):
+                inside = iter(entries(folder))
                 stack.append((path + b"/", above | {_identity(status)}, inside))
         elif _is_image(entry.path, status, left_out):
             yield path, *size_and_time(status)

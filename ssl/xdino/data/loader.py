@@ -32,7 +32,7 @@ from xdino.augment.cutting import cutter
 from xdino.augment.multi_crop import MultiCrop, boxes, draw_batch, serial_threads
 from xdino.data.decode import UnreadableImage
 from xdino.data.source import Source
-from xdino.errors import RunFailed, UsageError
+from xdino.errors import RunFailed, UsageError, reason
 from xdino.runtime import rng
 
 
@@ -257,13 +257,13 @@ class Loader(abc.ABC, Generic[Batch]):
         try:
             self.take(index)
         except (UnreadableImage, OSError) as error:
-            self.bad[index] = (known.where, str(error) or type(error).__name__)
+            self.bad[index] = (known.where, reason(error))
 
     def _record(self, index: int, error: Exception) -> None:
         with self._lock:
             if index in self.bad:  # another worker was quicker
                 return
-            found = (self.source.describe(index), str(error) or type(error).__name__)
+            found = (self.source.describe(index), reason(error))
             self.bad[index] = found
             self._news.put(BadImage(index, *found))
         self._check_share()

@@ -63,7 +63,7 @@ SHRUNK_WITH_PROTOTYPES = Family(
     most=5.0e-4,  # the published peak at 256
 )
 
-#: Photographs at their own size: the published recipe of XCiT, and `small_data` of this package.
+#: Photographs at their own size: the published recipe of XCiT.
 PUBLISHED = Family(
     lr=5.0e-4,
     least=6.25e-5,

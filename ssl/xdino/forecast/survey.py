@@ -22,7 +22,7 @@ from xdino.data import Source, UnreadableImage, decode, open_source
 from xdino.data.decode import layout_of
 from xdino.data.source import StoredSource
 from xdino.data.sources import splits_of
-from xdino.errors import UsageError
+from xdino.errors import UsageError, reason
 from xdino.plan.measured import too_dim
 from xdino.runtime import rng
 
@@ -242,7 +242,7 @@ class _Headers:
             try:
                 height, width, colour = _header(source, index)
             except (UnreadableImage, OSError) as error:
-                found.bad[index] = (source.describe(index), str(error) or type(error).__name__)
+                found.bad[index] = (source.describe(index), reason(error))
                 continue
             found.shorter.append(min(height, width))
             found.longer.append(max(height, width))
@@ -294,7 +294,7 @@ def _decoded(
         try:
             source.read(index)
         except (UnreadableImage, OSError) as error:
-            bad[index] = (source.describe(index), str(error) or type(error).__name__)
+            bad[index] = (source.describe(index), reason(error))
         else:
             spent.append(time.thread_time() - began)
 

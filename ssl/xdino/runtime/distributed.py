@@ -202,6 +202,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def to_first(value: Any) -> list[Any]:
+    """One plain value of every process, in order of rank, on the first; nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 # What processes tell each other; anything else that one raises is its own defect.
 _HEARD = "_heard_by_all"  # of a sentence that every process has raised
 _SENTENCES = {kind.__name__: kind for kind in (UsageError, RunFailed, Stopped)}

@@ -131,6 +131,11 @@ class DetectionJob(DenseJob[DetectionBatch]):
             pictures.append(picture)
         _save_beside(pictures[:DRAWN], path)
 
+    def weights_facts(self, iteration: int) -> dict[str, Any]:
+        """With the numbers of the classes in COCO's files, which predictions have as well."""
+        ids = self.plan.train.annotations.category_ids.tolist()
+        return super().weights_facts(iteration) | {"category_ids": ids}
+
     @property
     def test_views(self) -> Views:
         return self.plan.views

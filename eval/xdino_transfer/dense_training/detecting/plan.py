@@ -73,7 +73,7 @@ def make_plan(
     val = dataclasses.replace(val, channels=train.channels)
     if not (~val.crowd).any():
         raise UsageError(f"{val.where} has no object to be found, so that nothing can be scored")
-    if all(outline is None for outline in annotated.outlines):
+    if not annotated.outlines.any():
         train.remarks.append(
             f"{annotated.where}: no object has an outline: masks are learned, and scored, as boxes"
         )

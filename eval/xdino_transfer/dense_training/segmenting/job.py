@@ -61,6 +61,11 @@ class SegmentationJob(DenseJob[MaskedBatch]):
             **self.loader_options(known_bad),
         )
 
+    def weights_facts(self, iteration: int) -> dict[str, Any]:
+        """With how labels are counted, where that is not from 0."""
+        begins = {"zero_is_void": True} if self.config.data.zero_is_void else {}
+        return super().weights_facts(iteration) | begins
+
     @property
     def test_views(self) -> TestViews:
         return self.plan.test_views

@@ -1,12 +1,10 @@
 """mIoU, mAcc and aAcc of a segmenter while it learns and at its end."""
 
-import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from xdino_transfer.dense_training.judging import DenseJudge, Scored
 from xdino_transfer.dense_training.segmenting.job import SegmentationJob
 from xdino_transfer.segmentation import scoring
-from xdino_transfer.segmentation.confusion import Scores
 from xdino_transfer.segmentation.segmenter import Segmenter
 
 
@@ -15,7 +13,6 @@ class SegmentationJudge(DenseJudge):
 
     job: SegmentationJob
     score: ClassVar[str] = "val_miou"
-    shares: ClassVar[bool] = True
 
     def scored(self, network: Segmenter, shared: bool = False) -> Scored:
         plan, evaluate = self.job.plan, self.job.config.evaluate
@@ -29,16 +26,4 @@ class SegmentationJudge(DenseJudge):
             "val_aacc": row.metrics["aAcc"],
             "val_images": row.val_size,
         }
-        return Scored([row], numbers, per_class(plan.classes, scores))
-
-
-def per_class(classes: tuple[str, ...], scores: Scores) -> list[dict[str, Any]]:
-    """A line a class, per cent; nothing where a class does not occur."""
-
-    def told(share: float) -> float | str:
-        return "" if math.isnan(share) else round(100 * float(share), 4)
-
-    return [
-        {"class": name, "IoU": told(iou), "accuracy": told(accuracy)}
-        for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
-    ]
+        return Scored([row], numbers, scoring.per_class(plan.classes, scores))

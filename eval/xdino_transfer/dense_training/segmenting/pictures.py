@@ -22,6 +22,7 @@ from xdino.data import BadImage, Loader
 from xdino.data.decode import UnreadableImage
 from xdino.data.files.source import FileSource
 from xdino.data.image_files import shown_size
+from xdino.data.listing import first
 from xdino.data.source import limit_pixels, settle_bands
 from xdino.errors import UsageError
 from xdino.runtime import rng
@@ -108,10 +109,18 @@ def check_masks(maps: Maps, max_bad_share: float) -> list[str]:
         if len(bad) > max_bad_share * len(chosen):
             raise UsageError(f"{sentence} (data.max_bad_share allows {max_bad_share:.2%})")
         notices.append(f"{sentence}; they are left out")
-    classes = set().union(*(seen for seen, _ in found)) - {VOID}
-    if len(chosen) == len(maps) and len(classes) < 2:
+    every = set().union(*(seen for seen, _ in found))
+    classes = every - {VOID}
+    if len(chosen) < len(maps):
+        return notices
+    if len(classes) < 2:
         only = f"only {maps.classes[classes.pop()]}" if classes else "no class at all"
-        raise UsageError(f"the masks of {maps.where} show {only}: there is nothing to tell apart")
+        void = f" ({VOID} counts as none: number classes from 0)" if VOID in every else ""
+        raise UsageError(
+            f"the masks of {maps.where} show {only}: there is nothing to tell apart{void}"
+        )
+    if absent := [name for number, name in enumerate(maps.classes) if number not in classes]:
+        notices.append(f"no mask of {maps.where} shows {first(absent)}")
     return notices
 
 

@@ -7,9 +7,11 @@ is refused, with the number of the annotation.
 Letters: N pictures, M objects, K classes, H x W pixels.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ import numpy as np
 
 from xdino.config import MAX_PIXELS
 from xdino.data.decode import UnreadableImage, decode
-from xdino.data.listing import printable
+from xdino.data.listing import ByteStrings, printable
 from xdino.errors import UsageError
 from xdino_transfer.detection import outlines
+from xdino_transfer.detection.layouts.outline_columns import Outlines
 from xdino_transfer.detection.outlines import Outline
 
 MISSING_SHARE = 0.05  # of the pictures that may not be there
+NAMED = 3  # of them that a sentence names
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,69 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What a file tells of and is not learned from, plain JSON.
+
+    pictures: of the file. missing: which of them are not there, with the names of the first. dropped,
+    points, boxed: objects without a box, with polygons of two points only, without an outline; of the
+    first two the number of the first annotation, too.
+    """
+
+    pictures: int = 0
+    missing: Sequence[int] = ()
+    named: Sequence[str] = ()
+    dropped: int = 0
+    first_dropped: Any = None
+    points: int = 0
+    first_points: Any = None
+    boxed: int = 0
+
+    def notices(self, where: str, objects: int, missing_share: float) -> list[str]:
+        """Sentences for a person, of `objects` that are learned from.
+
+        Raises:
+            UsageError: too many pictures are not there.
+        """
+        told = []
+        if gone := len(self.missing):
+            names = ", ".join(self.named) + (", ..." if gone > len(self.named) else "")
+            sentence = (
+                f"{gone:,} of the {self.pictures:,} pictures of {where} are not there: {names}"
+            )
+            if gone > missing_share * self.pictures:
+                raise UsageError(sentence)
+            told.append(f"{sentence}; they are left out")
+        if self.dropped:
+            told.append(
+                f"{where}: {self.dropped:,} objects have boxes without an area, or outside of their "
+                f"picture, and are left out (first: annotation {self.first_dropped})"
+            )
+        if self.points:
+            told.append(
+                f"{where}: {self.points:,} objects have polygons of fewer than three points only, and "
+                f"their boxes stand for them (first: annotation {self.first_points})"
+            )
+        if self.boxed and self.boxed < objects:
+            told.append(
+                f"{where}: {self.boxed:,} of {objects:,} objects are boxes without an outline"
+            )
+        return told
+
+
+class Places(Sequence[Path]):
+    """Paths of many pictures: names, as they are told, below a folder. rows: of the names, int64 [N]."""
+
+    def __init__(self, folder: Path, names: ByteStrings, rows: np.ndarray) -> None:
+        self.folder, self.names, self.rows = folder, names, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.folder / os.fsdecode(self.names[self.rows[index]])
+
+
+@dataclass(frozen=True)
 class Annotations:
     """Columns. starts: int64 [N + 1], objects of picture i are starts[i] to starts[i + 1].
 
@@ -62,14 +129,15 @@ class Annotations:
     classes: tuple[str, ...]
     category_ids: np.ndarray
     numbers: np.ndarray  # int64 [N]
-    paths: list[Path]
+    paths: Sequence[Path]
     sizes: np.ndarray  # int64 [N, 2]
     starts: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray  # int64 [M]
     areas: np.ndarray  # float64 [M]
     crowd: np.ndarray
-    outlines: list[Outline | None]
+    outlines: Outlines
+    left_out: LeftOut = LeftOut()
     notices: list[str] = field(default_factory=list)
     channels: int = 3  # of the pictures, 1 for grey, or `Bands`
 
@@ -99,7 +167,7 @@ class Annotations:
     def mask(self, index: int, row: int) -> np.ndarray:
         """uint8 [H, W] of object `row` in picture `index`; its box where it has no outline."""
         H, W = self.sizes[index].tolist()
-        outline = self.outlines[row]
+        outline = self.outlines.at(row, (H, W))
         if outline is not None:
             return outlines.filled(outline, (H, W))
         left, top, right, bottom = np.rint(self.boxes[row]).astype(int)
@@ -114,7 +182,7 @@ class Annotations:
             H, W = self.sizes[i].tolist()
             for row in self.of(i, crowd=True).tolist():
                 left, top, right, bottom = self.boxes[row].astype(float).tolist()
-                outline = self.outlines[row]
+                outline = self.outlines.at(row, (H, W))
                 box = [[left, top, right, top, right, bottom, left, bottom]]
                 rows.append(
                     {
@@ -152,34 +220,25 @@ def collected(
     """
     if not classes:
         raise UsageError(f"{where} names no class of objects")
-    there, notices = _present(where, pictures, missing_share)
-    kept: list[tuple[Found, np.ndarray, Outline | None]] = []
-    starts, dropped, boxed, points = [0], [], 0, []
-    for picture in there:
-        for told in picture.objects:
-            box = _inside(told.box, picture.size)
-            if box is None or not (told.area is None or told.area > 0):
-                dropped.append(told.number)
-                continue
-            outline = _outline(told, picture, where)
-            if outline is None:
-                boxed += 1
-                if told.outline:
-                    points.append(told.number)
-            kept.append((told, box, outline))
-        starts.append(len(kept))
-    if dropped:
-        notices.append(
-            f"{where}: {len(dropped):,} objects have boxes without an area, or outside of their "
-            f"picture, and are left out (first: annotation {dropped[0]})"
-        )
-    if points:
-        notices.append(
-            f"{where}: {len(points):,} objects have polygons of fewer than three points only, and "
-            f"their boxes stand for them (first: annotation {points[0]})"
-        )
-    if boxed and boxed < len(kept):
-        notices.append(f"{where}: {boxed:,} of {len(kept):,} objects are boxes without an outline")
+    if not pictures:
+        raise UsageError(f"{where} names no picture")
+    are = present([str(picture.path) for picture in pictures])
+    there = [picture for picture, is_there in zip(pictures, are, strict=True) if is_there]
+    missing = np.flatnonzero(~are).tolist()
+    named = [printable(bytes(pictures[i].path)) for i in missing[:NAMED]]
+    left_out = LeftOut(len(pictures), missing, named)
+    left_out.notices(where, 0, missing_share)  # refuses before the objects of the others are read
+    usable = _Usable(where)
+    drawn = Outlines.of(usable.of(there))  # fills the lists, too
+    kept, dropped, points = usable.kept, usable.dropped, usable.points
+    left_out = replace(
+        left_out,
+        dropped=len(dropped),
+        first_dropped=dropped[0] if dropped else None,
+        points=len(points),
+        first_points=points[0] if points else None,
+        boxed=usable.boxed,
+    )
     return Annotations(
         where,
         tuple(classes),
@@ -187,32 +246,69 @@ def collected(
         np.array([picture.number for picture in there], np.int64),
         [picture.path for picture in there],
         np.array([picture.size for picture in there], np.int64).reshape(-1, 2),
-        np.array(starts, np.int64),
-        np.array([box for _, box, _ in kept], np.float32).reshape(-1, 4),
-        np.array([told.label for told, _, _ in kept], np.int64),
-        np.array([_area(told, box) for told, box, _ in kept], np.float64),
-        np.array([told.crowd for told, _, _ in kept], bool),
-        [outline for _, _, outline in kept],
-        notices,
+        np.array(usable.starts, np.int64),
+        np.array([box for _, box in kept], np.float32).reshape(-1, 4),
+        np.array([told.label for told, _ in kept], np.int64),
+        np.array([_area(told, box) for told, box in kept], np.float64),
+        np.array([told.crowd for told, _ in kept], bool),
+        drawn,
+        left_out,
+        left_out.notices(where, len(kept), missing_share),
     )
 
 
-def _present(
-    where: str, pictures: Sequence[Picture], missing_share: float
-) -> tuple[list[Picture], list[str]]:
-    """The pictures whose files are there, and a notice on the others."""
-    if not pictures:
-        raise UsageError(f"{where} names no picture")
-    there = [picture for picture in pictures if picture.path.is_file()]
-    missing = [picture.path for picture in pictures if not picture.path.is_file()]
-    if not missing:
-        return there, []
-    names = ", ".join(printable(bytes(path)) for path in missing[:3])
-    told = f"{len(missing):,} of the {len(pictures):,} pictures of {where} are not there: {names}"
-    told += ", ..." if len(missing) > 3 else ""
-    if len(missing) > missing_share * len(pictures):
-        raise UsageError(told)
-    return there, [f"{told}; they are left out"]
+@dataclass
+class _Usable:
+    """Objects that can be learned from, with their boxes; numbers of the annotations of others.
+
+    starts: where the objects of each picture begin. boxed: how many have no outline.
+    """
+
+    where: str
+    kept: list[tuple[Found, np.ndarray]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    dropped: list[Any] = field(default_factory=list)
+    points: list[Any] = field(default_factory=list)
+    boxed: int = 0
+
+    def of(self, pictures: Sequence[Picture]) -> Iterator[Outline | None]:
+        """The outlines of `kept`, one after the other: all of COCO's at once would be a gigabyte."""
+        for picture in pictures:
+            for told in picture.objects:
+                box = _inside(told.box, picture.size)
+                if box is None or not (told.area is None or told.area > 0):
+                    self.dropped.append(told.number)
+                    continue
+                outline = _outline(told, picture, self.where)
+                if outline is None:
+                    self.boxed += 1
+                    if told.outline:
+                        self.points.append(told.number)
+                self.kept.append((told, box))
+                yield outline
+            self.starts.append(len(self.kept))
+
+
+def present(paths: Sequence[str]) -> np.ndarray:
+    """bool [N]: whether each is a file, or leads to one.
+
+    A folder is listed once, which a shared disk answers sooner than a question for each of its files;
+    what is not found so (other spellings that the disk takes, folders that cannot be listed) is asked.
+    """
+    listed: dict[str, set[str]] = {}
+    found = np.zeros(len(paths), bool)
+    for i, path in enumerate(paths):
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            listed[folder] = _files_of(folder)
+        found[i] = name in listed[folder] or Path(path).is_file()
+    return found
+
+
+def _files_of(folder: str) -> set[str]:
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+        return {entry.name for entry in entries if entry.is_file()}
+    return set()
 
 
 def _inside(box: Sequence[float], size: tuple[int, int]) -> np.ndarray | None:

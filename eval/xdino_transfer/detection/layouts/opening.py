@@ -1,11 +1,13 @@
 """Annotated pictures, found by the layout of a folder: COCO's, VOC's, or JSON beside images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from xdino.errors import UsageError, asked
 from xdino_transfer.detection.layouts import coco, voc
 from xdino_transfer.detection.layouts.annotations import MISSING_SHARE, Annotations
 
+TESTS = ("image_info_", "instances_")  # files of a split that need not be annotated begin so
 BESIDE = "_annotations.coco.json"  # among the images of a split, as Roboflow exports it
 _FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 
@@ -37,10 +39,44 @@ def open_annotated(
                 f"{folder} holds no annotated pictures: expected {', '.join(layouts)} there"
             )
         if len(found) > 1:
-            raise UsageError(f"{folder} mixes layouts, so that it is unclear what to read: {found}")
+            raise UsageError(
+                f"{folder} mixes layouts, so that it is unclear what to read: {' and '.join(found)}"
+            )
         train, val = _opened(folder, missing_share)
     _compare(train, val, str(folder))
     return train, val
+
+
+def open_test(data: str, split: str = "test", missing_share: float = MISSING_SHARE) -> Annotations:
+    """A split that need not be annotated: "test" or, of COCO, "test-dev".
+
+    ROOT/annotations/image_info_test2017.json (or -dev2017, or instances_) with ROOT/test2017/;
+    ROOT/test/_annotations.coco.json beside the images.
+
+    Raises:
+        UsageError: VOC's layout, which has no numbers of pictures; no such split, or several.
+    """
+    with asked(f"{data} cannot be read"):
+        folder = Path(data).expanduser()
+        check_numbered(data)
+        path, beside = _instances(folder, split, TESTS), folder / split / BESIDE
+        if path is not None:
+            return coco.read(path, _images_of(folder, path), missing_share, annotated=False)
+        if beside.is_file():
+            return coco.read(beside, beside.parent, missing_share, annotated=False)
+    raise UsageError(
+        f"{folder} has no {split} split: expected annotations/image_info_{split}*.json, or "
+        f"{split}/{BESIDE}"
+    )
+
+
+def check_numbered(data: str) -> None:
+    """Raises UsageError where pictures have no numbers of their own, which COCO's result files need."""
+    if _voc(Path(data).expanduser()) is not None:
+        raise UsageError(
+            f"{data} is in VOC's layout, whose pictures have names and no numbers: COCO's result files "
+            "are of COCO's layout, or of JSON beside the images"
+        )
 
 
 def open_files(
@@ -101,9 +137,15 @@ def _opened(folder: Path, missing_share: float) -> tuple[Annotations, Annotation
     return train, val
 
 
-def _instances(folder: Path, split: str) -> Path | None:
-    """ROOT/annotations/instances_SPLIT*.json. Raises UsageError where there are several."""
-    found = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
+def _instances(folder: Path, split: str, begins: Sequence[str] = ("instances_",)) -> Path | None:
+    """ROOT/annotations/instances_SPLIT*.json. Raises UsageError where there are several.
+
+    Behind "test" comes a year or nothing, so that it is not "test-dev".
+    """
+    later = "[0-9]*" if split == "test" else "*"
+    patterns = [f"{begin}{split}{rest}.json" for begin in begins for rest in {later, ""}]
+    places = (folder / "annotations").glob
+    found = sorted({path for pattern in patterns for path in places(pattern)})
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UsageError(f"{folder / 'annotations'} has several annotations of {split}: {names}")
@@ -112,7 +154,7 @@ def _instances(folder: Path, split: str) -> Path | None:
 
 def _images_of(folder: Path, path: Path) -> Path:
     """train2017 of instances_train2017.json, below ROOT or ROOT/images."""
-    name = path.stem.removeprefix("instances_")
+    name = path.stem.removeprefix("instances_").removeprefix("image_info_").replace("-dev", "")
     places = [folder / name, folder / "images" / name]
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
