@@ -26,6 +26,7 @@ from xdino import checkpoint, weight_names
 from xdino.backbone import Backbone, Origin
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint.weights import WeightsFile
+from xdino.config.bands import channels_of
 from xdino.errors import RunFailed, UsageError, asked, reason
 from xdino.xcit import XCiT
 from xdino_transfer import published_files
@@ -76,6 +77,11 @@ class LoadedDense:
     views: TestViews | Views
     origin: Origin
     named: bool = True
+
+    @property
+    def channels(self) -> int:
+        """Of the pictures that it is shown, as sources take them: `Bands` of a sensor's."""
+        return channels_of(self.spec.in_chans, self.spec.bands)
 
     @property
     def name(self) -> str:

@@ -1,8 +1,8 @@
 """How far apart losses lie where a run's step is shared out otherwise: the table of README.md here.
 
-    python tests/benchmarks/elastic.py [ITERATIONS]
+    python tests/benchmarks/elastic.py [ITERATIONS [fp32|bf16]]
 
-The run of tests/torture/tiny_run.py (20 images, an XCiT of one block, drop path 0.3, fp32) with 8 images
+The run of tests/torture/tiny_run.py (20 images, an XCiT of one block, drop path 0.3) with 8 images
 a step: on 1, 2 and 4 processes, killed on 2 and continued on 1 and 4, and in smaller micro-batches. Each
 against one process that takes all 8 at once; differences are shares of its loss.
 """
@@ -41,13 +41,14 @@ def losses(run: Path) -> list[float]:
 def main() -> None:
     torch.set_num_threads(1)
     iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    precision = sys.argv[2] if len(sys.argv) > 2 else "fp32"
     first: list[float] = []
     with tempfile.TemporaryDirectory() as place:
         images = tiny_run.write_images(Path(place) / "images")
         for number, (name, (size, accumulate, processes)) in enumerate(WAYS.items()):
             settings = tiny_run.configuration(
                 images, train__batch_size=size, train__accumulate=accumulate,
-                train__epochs=iterations // 2, model__drop_path=0.3, train__precision="fp32",
+                train__epochs=iterations // 2, model__drop_path=0.3, train__precision=precision,
                 runtime__checkpoint_every=10,
             )  # fmt: skip
             run = Path(place) / str(number)

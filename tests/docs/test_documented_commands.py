@@ -76,7 +76,15 @@ def world(tmp_path_factory):
             (root / "masked" / "masks" / split).mkdir(parents=True, exist_ok=True)
             labels = generator.integers(0, 3, (40, 48), dtype=np.uint8)
             Image.fromarray(labels).save(root / "masked" / "masks" / split / f"{i}.png")
-    (root / "masked" / "classes.txt").write_text("sky\nroad\ntree\n")
+    shutil.copytree(root / "masked", root / "parcels")
+    for path in (root / "parcels" / "images").rglob("*.png"):
+        path.unlink()
+        bands = random.integers(0, 4096, (40, 48, 13), np.uint16)
+        tifffile.imwrite(
+            path.with_suffix(".tif"), bands, photometric="minisblack", planarconfig="contig"
+        )
+    for name in ("masked", "parcels"):
+        (root / name / "classes.txt").write_text("sky\nroad\ntree\n")
     annotated(root / "objects", picture)
     shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "classify.md").read_text(), re.DOTALL)
     assert shown is not None

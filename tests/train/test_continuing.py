@@ -108,6 +108,36 @@ def test_a_state_whose_learner_lacks_something(tiny, finished):
         pretrain(tiny(), finished)
 
 
+@pytest.mark.parametrize("drop_path", [0, 0.3])
+def test_a_state_of_before_runs_could_move_goes_on(tiny, tmp_path, drop_path):
+    """It holds the random numbers of two processes, and nothing says how a step was shared out."""
+    run = tmp_path / "run"
+    settings = tiny(model__drop_path=drop_path)
+    pretrain(settings, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        pretrain(settings, run, listener=Ear(4, ask_to_stop))
+    last, told = run / "checkpoints" / "last.pt", run / "environment.json"
+    state = checkpoint.load_state(last)
+    assert state["iteration"] == 4
+    checkpoint.save_state(last, {**state, "rng": [{"torch": torch.get_rng_state()}] * 2})
+    starts = json.loads(told.read_text())["starts"]
+    del starts[0]["batch"]
+    starts[0]["processes"] = 2
+    told.write_text(json.dumps({"starts": starts}))
+    written = (run / "config.yaml").read_text()
+    assert written.count("batch_size: 6\n") == 1
+    (run / "config.yaml").write_text(written.replace("batch_size: 6\n", "batch_size: 3\n"))
+    ear = Ear()
+    pretrain(tiny(model__drop_path=drop_path, train__batch_size=3), run, listener=ear)
+    assert any("1 process x 6 images x 1 micro-batch make the run's 6" in n for n in ear.notices)
+    others = [notice for notice in ear.notices if "iteration 4 is of an earlier version" in notice]
+    assert len(others) == (drop_path > 0)
+    # Here the numbers of before are those of now, so that the end is, too.
+    a, b = (checkpoint.sha256(tmp_path / r / "backbone.safetensors") for r in ("whole", "run"))
+    assert a == b
+    assert "rng" not in checkpoint.load_state(last)
+
+
 def test_states_take_the_umask(tiny, tmp_path):
     before = os.umask(0o027)
     try:

@@ -13,6 +13,7 @@ from xdino.backbones import BackboneSpec
 from xdino.checkpoint import save_backbone
 from xdino.plan import feasibility
 from xdino_eval import results
+from xdino_transfer.dense_files import read_dense
 from xdino_transfer.detection.layouts.opening import BESIDE
 
 TINY = {
@@ -266,16 +267,17 @@ def test_networks_that_have_no_levels(detect, coco, tmp_path):
     refused(detect(coco, model__arch="xcit_nano_12_p4"), "patches of 16 or 8 pixels")
     refused(detect(coco, model__arch="vit_tiny_patch16_224", **none), "is no XCiT")
     refused(detect(coco, model__norm="frozen"), "from scratch there are none")
-    refused(detect(coco, model__in_chans=1), "detectors are shown colour images")
+    refused(detect(coco, model__in_chans=4), "as 4 bands: it has 3 channels, and 4 bands are read")
     refused(detect(coco, "--init", tmp_path / "none"), "none")
     spec = BackboneSpec(
         "xcit_nano_12_p8", 1, {"embed_dim": 16, "depth": 4, "num_heads": 2}, 32, 32, (0.5,), (0.5,)
     )
     save_backbone(tmp_path / "grey.safetensors", spec.build(), spec)
-    refused(
-        detect(coco, "--init", tmp_path / "grey.safetensors", model__arch="null", **none),
-        "detectors are shown colour images, and this network takes 1 channel",
-    )
+    grey = {"model__arch": "null", **none}
+    code, error, run = detect(coco, "--init", tmp_path / "grey.safetensors", **grey)
+    assert code == 0, error  # pictures are read as it takes them
+    found = read_dense(run)
+    assert (found.channels, found.mean) == (1, (0.5,))
 
 
 def test_without_pycocotools_the_extra_is_named(detect, coco, monkeypatch):

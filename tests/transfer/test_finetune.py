@@ -1,6 +1,7 @@
 """`xdino finetune`: runs, what they leave, how they stop and go on, on one process and on two."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -179,6 +180,26 @@ def test_two_processes_are_one(classes, tmp_path):
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5), name
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_the_lines_of_the_page_on_clusters_judge_on_two_processes(finished, classes, tmp_path):
+    """As torchrun starts them, but for the run, the data and the length of a probe."""
+    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+    lines = [line.split() for line in page.splitlines() if line.startswith("    torchrun ")]
+    judging = [line[line.index("xdino_launch") + 1 :] for line in lines if "pretrain" not in line]
+    assert [verb for verb, *_ in judging] == ["linear", "score"]
+    runs = [shutil.copytree(finished, tmp_path / verb) for verb, *_ in judging]
+    processes = []
+    for (verb, _, *rest), run in zip(judging, runs, strict=True):
+        given = [classes if word == "IMAGENET" else word for word in rest]
+        shorter = ["--epochs", 1] if verb == "linear" else []
+        processes += pair(verb, run, *given, *shorter, "--device", "cpu")
+    awaited(*processes)
+    before = results.load(finished / "results.json")
+    (probe,), (again,) = (results.load(run / "results.json")[len(before) :] for run in runs)
+    assert (probe.protocol, probe.train_size, probe.val_size) == ("linear, SGD", 48, 12)
+    assert again.checkpoint == before[-1].checkpoint
+    assert (again.top1, again.val_size) == (before[-1].top1, 12)
 
 
 def test_micro_batches_add_up_and_the_average_can_be_what_is_kept(classes, tmp_path):

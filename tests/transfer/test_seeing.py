@@ -249,13 +249,15 @@ def test_a_real_detector_from_a_threshold_on():
     assert all(0 <= one.box[0] <= one.box[2] <= 128 for one in every)
 
 
-def test_colours_only():
-    gray = loaded(
-        segmenter.build(Pyramid(XCiT(16, 32, 4, 2, in_chans=1)), "upernet", 3, 8),
-        "segmentation", ("a", "b", "c"), Whole((0.5,), (0.5,)),
+@pytest.mark.parametrize("count", [1, 5])
+def test_other_channels_than_a_photograph_has(count):
+    own = loaded(
+        segmenter.build(Pyramid(XCiT(16, 32, 4, 2, in_chans=count)), "upernet", 3, 8),
+        "segmentation", ("a", "b", "c"), Whole((0.5,) * count, (0.5,) * count),
     )  # fmt: skip
-    with pytest.raises(UsageError, match="reads 1 channels, and pictures have 3 here"):
-        Seeing(dataclasses.replace(gray, mean=(0.5,)))
+    own = dataclasses.replace(own, mean=(0.5,) * count, std=(0.5,) * count)
+    image = np.zeros((48, 64, count), np.uint8)
+    assert Seeing(own).classes(image).shape == (48, 64)
 
 
 # Pictures

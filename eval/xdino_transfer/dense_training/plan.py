@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from xdino.backbones import BackboneSpec
+from xdino.config.bands import Bands, channels_of
 from xdino.data import Source
 from xdino.errors import UsageError
 from xdino.forecast.costs import activation_bytes
 from xdino.plan import feasibility
+from xdino.plan.measured import check_bands, measured
 from xdino.runtime.device import resolve_device, resolve_precision
 from xdino.schedules import Array
 from xdino_transfer.dense_training import starting
@@ -57,9 +59,9 @@ P = TypeVar("P", bound=DensePlan)
 
 @dataclass(frozen=True)
 class Start:
-    """What a plan knows before it opens any data."""
+    """What a plan knows before it opens any data. known: of a network that there is already."""
 
-    spec: BackboneSpec
+    known: BackboneSpec | None
     weights: Weights | None
     device: torch.device
     precision: str
@@ -86,13 +88,12 @@ def start_of(
         raise UsageError(f"data.path is not set: name {what} with --data.path FOLDER")
     device = resolve_device(config.runtime.device)
     precision = precision or resolve_precision(config.train.precision, device)
-    weights, train = None, config.train
+    weights, known, train = None, None, config.train
     if spec is not None:
         known = BackboneSpec.from_dict(dict(spec))
-    else:
-        if train.init is not None:
-            weights = starting.read(train.init, config.model.arch)
-        known = starting.spec_of(config, weights)
+    elif train.init is not None:
+        weights = starting.read(train.init, config.model.arch)
+        known = starting.spec_of_weights(config, weights)
     if config.model.norm == "frozen" and train.init is None:
         raise UsageError(
             "model.norm frozen keeps the statistics that weights come with, and from scratch there "
@@ -100,6 +101,48 @@ def start_of(
         )
     total = train.batch_size * train.accumulate * world_size
     return Start(known, weights, device, precision, total)
+
+
+def read_as(config: DenseConfig, start: Start) -> int | None:
+    """What images are asked for, as `open_source` takes it; None: what there is."""
+    asked, known = config.channels, start.known
+    return channels_of(known.in_chans, known.bands) if asked is None and known else asked
+
+
+C = TypeVar("C", bound=DenseConfig)
+
+
+def shown_as(config: C, source: Source, known: BackboneSpec | None) -> tuple[C, BackboneSpec]:
+    """The recipe with what the images' bands come to, and the network that is shown them.
+
+    Its statistics are the recipe's, else the network's own, else measured (bands) or ImageNet's.
+
+    Raises:
+        UsageError: images of other channels than the network's; none of a sample can be read.
+    """
+    channels, settled = source.channels, config
+    if known is None:
+        settled = measured(config, source, "view")
+        spec = starting.spec_from_scratch(settled, channels)
+    elif int(channels) != known.in_chans:
+        raise UsageError(
+            f"the images of {source.name} have {int(channels)} bands, and the network takes "
+            f"{known.in_chans}: start from other weights, or from scratch"
+        )
+    else:
+        check_bands(source)
+        spec = known
+        if isinstance(channels, Bands):
+            spec = dataclasses.replace(known, bands=channels)
+    v = settled.view
+    if v.mean is None or v.std is None:
+        return settled, spec
+    if not len(v.mean) == len(v.std) == spec.in_chans:
+        raise UsageError(
+            f"view.mean and view.std need one value a channel: {spec.in_chans}, got "
+            f"{len(v.mean)} and {len(v.std)}"
+        )
+    return settled, dataclasses.replace(spec, mean=v.mean, std=v.std)
 
 
 def peak_lr(config: DenseConfig, total_batch: int) -> float:

@@ -157,6 +157,7 @@ class DenseConfig(RunConfig):
     """What the schemas of both kinds are: subclasses have the sections above, and `runtime`."""
 
     model: Any
+    view: Any
     optim: Any
 
     def contradictions(self) -> Iterable[str]:
@@ -168,9 +169,6 @@ class DenseConfig(RunConfig):
                 f"train.epochs {train.epochs} and train.iterations {train.iterations} both say how "
                 "long the run is: set the other one null, as in --train.iterations null"
             )
-        for key in ("range", "rgb"):
-            if getattr(self.data, key) is not None:
-                yield f"data.{key} is for bands of a sensor, in pretraining and fine-tuning: leave it out"
         if self.runtime.kernels == "fused":
             yield "runtime.kernels fused is for pretraining: leave it at plain"
         if self.runtime.compile:

@@ -14,6 +14,7 @@ from xdino import checkpoint, weight_names
 from xdino.backbone import Backbone
 from xdino.backbones import BackboneSpec, of_timm, statistics
 from xdino.checkpoint.weights import WeightsFile
+from xdino.config.bands import Bands
 from xdino.errors import UsageError, asked
 from xdino.values import shown
 from xdino.xcit import XCiT
@@ -54,38 +55,38 @@ def read(init: str, arch: str | None = None) -> Weights:
         return Weights(spec, file=file)
 
 
-def spec_of(config: DenseConfig, weights: Weights | None) -> BackboneSpec:
-    """The network that a recipe means.
-
+def spec_of_weights(config: DenseConfig, weights: Weights) -> BackboneSpec:
+    """
     Raises:
         UsageError: weights of a shape, and a recipe that gives another.
     """
-    m = config.model
-    shape = {name: value for name in RESHAPING if (value := getattr(m, name)) is not None}
-    if weights is not None:
-        other = [name for name, value in shape.items() if weights.spec.shape.get(name) != value]
-        if other:
-            raise UsageError(
-                f"model.{other[0]} reshapes a network from scratch, and train.init has its own: "
-                "leave it out"
-            )
-        spec = weights.spec
-    else:
-        arch = m.arch or ARCH
-        channels = m.in_chans or 3
-        spec = dataclasses.replace(of_timm(arch), shape=shape)
-        if channels != spec.in_chans:
-            mean, std = statistics(channels)
-            spec = dataclasses.replace(spec, in_chans=channels, mean=mean, std=std)
+    spec, m = weights.spec, config.model
+    other = [name for name, value in _shape(config).items() if spec.shape.get(name) != value]
+    if other:
+        raise UsageError(
+            f"model.{other[0]} reshapes a network from scratch, and train.init has its own: "
+            "leave it out"
+        )
     if m.in_chans not in (None, spec.in_chans):
         raise UsageError(
             f"model.in_chans is {m.in_chans}, and the weights of train.init take {spec.in_chans}"
         )
-    if spec.in_chans not in (1, 3):
-        raise UsageError(
-            f"pictures with masks or boxes have 1 or 3 channels, and the network takes {spec.in_chans}"
-        )
     return spec
+
+
+def spec_from_scratch(config: DenseConfig, channels: int) -> BackboneSpec:
+    """channels: of the images, as sources read them."""
+    spec = dataclasses.replace(of_timm(config.model.arch or ARCH), shape=_shape(config))
+    if channels == spec.in_chans and not isinstance(channels, Bands):
+        return spec
+    mean, std = (spec.mean, spec.std) if channels == 3 else statistics(channels)
+    bands = channels if isinstance(channels, Bands) else None
+    return dataclasses.replace(spec, in_chans=int(channels), mean=mean, std=std, bands=bands)
+
+
+def _shape(config: DenseConfig) -> dict[str, Any]:
+    m = config.model
+    return {name: value for name in RESHAPING if (value := getattr(m, name)) is not None}
 
 
 def drop_path(config: DenseConfig, spec: BackboneSpec) -> float:

@@ -41,7 +41,7 @@ class Scored:
 
 @torch.no_grad()
 def detected(model: Detector, image: np.ndarray, views: Views) -> Detections:
-    """What a model in evaluation mode finds in a picture uint8 [H, W, 3], in its own pixels.
+    """What a model in evaluation mode finds in a picture uint8 [H, W, C], in its own pixels.
 
     Raises:
         RunFailed: a box or a score is not finite.
@@ -58,7 +58,7 @@ class _Seen:
     """By the numbers of the pictures: what was found, and the names of those that cannot be read."""
 
     results: dict[int, list[dict]] = field(default_factory=dict)
-    skipped: dict[int, str] = field(default_factory=dict)
+    skipped: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, other: "_Seen") -> None:
         self.results |= other.results
@@ -118,10 +118,11 @@ def looked(
 
     def some() -> None:
         if len(skipped) == len(val):
-            raise RunFailed(f"no picture of {val.where} could be read: {skipped[0]} and others")
+            name, why = skipped[0]
+            raise RunFailed(f"no picture of {val.where} could be read: {name} and others ({why})")
 
     turns.on_first(some, shared)
-    return results, skipped
+    return results, [name for name, _ in skipped]
 
 
 def _seen(
@@ -143,8 +144,8 @@ def _seen(
             stopping.asked()
             try:
                 image = val.read(index)
-            except (UnreadableImage, OSError):
-                seen.skipped[index] = printable(bytes(val.paths[index]))
+            except (UnreadableImage, OSError) as error:
+                seen.skipped[index] = (printable(bytes(val.paths[index])), str(error))
                 continue
             found = detected(model, image, views)
             seen.results[index] = results_of(int(val.numbers[index]), found, ids)

@@ -57,7 +57,7 @@ class Views:
     def training(
         self, image: np.ndarray, objects: Objects, drawn: np.ndarray
     ) -> tuple[Tensor, Objects]:
-        """uint8 [H, W, 3] and its objects -> float32 [3, h, w], normalised, and what is left of them."""
+        """uint8 [H, W, C] and its objects -> float32 [C, h, w], normalised, and what is left of them."""
         pixels, objects = self.cut(image, objects, drawn)
         return self._normalised(pixels), objects
 
@@ -75,7 +75,7 @@ class Views:
         return resized(pixels, objects, size)
 
     def finish(self, pixels: Tensor, shown: Sequence[Shown]) -> Tensor:
-        """uint8 [B, 3, H, W] of `together` -> float32, normalised where they are; around them 0."""
+        """uint8 [B, C, H, W] of `together` -> float32, normalised where they are; around them 0."""
         images = self._normalised(pixels)
         for image, own in zip(images, shown, strict=True):
             image[:, own.size[0] :] = 0
@@ -98,7 +98,7 @@ class Views:
         return pixels[:, rows, columns], cut_out(objects, top, left, (sizes[0], sizes[1]))
 
     def test(self, image: np.ndarray) -> tuple[Tensor, Shown]:
-        """uint8 [H, W, 3] -> float32 [1, 3, h, w], padded with the mean, and how it lies there."""
+        """uint8 [H, W, C] -> float32 [1, C, h, w], padded with the mean, and how it lies there."""
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         size = _fitted(pixels, self.longer, self.test_side)
         batch = padded([self._normalised(resized_image(pixels, size))], MULTIPLE)
@@ -112,7 +112,7 @@ class Views:
 def together(
     pictures: Sequence[tuple[Tensor, Objects]],
 ) -> tuple[Tensor, list[Shown], list[Objects]]:
-    """Pictures [3, h_i, w_i] and their objects as one batch: [B, 3, H, W], padded with 0, the mean.
+    """Pictures [C, h_i, w_i] and their objects as one batch: [B, C, H, W], padded with 0, the mean.
 
     Masks are padded to their own picture's multiples, as boxes may reach there.
     """
@@ -182,7 +182,7 @@ def mirrored(objects: Objects, width: int) -> Objects:
 
 
 def resized(pixels: Tensor, objects: Objects, size: Size) -> tuple[Tensor, Objects]:
-    """A picture uint8 [3, H, W] and its objects at another size."""
+    """A picture uint8 [C, H, W] and its objects at another size."""
     H, W = pixels.shape[1:]
     factor = torch.tensor([size[1] / W, size[0] / H] * 2)
     masks = [resized_labels(mask, size) for mask in objects.masks]

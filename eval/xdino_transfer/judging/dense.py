@@ -32,7 +32,6 @@ from xdino_transfer.segmentation.maps import open_test as open_test_maps
 from xdino_transfer.segmentation.segmenter import Segmenter
 from xdino_transfer.segmentation.views import TestViews
 
-CHANNELS = 3  # annotated pictures are read in colours
 TOLD = ("init", "recipe")  # facts of a file that its rows name
 
 
@@ -79,26 +78,17 @@ def score(loaded: LoadedDense, data: str, how: How | None = None) -> DenseScore:
     """mIoU, mAcc and aAcc of a segmenter, AP of boxes and masks of a detector.
 
     Raises:
-        UsageError: data of another task, other classes, a network that reads no colours.
+        UsageError: data of another task, other classes.
         RunFailed: pictures that cannot be read, numbers that are not finite.
     """
     how = how or How()
     if isinstance(loaded.network, Detector) and (how.flip or how.scales != (1.0,)):
         raise UsageError("flip and scales are of segmenters, and this is a detector")
-    check_channels(loaded)
     if how.device is not None:
         loaded.network.to(how.device)
     if isinstance(loaded.network, Detector):
         return _score_detector(loaded, loaded.network, data, how)
     return _score_segmenter(loaded, loaded.network, data, how)
-
-
-def check_channels(loaded: LoadedDense) -> None:
-    """Raises UsageError for a network that does not read pictures in colours."""
-    if len(loaded.mean) != CHANNELS:
-        raise UsageError(
-            f"{loaded.origin.path} reads {len(loaded.mean)} channels, and pictures have {CHANNELS} here"
-        )
 
 
 def views_at(loaded: LoadedDense, shorter_side: int | None) -> TestViews | Views:
@@ -123,10 +113,11 @@ def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How)
         if how.split == "test-dev":
             raise UsageError("test-dev is a split of COCO's boxes; pictures with masks have test")
         if how.split == "test":
-            maps = open_test_maps(data, begins_at_one)
-            return maps, _learned_from(loaded)
-        train, val = open_maps(data, begins_at_one)
-        return train if how.split == "train" else val, len(train)
+            maps, train_size = open_test_maps(data, begins_at_one), _learned_from(loaded)
+        else:
+            train, val = open_maps(data, begins_at_one)
+            maps, train_size = train if how.split == "train" else val, len(train)
+        return replace(maps, channels=loaded.channels), train_size
 
     chosen, train_size = turns.all_hear(opened, how.shared)
     notes = _checked(loaded, chosen, bool(chosen.masks), how)
@@ -161,7 +152,7 @@ def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -
             chosen, train_size = train if how.split == "train" else val, len(train)
         if how.submission is not None:
             submission.prepare(how.submission, chosen.where)
-        return chosen, train_size
+        return replace(chosen, channels=loaded.channels), train_size
 
     chosen, train_size = turns.all_hear(opened, how.shared)
     notes = _checked(loaded, chosen, len(chosen.labels) > 0, how)

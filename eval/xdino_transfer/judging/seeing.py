@@ -1,7 +1,7 @@
 """What a segmenter or a detector sees in one picture of any size, whole or in tiles.
 
     seeing = Seeing(read_dense("runs/trees"))
-    found = seeing.objects(picture)  # uint8 [H, W, 3]
+    found = seeing.objects(picture)  # uint8 [H, W, C]
 
 Pictures are shown as they are, and larger where they are smaller than in a test. Whole pictures get
 what `xdino score` gets of them at the same size; of tiles see `windows`.
@@ -25,7 +25,7 @@ from xdino_transfer.dense_files import LoadedDense
 from xdino_transfer.detection.detector import Detector
 from xdino_transfer.detection.objects import Detections, Shown
 from xdino_transfer.detection.views import MULTIPLE
-from xdino_transfer.judging.dense import check_channels, views_at
+from xdino_transfer.judging.dense import views_at
 from xdino_transfer.judging.memory import STRIP, Estimate
 from xdino_transfer.judging.windows import Cut, Window, cut, shown_size
 from xdino_transfer.resizing import bilinear, padded, resized_image
@@ -82,7 +82,6 @@ class Seeing:
         threshold: float = 0.5,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        check_channels(loaded)
         self.loaded, self.shorter, self.tile = loaded, shorter, tile
         self.threshold = threshold
         self._bound = bound or _may_take(device_of(loaded.network))
@@ -90,7 +89,7 @@ class Seeing:
         self._notice, self._told, self._most = notice, set[tuple[int, ...]](), 0
 
     def cut(self, image: np.ndarray) -> Cut:
-        """How a picture uint8 [H, W, 3] is looked at."""
+        """How a picture uint8 [H, W, C] is looked at."""
         views, size = views_at(self.loaded, self.shorter), image.shape[:2]
         shorter = views.shorter if isinstance(views, TestViews) else views.test_side
         exactly = self.shorter is not None
@@ -104,7 +103,7 @@ class Seeing:
         return found
 
     def _shown(self, image: np.ndarray, plan: Cut, window: Window) -> Tensor:
-        """A window, normalised, float32 [3, h, w]."""
+        """A window, normalised, float32 [C, h, w]."""
         rows = slice(window.top, window.top + window.height)
         columns = slice(window.left, window.left + window.width)
         pixels = torch.from_numpy(np.ascontiguousarray(image[rows, columns])).permute(2, 0, 1)

@@ -39,7 +39,7 @@ def segmented(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """A picture uint8 [H, W, 3] -> probabilities [K, H, W]; the model must be in evaluation mode.
+    """A picture uint8 [H, W, C] -> probabilities [K, H, W]; the model must be in evaluation mode.
 
     Raises:
         RunFailed: they are not finite.
@@ -114,15 +114,15 @@ def looked(
         raise UsageError(
             f"the head tells {classes} classes apart and {maps.where} has {len(maps.classes)}"
         )
-    skipped, step = list[str](), distributed.world_size() if shared else 1
+    skipped, step = list[tuple[str, str]](), distributed.world_size() if shared else 1
 
     def look() -> None:
         for index in range(distributed.rank() if shared else 0, len(maps), step):
             stopping.asked()
             try:
                 image, labels = maps.read(index) if maps.masks else (maps.picture(index), None)
-            except (UnreadableImage, OSError):
-                skipped.append(maps.describe(index))
+            except (UnreadableImage, OSError) as error:
+                skipped.append((maps.describe(index), str(error)))
                 continue
             found = segmented(model, image, views, scales, flip).argmax(0).cpu().numpy()
             seen(index, found, labels)
@@ -134,8 +134,9 @@ def looked(
     if shared:
         skipped = [each for some in distributed.gather(skipped) for each in some]
     if len(skipped) == len(maps):
-        raise RunFailed(f"no picture of {maps.where} could be read: {skipped[0]} and others")
-    return skipped
+        name, why = skipped[0]
+        raise RunFailed(f"no picture of {maps.where} could be read: {name} and others ({why})")
+    return [name for name, _ in skipped]
 
 
 def _row(

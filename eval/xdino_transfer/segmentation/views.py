@@ -8,7 +8,7 @@ where the picture is smaller than the crop. Colours are changed in floating poin
 
 All random numbers of a picture follow from the seed, the epoch and its number.
 
-Letters: H x W pixels.
+Letters: C channels, H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _COLOURS = 9
 
 
 def normalised(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Colours 0 to 255 [3, H, W] -> float32 [3, H, W], (x / 255 - mean) / std."""
+    """Colours 0 to 255 [C, H, W] -> float32 [C, H, W], (x / 255 - mean) / std."""
     return colours.normalize(image.float() / 255, [*mean], [*std])
 
 
@@ -42,7 +42,8 @@ class TrainViews:
         crop: pixels a side of what comes out. longer, shorter: what a picture is fitted into.
         scales: the least and the largest factor of it.
         most_of_one: share of the labelled pixels that one class may hold.
-        colour: whether colours are changed.
+        colour: whether colours are changed. rgb: of bands the places of red, green and blue, () for
+            none; None for a photograph's channels.
     """
 
     mean: tuple[float, ...]
@@ -54,6 +55,7 @@ class TrainViews:
     most_of_one: float = 0.75
     flip: float = 0.5
     colour: bool = True
+    rgb: tuple[int, ...] | None = None
 
     def draw(self, seed: int, epoch: int, index: int) -> np.ndarray:
         """The picture's numbers in an epoch, float64 in (0, 1)."""
@@ -63,7 +65,7 @@ class TrainViews:
     def __call__(
         self, image: np.ndarray, labels: np.ndarray, drawn: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        """uint8 [H, W, 3] and [H, W] -> float32 [3, crop, crop] and uint8 [crop, crop]."""
+        """uint8 [H, W, C] and [H, W] -> float32 [C, crop, crop] and uint8 [crop, crop]."""
         low, high = self.scales
         factor = low + (high - low) * drawn[0]
         # Whole numbers, as the published code makes them before it fits.
@@ -78,7 +80,7 @@ class TrainViews:
             shown, wanted = shown.flip(2), wanted.flip(1)
         shown = shown.float()
         if self.colour:
-            shown = recoloured(shown, drawn[-_COLOURS:])
+            shown = recoloured(shown, drawn[-_COLOURS:], self.rgb)
         shown = normalised(shown, self.mean, self.std)
         return self._filled(shown, 0), self._filled(wanted, VOID)
 
@@ -102,11 +104,15 @@ class TrainViews:
         return out
 
 
-def recoloured(image: Tensor, drawn: np.ndarray) -> Tensor:
-    """Colours 0 to 255 [3, H, W], each change with a chance of one half; nine numbers drawn.
+def recoloured(image: Tensor, drawn: np.ndarray, rgb: Sequence[int] | None = None) -> Tensor:
+    """Colours 0 to 255 [C, H, W], each change with a chance of one half; nine numbers drawn.
 
     Brightness up to 32 levels, contrast 0.5 to 1.5 before or after the two that follow, saturation
     0.5 to 1.5, hue up to a tenth of the circle.
+
+    Bands (`rgb`: places of red, green and blue among them, () for none) go through what pretraining
+    has for them (docs/bands.md): brightness and contrast are one number for all; saturation and hue
+    are of red, green and blue as of a photograph, and all other bands are blended with their mean.
     """
     bright, shift, late, contrast, factor, saturated, saturation, turned, hue = drawn.tolist()
     if bright < 0.5:
@@ -117,15 +123,32 @@ def recoloured(image: Tensor, drawn: np.ndarray) -> Tensor:
         return (x * (0.5 + factor)).clamp(0, 255) if contrast < 0.5 else x
 
     image = contrasted(image) if first else image
-    if saturated < 0.5:
+    change = (
+        0.5 + saturation if saturated < 0.5 else None,
+        (int(hue * 36) - 18) / 180 if turned < 0.5 else None,
+    )
+    if rgb is None:
+        image = _tinted(image, *change)
+    else:
+        places, image = [*rgb], image.clone()
+        others = [place for place in range(len(image)) if place not in rgb]
+        if places:
+            image[places] = _tinted(image[places], *change)
+        if others and change[0] is not None:
+            grey = image[others].mean(0)
+            image[others] = (grey + (image[others] - grey) * change[0]).clamp(0, 255)
+    return image if first else contrasted(image)
+
+
+def _tinted(image: Tensor, factor: float | None, turn: float | None) -> Tensor:
+    """Red, green and blue [3, H, W] with saturation and hue changed; None leaves them."""
+    if factor is not None:
         # HSV with S times a factor, at most 1: what each channel lacks to the brightest is scaled.
         brightest = image.max(0).values
         lacking = brightest - image
         most = brightest / lacking.max(0).values.clamp(min=1e-6)
-        image = (brightest - lacking * most.clamp(max=0.5 + saturation)).clamp(0, 255)
-    if turned < 0.5:
-        image = colours.adjust_hue(image / 255, (int(hue * 36) - 18) / 180) * 255
-    return image if first else contrasted(image)
+        image = (brightest - lacking * most.clamp(max=factor)).clamp(0, 255)
+    return image if turn is None else colours.adjust_hue(image / 255, turn) * 255
 
 
 @dataclass(frozen=True)
@@ -138,7 +161,7 @@ class TestViews:
     shorter: float = SHORTER
 
     def __call__(self, image: np.ndarray, scale: float = 1.0, flipped: bool = False) -> Tensor:
-        """uint8 [H, W, 3] -> float32 [1, 3, h, w]."""
+        """uint8 [H, W, C] -> float32 [1, C, h, w]."""
         height, width = image.shape[:2]
         size = fitted(height, width, int(self.longer * scale), int(self.shorter * scale))
         shown = resized_image(torch.from_numpy(image).permute(2, 0, 1), size)

@@ -84,7 +84,8 @@ def pack(
     """Write the images of DATA into plain tar files that every command takes as DATA.
 
     Without --shorter-side the files' own bytes: the same crops as from the folder. With it,
-    smaller JPEGs that are faster to read; results then say that their data were shrunk.
+    smaller JPEGs that are faster to read (of bands TIFFs and arrays, whose numbers keep their
+    meaning); results then say that their data were shrunk.
     """
     places.check_data(data)
     from xdino.data import pack as room

@@ -129,7 +129,7 @@ def predict(loaded: LoadedDense, names: Sequence[str], looking: Looking) -> tupl
     if loaded.task != SEGMENTATION:
         pycocotools_mask()
     out = looking.out or Path()
-    work = gather(names, dense.CHANNELS, out, limit=EVERY)
+    work = gather(names, loaded.channels, out, limit=EVERY)
     if looking.out is not None:
         make_folder(looking.out)
     bound = None if looking.memory is None else round(looking.memory * 1e9)
@@ -186,23 +186,24 @@ class _Making:
             path = None if out is None else out / f"{film.stem}-overlay.mp4"
             writer = None if path is None else stack.enter_context(film.writer(path))
             for number, frame in film.counted():
-                image = sheets.as_rgb(frame.pixels)
                 name, stem = f"{film.stem}, frame {number}", f"{film.stem}-{number:06d}"
-                picture = self._seen(image, name, stem, legend=False)
+                picture = self._seen(frame.pixels, name, stem, legend=False)
                 if writer is not None:
                     writer.add(np.asarray(picture), frame.time, frame.duration)
         if path is not None:
             self.found.paths.append(path)
 
     def _seen(self, image: np.ndarray, name: str, stem: str, legend: bool) -> Image.Image:
-        """Look at an image; its entries are kept, its mask is written, its overlay comes back."""
+        """Look at an image uint8 [H, W, C]; its entries are kept, its mask is written, its overlay
+        comes back."""
+        photograph = sheets.as_rgb(image, self.loaded.channels)
         if not self.segments:
             objects = self.seeing.objects(image)
             self._keep_objects(objects, image, name)
-            return overlays.detected(image, objects, self.loaded.classes)
+            return overlays.detected(photograph, objects, self.loaded.classes)
         classes = self.seeing.classes(image)
         self._keep_classes(classes, name, stem)
-        return overlays.segmented(image, classes, self.loaded.classes, legend)
+        return overlays.segmented(photograph, classes, self.loaded.classes, legend)
 
     def _keep_classes(self, classes: np.ndarray, name: str, stem: str) -> None:
         shares = overlays.shares(classes, self.loaded.classes)
@@ -259,7 +260,7 @@ class _Making:
 
 def _read(item: Item, skipped: Skipped) -> np.ndarray | None:
     try:
-        return sheets.as_rgb(item.read())
+        return item.read()
     except UsageError as error:
         skipped.add(item, error)
         return None

@@ -191,6 +191,12 @@ def chosen_places(numbers: Sequence[int], channels: int) -> tuple[int, ...]:
     return tuple(number - 1 for number in numbers)
 
 
+def shown_places(channels: int) -> tuple[int, ...]:
+    """What a picture is drawn in: the declared colours, else the first three, or the first as grey."""
+    declared = channels.rgb if isinstance(channels, Bands) else ()
+    return declared or ((0, 1, 2) if channels >= 3 else (0,))
+
+
 def picture(
     image: np.ndarray, channels: int, places: Sequence[int] | None = None, stretched: bool = True
 ) -> np.ndarray:
@@ -202,9 +208,7 @@ def picture(
     """
     count = image.shape[-1]
     sensor = isinstance(channels, Bands)
-    chosen = tuple(places or (channels.rgb if isinstance(channels, Bands) else ()))
-    if not chosen:
-        chosen = (0, 1, 2) if count >= 3 else (0, 0, 0)
+    chosen = tuple(places or shown_places(channels if sensor else count))
     if len(chosen) == 1:
         chosen *= 3
     out = image if count == 3 and chosen == (0, 1, 2) else image[..., list(chosen)]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from xdino.data.decode import HEAD, SUFFIXES, recognised
+from xdino.data.decode import ARRAYS, HEAD, SUFFIXES, recognised
 from xdino.errors import asked
 
 # What operating systems and storage boxes leave in folders, by lower-case name: "._x" and other
@@ -30,7 +30,7 @@ _SYSTEM = {
 }  # fmt: skip
 _AT_ONCE = 1 << 16  # strings that are read from a mapped file together
 _RAW_SUFFIXES = {suffix.encode() for suffix in SUFFIXES}
-_ARRAYS = {b".npy"}
+_ARRAYS = {suffix.encode() for suffix in ARRAYS}
 _counted: ContextVar[set[bytes]] = ContextVar("counted", default=_RAW_SUFFIXES)
 
 

@@ -5,9 +5,10 @@ where there are classes, a `.cls` with the class's number, under the folders and
 images had. A last member, `__xdino_pack__`, says how the tar was made.
 
 Raw packs hold the very bytes of the files, so that a run sees the same crops as from the folder.
-Shrunk packs (`shorter_side`) hold re-encoded JPEGs, which are faster to decode and not what the
-papers trained on: crops of a small part come from fewer pixels, and everything was compressed
-twice. Whatever comes out of one therefore carries "(shrunk to 256)" in the name of its data.
+Shrunk packs (`shorter_side`) hold re-encoded JPEGs (of images of bands TIFFs and arrays, whose numbers
+keep their meaning), which are faster to decode and not what the papers trained on: crops of a small
+part come from fewer pixels, and everything was compressed twice. Whatever comes out of one therefore
+carries "(shrunk to 256)" in the name of its data.
 """
 
 import dataclasses
@@ -27,7 +28,16 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from xdino.data.decode import HEAD, SUFFIXES, UnreadableImage, decode, recognised
+from xdino.config.bands import Bands
+from xdino.data.decode import (
+    ARRAYS,
+    HEAD,
+    SUFFIXES,
+    UnreadableImage,
+    decode,
+    recognised,
+    shrink_bands,
+)
 from xdino.data.files import FileSource
 from xdino.data.listing import is_hidden
 from xdino.data.source import Source, fingerprint
@@ -196,7 +206,7 @@ class _Writer:
                     if item.why:
                         unreadable.append((part.source.describe(index), item.why))
                     shrunk += item.shrunk
-                    suffix = b".jpg" if item.shrunk else _suffix(suffix.lower(), item.data)
+                    suffix = item.suffix.encode() or _suffix(suffix.lower(), item.data)
                     _add(tar, stem + suffix, item.data)
                     if labels is not None:
                         _add(tar, stem + b".cls", str(labels[index]).encode())
@@ -224,7 +234,9 @@ class _Writer:
         """What the pack says of itself."""
         sides = {part.source.shrunk_to for part in self.parts} | {self.side}
         side = min((s for s in sides if s is not None), default=None)
-        resample = "bicubic, antialiased; JPEG 4:2:0; smaller images are kept byte for byte"
+        bands = any(isinstance(part.source.channels, Bands) for part in self.parts)
+        kind = "TIFF, or NPY as before" if bands else "JPEG 4:2:0"
+        resample = f"bicubic, antialiased; {kind}; smaller images are kept byte for byte"
         return {
             "made_by": f"xdino {metadata.version('xdino')} pack",
             "source": self.data,
@@ -255,7 +267,7 @@ def _tar(path: Path) -> tarfile.TarFile:
 
 def _suffix(own: bytes, data: bytes) -> bytes:
     """A suffix by which the member is found again: its own, else that of what it holds."""
-    if own.decode("utf-8", "replace") in SUFFIXES:
+    if own.decode("utf-8", "replace") in SUFFIXES + ARRAYS:
         return own
     return (recognised(data[:HEAD]) or SUFFIXES[0]).encode()
 
@@ -296,11 +308,15 @@ def _member_names(part: _Part) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class _Item:
-    """data: an image file. why: it could not be read, and was kept as it is."""
+    """data: an image file. suffix: of one that was made. why: it was kept as it is, unreadable."""
 
     data: bytes
-    shrunk: bool = False
+    suffix: str = ""
     why: str = ""
+
+    @property
+    def shrunk(self) -> bool:
+        return bool(self.suffix)
 
 
 def _item(source: Source, index: int, side: int | None, quality: int) -> _Item:
@@ -316,14 +332,19 @@ def _item(source: Source, index: int, side: int | None, quality: int) -> _Item:
         small = shrink(data, side, quality, source.channels, source.max_pixels)
     except UnreadableImage as error:
         return _Item(data, why=str(error))
-    return _Item(data) if small is None else _Item(small, shrunk=True)
+    return _Item(data) if small is None else _Item(*small)
 
 
-def shrink(data: bytes, side: int, quality: int, channels: int, max_pixels: int) -> bytes | None:
-    """An image file -> a JPEG whose shorter side has `side` pixels; None if it has no more.
+def shrink(
+    data: bytes, side: int, quality: int, channels: int, max_pixels: int
+) -> tuple[bytes, str] | None:
+    """An image file -> a JPEG whose shorter side has `side` pixels, and its suffix; None if it has no
+    more. Of `Bands` see `shrink_bands`.
 
     Raises UnreadableImage as `decode`.
     """
+    if isinstance(channels, Bands):
+        return shrink_bands(data, side, int(channels), max_pixels)
     image = decode(data, channels, max_pixels)
     short, long = min(image.shape[:2]), max(image.shape[:2])
     longer = round(side * long / short)
@@ -334,9 +355,10 @@ def shrink(data: bytes, side: int, quality: int, channels: int, max_pixels: int)
     small = np.asarray(picture.resize(size, Image.Resampling.BICUBIC)).reshape(
         size[1], size[0], channels
     )
-    return simplejpeg.encode_jpeg(
+    jpeg = simplejpeg.encode_jpeg(
         np.ascontiguousarray(small),
         quality,
         "RGB" if channels == 3 else "GRAY",
         "420" if channels == 3 else "Gray",
     )
+    return jpeg, ".jpg"

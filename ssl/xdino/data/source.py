@@ -24,7 +24,7 @@ from xdino.runtime import rng
 
 _SAMPLED, _PIECE = 64, 1 << 16  # images whose first and last bytes a fingerprint reads
 _COUNTED = 9  # images whose bands are counted where nobody says how many there are
-_SENSORS = (b".tif", b".tiff", b".npy")  # suffixes of what may hold other bands than a photograph
+SENSORS = (b".tif", b".tiff", b".npy")  # suffixes of what may hold other bands than a photograph
 
 
 class Source(abc.ABC):
@@ -190,7 +190,7 @@ def settle_bands(source: Source, asked: int | None) -> None:
 
 def _unread_pages(source: StoredSource) -> list[str]:
     """A sentence where the first image has several pages, of which one is read."""
-    if not len(source) or not source.member(0).lower().endswith(_SENSORS):
+    if not len(source) or not source.member(0).lower().endswith(SENSORS):
         return []
     try:
         pages = pages_in(source.encoded(0))
@@ -219,7 +219,7 @@ def _count_bands(source: StoredSource, all_kinds: bool) -> list[int | None]:
         chosen = range(0, n, -(-n // _COUNTED))
     counts: list[int | None] = []
     for index in chosen:
-        if not all_kinds and not source.member(index).lower().endswith(_SENSORS):
+        if not all_kinds and not source.member(index).lower().endswith(SENSORS):
             counts.append(0)
             continue
         try:

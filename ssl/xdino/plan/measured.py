@@ -14,10 +14,12 @@ import numpy as np
 from xdino.config.bands import Bands, worked_out
 from xdino.data import Source
 from xdino.data.decode import UnreadableImage
+from xdino.data.source import SENSORS
 from xdino.errors import UsageError
 from xdino.runtime import rng
 
 SAMPLED = 256  # images
+FEW = 9  # that are tried where nothing is measured
 _PIXELS = 1 << 14  # of an image, about: evenly spread
 _DIM = 32  # of 255: where nearly all pixels are darker, 8 bits are too few for them
 _LEAST = 1 / 255  # of a standard deviation: a band without content divides by it
@@ -72,23 +74,34 @@ def _statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], f
         squares += (pixels.astype(np.int64) ** 2).sum(0)
         levels += np.bincount(pixels.ravel(), minlength=256)
     if not count:
-        raise UsageError(
-            f"none of {min(SAMPLED, len(source))} images of {source.name} that were tried can be read "
-            f"as {int(source.channels)} bands{_first_reason(source)}"
-        )
+        raise _unreadable(source, SAMPLED)
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     bright = float(np.searchsorted(levels.cumsum(), 0.999 * levels.sum()))
     return _rounded(mean / 255), _rounded(np.maximum(std / 255, _LEAST)), bright
 
 
+def check_bands(source: Source) -> None:
+    """Raises UsageError where images may be of bands, and none of a few can be read as asked for."""
+    bands = isinstance(source.channels, Bands) or source.member(0).lower().endswith(SENSORS)
+    if bands and next(_sample(source, FEW), None) is None:
+        raise _unreadable(source, FEW)
+
+
+def _unreadable(source: Source, tried: int) -> UsageError:
+    return UsageError(
+        f"none of {min(tried, len(source))} images of {source.name} that were tried can be read "
+        f"as {int(source.channels)} bands{_first_reason(source)}"
+    )
+
+
 def _rounded(values: np.ndarray) -> tuple[float, ...]:
     return tuple(round(float(value), 4) for value in values)
 
 
-def _sample(source: Source) -> Iterator[np.ndarray]:
+def _sample(source: Source, most: int = SAMPLED) -> Iterator[np.ndarray]:
     """uint8 [pixels, n] of each image that can be read."""
-    for index in rng.sample(b"bands", SAMPLED, len(source)).tolist():
+    for index in rng.sample(b"bands", most, len(source)).tolist():
         try:
             image = source.read(index)
         except (UnreadableImage, OSError):

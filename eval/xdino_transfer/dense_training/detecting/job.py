@@ -6,7 +6,7 @@
 Which images a step takes, what happens to them, and which anchors and regions of them are learned
 from follows from the seed and the step's number alone.
 
-Letters: B images, M objects, H x W pixels.
+Letters: B images, C channels, M objects, H x W pixels.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from xdino.config.bands import shown_places
 from xdino.data import BadImage
 from xdino.errors import world
 from xdino.runtime import distributed, rng, transfer
@@ -37,7 +38,7 @@ DRAWN_SIDE = 480  # pixels of their longer side there, at most
 
 @dataclass(frozen=True)
 class Given:
-    """A micro-batch on its device: images float32 [B, 3, H, W], normalised."""
+    """A micro-batch on its device: images float32 [B, C, H, W], normalised."""
 
     images: Tensor
     shown: list[Shown]
@@ -113,11 +114,13 @@ class DetectionJob(DenseJob[DetectionBatch]):
     def draw(self, batch: Given, path: Path) -> None:
         """The first images, and what is to be found in them."""
         views = self.plan.views
-        mean, std = (torch.tensor(told).view(-1, 1, 1) for told in (views.mean, views.std))
+        places = [*shown_places(self.plan.train.channels)]
+        places *= 1 if len(places) == 3 else 3  # grey
+        mean, std = (torch.tensor(told)[places].view(-1, 1, 1) for told in (views.mean, views.std))
         pictures = []
         for image, shown, own in zip(batch.images, batch.shown, batch.objects, strict=True):
             h, w = shown.size
-            pixels = (image[:, :h, :w].cpu() * std + mean).clamp(0, 1).mul(255).round()
+            pixels = (image[places, :h, :w].cpu() * std + mean).clamp(0, 1).mul(255).round()
             masks = own.masks[:, :h, :w].cpu().bool().any(0)
             pixels[:, masks] = 0.6 * pixels[:, masks] + 0.4 * torch.tensor([[255.0], [64.0], [0.0]])
             picture = Image.fromarray(pixels.permute(1, 2, 0).to(torch.uint8).numpy())

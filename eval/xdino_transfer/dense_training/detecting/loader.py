@@ -23,7 +23,7 @@ from xdino_transfer.detection.views import Views, oriented_order, repeats_of, to
 class DetectionBatch:
     """One micro-batch of one rank.
 
-    cut: of each picture uint8 [3, h, w] and its objects. indices, repeats: int64 [B], of what was
+    cut: of each picture uint8 [C, h, w] and its objects. indices, repeats: int64 [B], of what was
     asked for, and how often that picture came before in the epoch. iteration: counted from 0.
     """
 
@@ -34,7 +34,7 @@ class DetectionBatch:
     epoch: int
 
     def together(self) -> tuple[Tensor, list[Shown], list[Objects]]:
-        """uint8 [B, 3, H, W], how each picture lies there, and its objects."""
+        """uint8 [B, C, H, W], how each picture lies there, and its objects."""
         return together([own for own in self.cut if own is not None])
 
 

@@ -66,10 +66,11 @@ def make_plan(
     """
     outlines.pycocotools_mask()  # before hours of training, not in the first step
     start = planning.start_of(config, world_size, precision, spec, DATA)
-    own = _shown_as(config, start.spec)
     annotated, val = opened(config)
-    train = AnnotatedSource(annotated)
+    train = AnnotatedSource(annotated, planning.read_as(config, start))
     limit_pixels(train, config.data.max_pixels)
+    config, own = planning.shown_as(config, train, start.known)
+    val = dataclasses.replace(val, channels=train.channels)
     if not (~val.crowd).any():
         raise UsageError(f"{val.where} has no object to be found, so that nothing can be scored")
     if not annotated.outlines.any():
@@ -104,24 +105,6 @@ def opened(config: Detection) -> tuple[Annotations, Annotations]:
         return open_files((train_json, train_images), (val_json, val_images), share)
     with asked(f"cannot open data.path {shown(data.path)}"):
         return open_annotated(data.path, share)
-
-
-def _shown_as(config: Detection, spec: BackboneSpec) -> BackboneSpec:
-    """The spec with the statistics that the recipe gives."""
-    v = config.view
-    if spec.in_chans != 3:
-        raise UsageError(
-            f"detectors are shown colour images, and this network takes {spec.in_chans} channel: "
-            "start from other weights, or leave model.in_chans out"
-        )
-    if v.mean is None or v.std is None:
-        return spec
-    if not len(v.mean) == len(v.std) == spec.in_chans:
-        raise UsageError(
-            f"view.mean and view.std need one value a channel: {spec.in_chans}, got "
-            f"{len(v.mean)} and {len(v.std)}"
-        )
-    return dataclasses.replace(spec, mean=v.mean, std=v.std)
 
 
 def views_of(config: Detection, spec: BackboneSpec) -> Views:
@@ -212,7 +195,8 @@ def _proven(plan: DetectionPlan) -> DetectionPlan:
     bare = dataclasses.replace(plan, weights=None)
 
     def loss(network: Any, device: str, images: int) -> Tensor:
-        return _passed(network, torch.empty(images, 3, H, W, device=device), config.heads.regions)
+        shape = (images, plan.spec.in_chans, H, W)
+        return _passed(network, torch.empty(shape, device=device), config.heads.regions)
 
     images = config.train.batch_size
     return planning.proven(

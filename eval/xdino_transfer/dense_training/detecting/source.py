@@ -6,15 +6,16 @@ out.
 Letters: N pictures, M objects, H x W pixels.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from xdino.data import Source
-from xdino.data.listing import ByteStrings, printable, size_and_time, status_of
-from xdino.data.source import names_and_sizes
+from xdino.data.listing import ByteStrings, printable
+from xdino.data.source import StoredSource, names_and_sizes, settle_bands
 from xdino.errors import UsageError
 from xdino_transfer.detection.layouts.annotations import Annotations
 from xdino_transfer.detection.objects import Objects
@@ -22,17 +23,21 @@ from xdino_transfer.detection.objects import Objects
 SHORTEST = 32  # pixels of a picture's shorter side that is learned from
 
 
-class AnnotatedSource(Source):
+class AnnotatedSource(StoredSource):
     """Those pictures of `annotations` that can be learned from, N of them.
+
+    asked: channels, `Bands`, or None for what there is; `self.annotations` are read so.
 
     Raises:
         UsageError: there is none.
     """
 
+    lies_apart = True
+
     batch_reads = 1  # pictures are large
 
-    def __init__(self, annotations: Annotations) -> None:
-        super().__init__(annotations.where, 3)
+    def __init__(self, annotations: Annotations, asked: int | None = None) -> None:
+        super().__init__(annotations.where, asked or annotations.channels)
         self.annotations = annotations
         self.remarks = list(annotations.notices)
         large = annotations.sizes.min(axis=1, initial=1 << 30) >= SHORTEST
@@ -50,12 +55,28 @@ class AnnotatedSource(Source):
             )
         H, W = annotations.sizes[self.numbers].T
         self.portrait = H > W  # bool [N]
+        settle_bands(self, asked)
+        self.annotations = dataclasses.replace(annotations, channels=self.channels)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def read(self, index: int) -> np.ndarray:
         return self.annotations.read(int(self.numbers[index]), self.max_pixels)
+
+    def encoded(self, index: int) -> bytes:
+        return self._path(index).read_bytes()
+
+    def _ends(self, index: int, most: int) -> bytes:
+        whole = self.encoded(index)
+        return whole[:most] + whole[-most:]
+
+    def sizes(self) -> np.ndarray:
+        paths = map(self._path, range(len(self)))
+        return np.array([path.stat().st_size if path.is_file() else -1 for path in paths])
+
+    def _path(self, index: int) -> Path:
+        return self.annotations.paths[int(self.numbers[index])]
 
     def objects(self, index: int) -> Objects:
         """Of a picture, without its crowds, in its own pixels."""
@@ -69,17 +90,16 @@ class AnnotatedSource(Source):
         )
 
     def member(self, index: int) -> bytes:
-        return self.annotations.paths[int(self.numbers[index])].name.encode("utf-8", "replace")
+        return self._path(index).name.encode("utf-8", "replace")
 
     def describe(self, index: int) -> str:
-        return printable(bytes(self.annotations.paths[int(self.numbers[index])]))
+        return printable(bytes(self._path(index)))
 
     def _content(self) -> Iterator[bytes]:
         """Names and sizes of the files, and all columns of what is known of them."""
         known = self.annotations
-        names = ByteStrings.of(bytes(known.paths[number]) for number in self.numbers.tolist())
-        sizes = np.array([size_and_time(status_of(name))[0] for name in names])
-        yield names_and_sizes(names, sizes)
+        paths = [known.paths[number] for number in self.numbers.tolist()]
+        yield names_and_sizes(ByteStrings.of(map(bytes, paths)), self.sizes())
         told = hashlib.blake2b(digest_size=32)
         for column in (known.sizes, known.starts, known.boxes, known.labels, known.areas):
             told.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).tobytes())

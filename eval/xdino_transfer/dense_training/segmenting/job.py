@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xdino.augment.picture import save_views
+from xdino.config.bands import shown_places
 from xdino.data import BadImage
 from xdino.runtime import distributed, transfer
 from xdino_transfer.dense_training import starting
@@ -77,16 +78,19 @@ class SegmentationJob(DenseJob[MaskedBatch]):
 
     def draw(self, batch: tuple[Tensor, Tensor], path: Path) -> None:
         """Crops, and beside each its labels in colours."""
+        places = [*shown_places(self.plan.train.channels)]
         images, labels = (part[:DRAWN].float().cpu() for part in batch)
+        images = images[:, places]
         mean, std = (
-            torch.tensor(x).view(-1, 1, 1) for x in (self.plan.spec.mean, self.plan.spec.std)
+            torch.tensor(x)[places].view(-1, 1, 1)
+            for x in (self.plan.spec.mean, self.plan.spec.std)
         )
         colours = coloured(labels.long())[:, : images.shape[1]]
         known = (labels != VOID)[:, None]
         pixels = images * std + mean
         shown = torch.where(known, 0.4 * pixels + 0.6 * colours, pixels)
         groups = [images[None], ((shown - mean) / std)[None]]
-        save_views(path, groups, self.plan.spec.mean, self.plan.spec.std)
+        save_views(path, groups, mean.flatten().tolist(), std.flatten().tolist())
 
 
 def coloured(labels: Tensor) -> Tensor:

@@ -10,19 +10,20 @@ Letters: B pictures of a micro-batch on one rank, s side of a crop, C channels, 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xdino.config.bands import Bands
 from xdino.data import BadImage, Loader
 from xdino.data.decode import UnreadableImage
 from xdino.data.files.source import FileSource
 from xdino.data.image_files import shown_size
 from xdino.data.listing import first
-from xdino.data.source import limit_pixels
+from xdino.data.source import limit_pixels, settle_bands
 from xdino.errors import UsageError
 from xdino.runtime import rng
 from xdino_transfer.segmentation.losses import VOID
@@ -44,14 +45,17 @@ class UsableMaps(Maps):
 
 
 class MaskedPictures(FileSource):
-    """The pictures of `maps`, whose masks are read with them."""
+    """The pictures of `maps`, whose masks are read with them.
 
-    def __init__(self, maps: UsableMaps) -> None:
-        super().__init__(maps.where, *_named(maps.images), maps.channels)
-        self.maps = maps
-        self._masks = FileSource(maps.where, *_named(maps.masks), 1)
-        self.remarks += maps.notices
+    asked: channels, `Bands`, or None for what there is; `self.maps` are read so.
+    """
+
+    def __init__(self, maps: UsableMaps, asked: int | None = None) -> None:
+        super().__init__(maps.where, *_named(maps.images), asked or maps.channels)
         limit_pixels(self, maps.max_pixels)
+        settle_bands(self, asked)
+        self.maps = replace(maps, channels=self.channels)
+        self._masks = FileSource(maps.where, *_named(maps.masks), 1)
 
     def _content(self) -> Iterator[bytes]:
         """The masks count, too."""
@@ -84,8 +88,12 @@ def check_masks(maps: Maps, max_bad_share: float) -> list[str]:
 
     def look(index: int) -> tuple[set[int], str | None]:
         try:
+            if isinstance(maps.channels, Bands):  # whose headers are of many kinds
+                return {*np.unique(maps.read(index)[1]).tolist()}, None
             width, height = shown_size(maps.images[index])
             return {*np.unique(maps.labels(index, (height, width))).tolist()}, None
+        except UnreadableImage as error:
+            return set(), f"{maps.describe(index)}: {error}"
         except (UsageError, OSError) as error:
             return set(), str(error)
 

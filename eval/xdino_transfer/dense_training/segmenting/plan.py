@@ -64,16 +64,16 @@ def make_plan(
         RunFailed: weights to start from that are damaged.
     """
     start = planning.start_of(config, world_size, precision, spec, FOLDER)
-    spec_ = shown_as(config, start.spec)
     d = config.data
     with asked(f"cannot open data.path {shown(d.path)}"):
         splits = open_maps(d.path, d.zero_is_void, d.max_bad_share)
-    shown_with = {"channels": spec_.in_chans, "max_pixels": d.max_pixels}
-    train, val = (UsableMaps(**{**vars(maps), **shown_with}) for maps in splits)
-    for maps in (train, val):
+    train, val = (UsableMaps(**{**vars(maps), "max_pixels": d.max_pixels}) for maps in splits)
+    source = MaskedPictures(train, planning.read_as(config, start))
+    config, spec_ = planning.shown_as(config, source, start.known)
+    val = dataclasses.replace(val, channels=source.channels)
+    for maps in (source.maps, val):
         maps.notices.extend(check_masks(maps, d.max_bad_share))
-    source = MaskedPictures(train)
-    source.remarks += val.notices
+        source.remarks += maps.notices
     steps = steps_per_epoch(len(source), start.total_batch)
     plan = Plan(
         config,
@@ -100,23 +100,20 @@ def make_plan(
     )
 
 
-def shown_as(config: Segmentation, spec: BackboneSpec) -> BackboneSpec:
-    """The spec with the statistics that the recipe gives."""
-    v = config.view
-    if v.mean is None or v.std is None:
-        return spec
-    if not len(v.mean) == len(v.std) == spec.in_chans:
-        raise UsageError(
-            f"view.mean and view.std need one value a channel: {spec.in_chans}, got "
-            f"{len(v.mean)} and {len(v.std)}"
-        )
-    return dataclasses.replace(spec, mean=v.mean, std=v.std)
-
-
 def views_of(config: Segmentation, spec: BackboneSpec) -> TrainViews:
     v = config.view
+    rgb = None if spec.bands is None else spec.bands.rgb
     return TrainViews(
-        spec.mean, spec.std, v.crop, v.longer, v.shorter, v.scale, v.most_of_one, v.flip, v.colour
+        spec.mean,
+        spec.std,
+        v.crop,
+        v.longer,
+        v.shorter,
+        v.scale,
+        v.most_of_one,
+        v.flip,
+        v.colour,
+        rgb,
     )
 
 

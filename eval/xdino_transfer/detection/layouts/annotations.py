@@ -139,17 +139,18 @@ class Annotations:
     outlines: Outlines
     left_out: LeftOut = LeftOut()
     notices: list[str] = field(default_factory=list)
+    channels: int = 3  # of the pictures, 1 for grey, or `Bands`
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """uint8 [H, W, 3], upright.
+        """uint8 [H, W, channels], upright.
 
         Raises:
             UnreadableImage, OSError: it cannot be read, or has another size than is told of it.
         """
-        image = decode(self.paths[index].read_bytes(), 3, max_pixels)
+        image = decode(self.paths[index].read_bytes(), self.channels, max_pixels)
         H, W = self.sizes[index].tolist()
         if image.shape[:2] != (H, W):
             raise UnreadableImage(

@@ -2,6 +2,7 @@
 
 from xdino.data.decode.decoding import decode
 from xdino.data.decode.pictures import (
+    ARRAYS,
     HEAD,
     SUFFIXES,
     UnreadableImage,
@@ -10,8 +11,9 @@ from xdino.data.decode.pictures import (
     recognised,
 )
 from xdino.data.decode.sensors import bands_in, layout_of, pages_in, usual
+from xdino.data.decode.shrinking import shrink_bands
 
 __all__ = [
-    "HEAD", "SUFFIXES", "UnreadableImage", "allow_pixels", "bands_in", "decode", "from_pillow",
-    "layout_of", "pages_in", "recognised", "usual",
+    "ARRAYS", "HEAD", "SUFFIXES", "UnreadableImage", "allow_pixels", "bands_in", "decode", "from_pillow",
+    "layout_of", "pages_in", "recognised", "shrink_bands", "usual",
 ]  # fmt: skip

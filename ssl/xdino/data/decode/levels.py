@@ -10,6 +10,7 @@ Letters: H x W pixels, n bands.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,15 @@ OUTSIDE = 0.1  # share of them that may lie farther outside than black and white
 _BLOCK = 1 << 18  # values that are worked on together: they stay in a core's cache
 
 Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """values: [H, W, bands] of any type; said: black and white by the file; inverted: white is 0."""
+
+    values: np.ndarray
+    said: Range
+    inverted: bool
 
 
 def full_range(dtype: np.dtype, bits: int | None = None) -> Range:

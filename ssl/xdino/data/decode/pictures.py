@@ -37,6 +37,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from xdino.config import MAX_PIXELS
 
 #: What an image file is called: the suffixes of `_FORMATS`.
+ARRAYS = (".npy",)  # suffixes of arrays, which are images where there are no others
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif",
     ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",

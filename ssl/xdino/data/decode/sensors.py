@@ -16,7 +16,7 @@ from PIL import Image
 
 from xdino.config.bands import MOST, Bands
 from xdino.data.decode import npy, tiffs
-from xdino.data.decode.levels import Range, eight_bits, full_range
+from xdino.data.decode.levels import Found, Range, eight_bits, full_range
 from xdino.data.decode.pictures import (
     UnreadableImage,
     check_size,
@@ -36,20 +36,21 @@ def decode_bands(data: bytes, bands: Bands, max_pixels: int) -> np.ndarray:
         UnreadableImage: no image of so many bands, or its values are none of that range.
         UsageError: a TIFF, and tifffile is not installed.
     """
-    count = int(bands)
-    inverted = False
+    found = read_values(data, int(bands), max_pixels)
+    return eight_bits(found.values, bands.of_each() or [found.said], found.inverted)
+
+
+def read_values(data: bytes, count: int, max_pixels: int) -> Found:
+    """The numbers of `count` bands as they are stored, upright. Raises as `decode_bands`."""
     if data.startswith(npy.MAGIC):
         shape = npy.shape_of(data)
         height, width = sorted(shape)[-2:]
         check_size(height, width, max_pixels)
         values = npy.values_of(data, count)
-        said = full_range(values.dtype)
-    elif data[:4] in tiffs.MAGIC:
-        found = tiffs.read(data, count, max_pixels)
-        values, said, inverted = found.values, found.said, found.inverted
-    else:
-        values, said = _by_pillow(data, count, max_pixels)
-    return eight_bits(values, bands.of_each() or [said], inverted)
+        return Found(values, full_range(values.dtype), False)
+    if data[:4] in tiffs.MAGIC:
+        return tiffs.read(data, count, max_pixels)
+    return Found(*_by_pillow(data, count, max_pixels), False)
 
 
 def _by_pillow(data: bytes, count: int, max_pixels: int) -> tuple[np.ndarray, Range]:

@@ -10,31 +10,21 @@ Letters: H x W pixels.
 import io
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from xdino.config.bands import MOST
-from xdino.data.decode.levels import Range, check_type, full_range
+from xdino.data.decode.levels import Found, Range, check_type, full_range
 from xdino.data.decode.pictures import UnreadableImage, check_size, upright
 from xdino.errors import UsageError
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MOST_OF_PHOTOGRAPHS = 6  # samples of a pixel that Pillow knows: two beside colour and transparency
-_SAMPLES, _ORIENTATION, _SMIN, _SMAX = 277, 274, 340, 341  # tags
+_SAMPLES, _ORIENTATION, SMIN, SMAX = 277, 274, 340, 341  # tags
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 T = TypeVar("T")
 _PAGES = 64  # looked at; no image has as many
-
-
-@dataclass(frozen=True)
-class Found:
-    """values: [H, W, bands] of any type; said: black and white by the file; inverted: white is 0."""
-
-    values: np.ndarray
-    said: Range
-    inverted: bool
 
 
 def samples_of(data: bytes) -> int | None:
@@ -168,7 +158,7 @@ def _values(page: Any) -> np.ndarray:
 def _black_white(page: Any, dtype: np.dtype) -> Range:
     """SMinSampleValue and SMaxSampleValue where both are there, else all of the type."""
     said = []
-    for tag in (_SMIN, _SMAX):
+    for tag in (SMIN, SMAX):
         found = page.tags.get(tag)
         value = found.value if found is not None else None
         value = value[0] if isinstance(value, tuple) and value else value

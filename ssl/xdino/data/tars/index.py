@@ -18,7 +18,7 @@ from xdino.data.tars.scanning import Piece, TarIndex, is_pack, scan
 from xdino.errors import RunFailed, UsageError, asked
 from xdino.runtime.atomic import written_beside
 
-_VERSION = 3  # of the kept index; 3: with the images of tars inside
+_VERSION = 4  # of the kept index; 3: with the images of tars inside, 4: with arrays
 
 
 def open_index(path: Path) -> TarIndex:

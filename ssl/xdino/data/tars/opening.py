@@ -12,7 +12,7 @@ from xdino.data.listing import ByteStrings, first, no_image, printable
 from xdino.data.splits import is_a_part, is_held_out, is_split, splits_among, val_among
 from xdino.data.tars import label_files
 from xdino.data.tars.index import open_index
-from xdino.data.tars.scanning import TarIndex
+from xdino.data.tars.scanning import TarIndex, of_pictures
 from xdino.data.tars.source import TarSource, TarTable
 from xdino.data.tars.store import LocalTars, Store
 from xdino.data.tars.table_index import indexed
@@ -37,7 +37,7 @@ def open_tars(
 def _put_together(
     data: str, store: Store, split: str | None, channels: int | None, labelled: bool
 ) -> TarSource:
-    indexes = store.indexes()
+    indexes = of_pictures(store.indexes())
     within = _split_folder(indexes, split) if split is not None else b""
     if split == "val" and not within and any(map(len, indexes)):
         tops = sorted({printable(n.split(b"/")[0]) for i in indexes for n in i.names})
@@ -81,7 +81,7 @@ def _put_together(
 
 def splits_of_tar(path: Path) -> list[str]:
     """The splits that a tar is divided into by the folders inside."""
-    indexes = [open_index(path)]
+    indexes = of_pictures([open_index(path)])
     held = _held_out(indexes)
     return splits_among(
         lambda split: _split_folder(indexes, split), lambda: len(_rows(indexes[0], b"", held))

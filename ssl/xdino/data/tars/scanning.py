@@ -7,6 +7,9 @@ uncompressed tar holds every member in one piece, so an index of offsets turns i
 Tars that were joined with `cat` are read through: an end mark ends only what lies before it. A tar
 inside of a tar, as ImageNet comes, is a folder of its name: `n01440764.tar` holds `n01440764/...`.
 
+Arrays (.npy) are images where a tar, and every other that is read with it, holds no picture: in folders
+the same. Beside pictures they are whatever else a sample has.
+
 Nothing is ever extracted. A member's name is a label here and never a path, so that a member
 "../../x.jpg" can reach no place outside. A tar is complete or refused, as every source.
 """
@@ -15,14 +18,14 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xdino.data.decode import HEAD, SUFFIXES, recognised
+from xdino.data.decode import ARRAYS, HEAD, SUFFIXES, npy, recognised
 from xdino.data.listing import ByteStrings, count_suffix, is_hidden, printable
 from xdino.errors import UsageError
 
@@ -44,7 +47,7 @@ _SMALL = 1 << 20  # bytes of a .cls or of the pack's member, at most
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The N images of one tar, in its order.
+    """The N images of one tar, in its order; arrays among them until `of_pictures` decides.
 
     path: a file, or an address. names: as the tar has them, a leading "./" left out. offsets, sizes:
     int64 [N], in bytes. classes: what the sample's .cls holds, b"" without one. pack: what `xdino
@@ -61,6 +64,36 @@ class TarIndex:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def has_arrays(self) -> bool:
+        return any(suffix.encode() in bytes(self.names.blob).lower() for suffix in ARRAYS)
+
+    def without_arrays(self) -> "TarIndex":
+        there = np.array([not _is_array(name) for name in self.names], bool)
+        others = self.others | {ARRAYS[0]: self.others.get(ARRAYS[0], 0) + int((~there).sum())}
+        rows = np.flatnonzero(there)
+        return replace(
+            self,
+            names=ByteStrings.of(self.names[row] for row in rows),
+            offsets=self.offsets[rows],
+            sizes=self.sizes[rows],
+            classes=ByteStrings.of(self.classes[row] for row in rows),
+            others=dict(sorted(others.items())),
+        )
+
+
+def of_pictures(indexes: Sequence[TarIndex]) -> list[TarIndex]:
+    """Without arrays, unless there is nothing else in any of them."""
+    if not any(index.has_arrays for index in indexes):
+        return list(indexes)
+    if all(_is_array(name) for index in indexes for name in index.names):
+        return list(indexes)
+    return [index.without_arrays() for index in indexes]
+
+
+def _is_array(name: bytes) -> bool:
+    return name.lower().endswith(tuple(suffix.encode() for suffix in ARRAYS))
 
 
 @dataclass(frozen=True)
@@ -238,6 +271,7 @@ class _Samples:
         self._others: dict[str, int] = {}
         self._stem: str | None = None
         self._images: list[tuple[bytes, int, int]] = []
+        self._arrays: list[tuple[bytes, int, int]] = []
         self._class, self._described = b"", False
 
     @property
@@ -273,6 +307,8 @@ class _Samples:
             self._stem = stem
         if image:
             self._images.append((_raw(name), member.offset_data, member.size))
+        elif suffix in ARRAYS and self._whole.at(6, member.offset_data) == npy.MAGIC:
+            self._arrays.append((_raw(name), member.offset_data, member.size))
         elif suffix == ".cls":
             self._class, self._described = self._content(member).strip(), True
         elif suffix == ".json":
@@ -294,12 +330,16 @@ class _Samples:
                 "one label or description, so that it is unclear which is meant; write shards "
                 "with one image a sample (a sample is what has one name up to the first dot)"
             )
-        for name, offset, size in self._images:
+        several = len(self._arrays) > 1 and self._described  # features of a sample, perhaps
+        images = self._images or ([] if several else self._arrays)
+        for _ in self._arrays if images is not self._arrays else ():
+            count_suffix(self._others, ARRAYS[0])
+        for name, offset, size in images:
             self._names.append(name)
             self._offsets.append(offset)
             self._sizes.append(size)
             self._classes.append(self._class)
-        self._images, self._class, self._described = [], b"", False
+        self._images, self._arrays, self._class, self._described = [], [], b"", False
 
     def index(self) -> TarIndex:
         self._flush()
