@@ -2,11 +2,11 @@
 
     python tests/benchmarks/averaging.py [--arch xcit_tiny_12_p16] [--prototypes 16384] [--rounds 9]
 
-Two gloo processes pretrain on random crops. Every round runs the arms in one order: copies of gradients
-twice (their ratio is noise), gradient_as_bucket_view, which is what learners have, and that with
-static_graph. Printed are the CPU seconds of a step of both processes, medians of the ratios to the first
-arm with their range, and the memory of one process after its steps, each arm in processes of its own.
-Losses must be equal to the bit.
+Two gloo processes pretrain on random crops. Every round runs the arms in one order: copies of
+gradients twice (their ratio is noise), gradient_as_bucket_view, which is what learners have, and that
+with static_graph. Printed are the CPU seconds of a step of both processes, medians of the ratios to
+the first arm with their range, and the memory of one process after its steps, each arm in processes
+of its own. Losses must be equal to the bit.
 """
 
 import argparse

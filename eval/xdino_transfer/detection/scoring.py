@@ -55,7 +55,7 @@ def detected(model: Detector, image: np.ndarray, views: Views) -> Detections:
 
 @dataclass
 class _Seen:
-    """By the numbers of the pictures: what was found; names of those that cannot be read, and why."""
+    """By the numbers of the pictures: what was found, and the names of those that cannot be read."""
 
     results: dict[int, list[dict]] = field(default_factory=dict)
     skipped: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -145,7 +145,7 @@ def _seen(
             try:
                 image = val.read(index)
             except (UnreadableImage, OSError) as error:
-                seen.skipped[index] = printable(bytes(val.paths[index])), str(error)
+                seen.skipped[index] = (printable(bytes(val.paths[index])), str(error))
                 continue
             found = detected(model, image, views)
             seen.results[index] = results_of(int(val.numbers[index]), found, ids)

@@ -113,13 +113,13 @@ def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How)
         if how.split == "test-dev":
             raise UsageError("test-dev is a split of COCO's boxes; pictures with masks have test")
         if how.split == "test":
-            maps = open_test_maps(data, begins_at_one)
-            return maps, _learned_from(loaded)
-        train, val = open_maps(data, begins_at_one)
-        return train if how.split == "train" else val, len(train)
+            maps, train_size = open_test_maps(data, begins_at_one), _learned_from(loaded)
+        else:
+            train, val = open_maps(data, begins_at_one)
+            maps, train_size = train if how.split == "train" else val, len(train)
+        return replace(maps, channels=loaded.channels), train_size
 
     chosen, train_size = turns.all_hear(opened, how.shared)
-    chosen = replace(chosen, channels=loaded.channels)
     notes = _checked(loaded, chosen, bool(chosen.masks), how)
     masks = None if how.submission is None else submission.Masks(how.submission, chosen)
     views = views_at(loaded, how.shorter_side)
@@ -152,10 +152,9 @@ def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -
             chosen, train_size = train if how.split == "train" else val, len(train)
         if how.submission is not None:
             submission.prepare(how.submission, chosen.where)
-        return chosen, train_size
+        return replace(chosen, channels=loaded.channels), train_size
 
     chosen, train_size = turns.all_hear(opened, how.shared)
-    chosen = replace(chosen, channels=loaded.channels)
     notes = _checked(loaded, chosen, len(chosen.labels) > 0, how)
     views = views_at(loaded, how.shorter_side)
     assert isinstance(views, Views)

@@ -267,7 +267,7 @@ def _plain_split(folder: Path, part: str, zero: bool, missing_share: float) -> M
 def _alone(images: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     """As `_pairs`, of pictures that have no masks: each stands in for its own."""
     left_out: dict[str, int] = {}
-    found = sorted(_below(images, left_out))
+    found = sorted(_pictures(images, left_out))
     where = printable(bytes(images))
     told = [left_out_sentence(where, left_out)] if left_out else []
     return [(images / path, images / path) for path in found], told
@@ -300,11 +300,7 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], list[str
             raise UsageError(f"there is no folder {folder}")
     left_out: dict[str, int] = {}
     there = {path.with_suffix(""): path for path in _below(masks, {})}
-    pictures = sorted(_below(images, left_out))
-    if not pictures:  # arrays are images where there are no others
-        left_out.clear()
-        with of_arrays():
-            pictures = sorted(_below(images, left_out))
+    pictures = sorted(_pictures(images, left_out))
     seen: set[Path] = set()
     for path in pictures:
         if path.with_suffix("") in seen:
@@ -318,6 +314,15 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], list[str
     ]
     where = printable(bytes(images))
     return pairs, [left_out_sentence(where, left_out)] if left_out else []
+
+
+def _pictures(folder: Path, left_out: dict[str, int]) -> list[Path]:
+    """As `_below`; arrays (.npy) where there are no image files."""
+    if found := _below(folder, left_out):
+        return found
+    left_out.clear()
+    with of_arrays():
+        return _below(folder, left_out)
 
 
 def _below(folder: Path, left_out: dict[str, int]) -> list[Path]:

@@ -114,8 +114,7 @@ def looked(
         raise UsageError(
             f"the head tells {classes} classes apart and {maps.where} has {len(maps.classes)}"
         )
-    step = distributed.world_size() if shared else 1
-    skipped: list[tuple[str, str]] = []  # names, and why
+    skipped, step = list[tuple[str, str]](), distributed.world_size() if shared else 1
 
     def look() -> None:
         for index in range(distributed.rank() if shared else 0, len(maps), step):

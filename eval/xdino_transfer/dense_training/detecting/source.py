@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xdino.data.listing import ByteStrings, printable, size_and_time, status_of
+from xdino.data.listing import ByteStrings, printable
 from xdino.data.source import StoredSource, names_and_sizes, settle_bands
 from xdino.errors import UsageError
 from xdino_transfer.detection.layouts.annotations import Annotations
@@ -73,7 +73,7 @@ class AnnotatedSource(StoredSource):
 
     def sizes(self) -> np.ndarray:
         paths = map(self._path, range(len(self)))
-        return np.array([size_and_time(status_of(path))[0] for path in paths])
+        return np.array([path.stat().st_size if path.is_file() else -1 for path in paths])
 
     def _path(self, index: int) -> Path:
         return self.annotations.paths[int(self.numbers[index])]
@@ -98,8 +98,8 @@ class AnnotatedSource(StoredSource):
     def _content(self) -> Iterator[bytes]:
         """Names and sizes of the files, and all columns of what is known of them."""
         known = self.annotations
-        names = ByteStrings.of(bytes(known.paths[number]) for number in self.numbers.tolist())
-        yield names_and_sizes(names, self.sizes())
+        paths = [known.paths[number] for number in self.numbers.tolist()]
+        yield names_and_sizes(ByteStrings.of(map(bytes, paths)), self.sizes())
         told = hashlib.blake2b(digest_size=32)
         for column in (known.sizes, known.starts, known.boxes, known.labels, known.areas):
             told.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).tobytes())
