@@ -358,14 +358,20 @@ class Watched:
 
 
 def _over_processes(network: nn.Module) -> nn.Module:
-    """`network`, its gradients averaged over the processes where there are several."""
+    """`network`, its gradients averaged over the processes where there are several.
+
+    By torch's DDP, which sends a bucket of gradients as soon as the backward pass has filled it, while
+    that goes on. Gradients are views of the buckets, so that no copy of them is kept: the same bits, and
+    as many bytes less (tests/benchmarks/averaging.py). The graph is not called static: detectors' heads
+    learn from other regions each step, micro-batches but the last exchange nothing, and no time was won.
+    """
     if distributed.world_size() == 1:
         return network
     # Buffers need no broadcast: the BatchNorms see all processes, so they agree already.
     # torch renamed the option after 2.11.
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {name: False}
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
     # Of 1 x 1 convolutions' strides, which mean the same; every process would say so.
     warnings.filterwarnings("ignore", message="Grad strides do not match")
     return DistributedDataParallel(network, **options)

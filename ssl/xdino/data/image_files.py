@@ -29,7 +29,7 @@ class Unreadable(UsageError):
     """A file that is no image, or not whole; where many are looked at, it may be left out."""
 
 
-def listed(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def listed(folder: Path) -> list[Path]:
     """The image files directly in `folder`, by name; hidden ones and what is no file left out.
 
     Raises:
@@ -37,7 +37,7 @@ def listed(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """
     with asked(f"{folder} cannot be listed"):
         found = [Path(os.fsdecode(e.path)) for e in entries(os.fsencode(folder)) if e.is_file()]
-    return [path for path in found if path.name.lower().endswith(suffixes)]
+    return [path for path in found if path.name.lower().endswith(SUFFIXES)]
 
 
 def shown_size(path: Path) -> tuple[int, int]:

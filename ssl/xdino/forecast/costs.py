@@ -225,9 +225,8 @@ def embedding_loss_cost(V: int, B: int, d: int) -> StepCost:
 def memory_bytes(work: Workload, kept: Kept, step: StepCost) -> int:
     """Of the tensors of one process at the peak of a step."""
     found = kept.state + max(step.peak, kept.gradients)
-    if work.config.train.accumulate > 1:  # those of the micro-batches before
-        found += kept.gradients
-    if work.processes > 1:  # what is exchanged lies in buckets of its own
+    # Those of the micro-batches before; of several processes the buckets that stay, which are gradients.
+    if work.config.train.accumulate > 1 or work.processes > 1:
         found += kept.gradients
     return found
 
