@@ -3,7 +3,6 @@
 Letters: K classes, H x W pixels.
 """
 
-import colorsys
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,26 +11,18 @@ from PIL import Image, ImageDraw, ImageFont
 from xdino.data.image_files import printable
 from xdino_eval.sheets import matplotlib
 from xdino_transfer.judging.seeing import Instance
+from xdino_transfer.segmentation.colours import COLOURS, colour
 
 TINT = 0.5  # of a pixel that has a class or an object
 IN_LEGEND = 10  # classes
 LEAST_SHARE = 0.001  # of the pixels, for a line of the legend
 UNTINTED = ("background", "other", "void", "unlabeled", "unlabelled")
-_GOLDEN = 0.61803398875  # of a circle of hues from one class to the next: neighbours differ
-
-
-def colour(number: int) -> tuple[int, int, int]:
-    """Of a class, or of an object: always the same, told apart from its neighbours."""
-    hue = (0.02 + number * _GOLDEN) % 1
-    saturation, value = (0.85, 0.95) if number // 8 % 2 == 0 else (0.55, 0.75)
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def palette_mask(classes: np.ndarray) -> Image.Image:
     """uint8 [H, W] as a PNG of the same numbers, which viewers show in the classes' colours."""
     image = Image.fromarray(classes)
-    image.putpalette([level for number in range(256) for level in colour(number)])  # L to P
+    image.putpalette(COLOURS.ravel().tolist())  # L to P
     return image
 
 
@@ -49,12 +40,11 @@ def segmented(
 
     legend: colours and names stand below it, with the share of each.
     """
-    table = np.array([colour(number) for number in range(256)], np.uint8)
     strength = np.full(256, TINT, np.float32)
     bare = [number for number, name in enumerate(names) if name.lower() in UNTINTED]
     strength[bare] = 0
     opacity = strength[classes][..., None]
-    picture = np.rint(photograph * (1 - opacity) + table[classes] * opacity).astype(np.uint8)
+    picture = np.rint(photograph * (1 - opacity) + COLOURS[classes] * opacity).astype(np.uint8)
     edges = np.zeros(classes.shape, bool)
     edges[1:] |= classes[1:] != classes[:-1]
     edges[:, 1:] |= classes[:, 1:] != classes[:, :-1]

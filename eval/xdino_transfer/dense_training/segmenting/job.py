@@ -19,6 +19,7 @@ from xdino_transfer.dense_training.job import DenseJob
 from xdino_transfer.dense_training.segmenting import plan as planning
 from xdino_transfer.dense_training.segmenting.pictures import MaskedBatch, MaskedLoader
 from xdino_transfer.dense_training.segmenting.plan import Plan
+from xdino_transfer.segmentation.colours import COLOURS
 from xdino_transfer.segmentation.losses import VOID
 from xdino_transfer.segmentation.scoring import PROTOCOL
 from xdino_transfer.segmentation.segmenter import Segmenter
@@ -85,24 +86,11 @@ class SegmentationJob(DenseJob[MaskedBatch]):
             torch.tensor(x)[places].view(-1, 1, 1)
             for x in (self.plan.spec.mean, self.plan.spec.std)
         )
-        colours = coloured(labels.long())[:, : images.shape[1]]
+        colours = (
+            torch.from_numpy(COLOURS)[labels.long()].movedim(-1, 1)[:, : images.shape[1]] / 255
+        )
         known = (labels != VOID)[:, None]
         pixels = images * std + mean
         shown = torch.where(known, 0.4 * pixels + 0.6 * colours, pixels)
         groups = [images[None], ((shown - mean) / std)[None]]
         save_views(path, groups, mean.flatten().tolist(), std.flatten().tolist())
-
-
-def coloured(labels: Tensor) -> Tensor:
-    """Labels int64 [B, H, W] -> colours 0 to 1 [B, 3, H, W], far from each other for small numbers.
-
-    Pascal VOC's palette: the bits of a number, the lowest first, are the highest bits of the three
-    colours in turn.
-    """
-    found = torch.zeros(len(labels), 3, *labels.shape[1:], dtype=torch.int64)
-    left = labels + 1  # 0 is black in it
-    for bit in range(7, -1, -1):
-        for channel in range(3):
-            found[:, channel] |= ((left >> channel) & 1) << bit
-        left = left >> 3
-    return found / 255
