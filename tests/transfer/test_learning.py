@@ -84,7 +84,7 @@ def test_a_detector_learns(composites, tmp_path, xdino, detection_data):
         "heads.width": 64, "heads.hidden": 128, "heads.mask_width": 64, "heads.anchors": 64,
         "heads.candidates": 200, "heads.proposals": 100, "heads.regions": 64, "view.sides": SIDE,
         "view.longer": SIDE, "view.crop_chance": 0, "view.flip": 0, "view.test_side": SIDE,
-        "optim.lr": 4e-3, "optim.warmup": 20, "train.batch_size": BATCH, "train.epochs": 50,
+        "optim.lr": 4e-3, "optim.warmup": 20, "train.batch_size": BATCH, "train.epochs": 40,
         "train.precision": "fp32", "evaluate.every": 0, "runtime.device": "cpu", "runtime.workers": 1,
         "runtime.report": "false", "runtime.log_every": 100,
     }  # fmt: skip
@@ -115,7 +115,7 @@ def test_a_segmenter_learns(composites, tmp_path, xdino):
         "model.depth": 4, "model.num_heads": 4, "model.channels": 32, "model.dropout": 0,
         "view.crop": SIDE, "view.longer": SIDE, "view.shorter": SIDE, "view.scale": "1,1",
         "view.flip": 0, "view.colour": "false", "optim.lr": 0.03, "optim.warmup": 20,
-        "train.batch_size": BATCH, "train.epochs": "null", "train.iterations": 320,
+        "train.batch_size": BATCH, "train.epochs": "null", "train.iterations": 300,
         "train.precision": "fp32", "evaluate.every": 0, "runtime.device": "cpu", "runtime.workers": 1,
         "runtime.report": "false", "runtime.log_every": 100,
     }  # fmt: skip
