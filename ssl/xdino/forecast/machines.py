@@ -159,7 +159,9 @@ def capacity(plan: Plan) -> tuple[float, float] | None:
         return None
     try:
         flops = count_step(work).flops
-    except (RuntimeError, ValueError, NotImplementedError):  # a column less
+    except (RuntimeError, ValueError, NotImplementedError):
+        # A network that is not ours may ask its tensors for values, or hold an operation that torch's
+        # "meta" device does not know: the run goes on without this column.
         return None
     return flops, gpu.single if plan.precision == "fp32" else gpu.half
 
