@@ -160,3 +160,24 @@ def test_high_resolution_takes_the_folded_path_and_gives_the_same_features(monke
         folded = model(images)
         monkeypatch.setattr(xcit.layers, "FOLD_FROM", 1000)
         torch.testing.assert_close(folded, model(images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_hidden_layer_is_made_in_pieces(monkeypatch):
+    layers = xcit.layers
+    mlp, gain = layers.Mlp(12, 48), torch.rand(12)
+    x = torch.randn(2, 31, 12)
+    with torch.no_grad():
+        whole = layers.scaled_mlp(x, mlp, gain)
+        seen: list[int] = []
+        mlp.fc1.register_forward_hook(lambda layer, given, found: seen.append(found.numel()))
+        monkeypatch.setattr(layers, "HIDDEN_AT_ONCE", 480)
+        torch.testing.assert_close(layers.scaled_mlp(x, mlp, gain), whole)
+    assert (len(seen), max(seen)) == (7, 480)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_tokens_lie_token_by_token_between_blocks(dtype):
+    model = xcit.XCiT(16, 32, 2, 2)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        found = [x for x, _, _ in xcit.trunk.after_each_block(model, torch.randn(2, 3, 64, 48))]
+    assert all(x.is_contiguous() for x in found)

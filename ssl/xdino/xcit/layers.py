@@ -15,6 +15,9 @@ LAYER_NORM_EPS = 1e-6
 NORM_EPS = 1e-12  # of the l2 norm of queries and keys
 HALF = (torch.float16, torch.bfloat16)
 FOLD_FROM = 2  # tokens per channel from which XCA by second moments is the shorter way
+# Values of an MLP's hidden layer at once, without gradients on a CPU. glibc gives blocks over 32 MB back
+# to the system, which fills them with zeros again, page by page, in the next block of the network.
+HIDDEN_AT_ONCE = 1 << 22
 
 
 class Mlp(nn.Module):
@@ -158,11 +161,28 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def scaled_mlp(x: Tensor, mlp: Mlp, gain: Tensor) -> Tensor:
-    """`gain * mlp(x)`. Its hidden layer is the widest of a block: in training it is kept once."""
-    hidden = mlp.fc1(x)
-    if not (mlp.training and torch.is_grad_enabled()):
-        return scaled_linear(F.gelu(hidden), mlp.fc2, gain)
-    return _GeluLinear.apply(hidden, mlp.fc2.weight * gain[:, None], mlp.fc2.bias * gain)
+    """`gain * mlp(x)`. Its hidden layer is the widest of a block: in training it is kept once.
+
+    Without gradients a CPU makes a large one in pieces.
+    """
+    weight, bias = mlp.fc2.weight * gain[:, None], mlp.fc2.bias * gain
+    if mlp.training and torch.is_grad_enabled():
+        return _GeluLinear.apply(mlp.fc1(x), weight, bias)
+
+    def of(tokens: Tensor) -> Tensor:
+        return F.linear(F.gelu(mlp.fc1(tokens)), weight, bias)
+
+    if torch.is_grad_enabled() or _traced() or x.device.type not in ("cpu", "meta"):
+        return of(x)
+    rows = max(HIDDEN_AT_ONCE // mlp.fc1.out_features, 1)
+    if x.shape[:-1].numel() <= rows:
+        return of(x)
+    return torch.cat([of(tokens) for tokens in x.flatten(0, -2).split(rows)]).view(x.shape)
+
+
+def _traced() -> bool:
+    """Whether a graph is made of what runs, which may hold no size of an image."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class XCABlock(nn.Module):

@@ -64,6 +64,9 @@ def after_each_block(network: Trunk, images: Tensor) -> Iterator[tuple[Tensor, i
     positions = network.pos_embeder
     x = x + positions(h, w)
     x = x.to(torch.promote_types(x.dtype, positions.token_projection.weight.dtype))
+    # The stem's tokens lie channel by channel, and every sum of a block keeps the layout of what it adds
+    # to: each norm would turn them over again.
+    x = x.contiguous()
     for block in network.blocks:
         x = run(block, x, h, w)
         yield x, h, w
