@@ -89,7 +89,7 @@ def compared(name: str, run: Path) -> list[str]:
         "s in all": (plan["seconds"], seconds),
         "MB of memory": (plan["memory"] / 1e6, max(row.get("resident_mb", 0) for row in rows)),
         "kB of states": (
-            plan["disk"]["last.pt and previous.pt"] / 1e3,
+            sum(size for kind, size in plan["disk"].items() if "newest" in kind) / 1e3,
             sum(files.get(file, 0) for file in ("last.pt", "previous.pt")) / 1e3,
         ),
         "kB of weights": (

@@ -136,11 +136,15 @@ def test_what_processes_send():
     assert least < costs.network_bytes(work, held) < 2 * least
 
 
-def test_disk_is_two_states_the_kept_ones_and_weights():
+def test_disk_is_the_newest_states_the_kept_ones_and_weights():
     work = workload(train__epochs=50, runtime__keep_every=20)
     held = kept(work)
     expected = 4 * held.state + 2 * held.backbone
     assert sum(costs.disk_bytes(work, held).values()) == expected
+    once = workload(train__epochs=1, runtime__keep_every=0)
+    assert sum(costs.disk_bytes(once, held).values()) == held.state + 2 * held.backbone
+    four = workload(train__epochs=10, runtime__keep_every=0, runtime__keep_last=4)
+    assert sum(costs.disk_bytes(four, held).values()) == 4 * held.state + 2 * held.backbone
     assert sum(costs.disk_bytes(workload(runtime__keep_every=0), held).values()) == (
         2 * held.state + 2 * held.backbone
     )

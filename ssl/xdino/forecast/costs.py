@@ -251,12 +251,12 @@ def network_bytes(work: Workload, kept: Kept) -> int:
 def disk_bytes(work: Workload, kept: Kept) -> dict[str, int]:
     """What a run leaves on disk, by what it is."""
     runtime, epochs = work.config.runtime, work.config.train.epochs
-    held = epochs // runtime.keep_every if runtime.keep_every else 0
-    return {
-        "last.pt and previous.pt": 2 * kept.state,
-        f"states kept every {runtime.keep_every} epochs ({held})": held * kept.state,
-        "weights, first and last": 2 * kept.backbone,
-    }
+    newest = min(saves(work), runtime.keep_last)
+    found = {f"newest states ({newest})": newest * kept.state}
+    if runtime.keep_every:
+        held = epochs // runtime.keep_every
+        found[f"states kept every {runtime.keep_every} epochs ({held})"] = held * kept.state
+    return found | {"weights, first and last": 2 * kept.backbone}
 
 
 def saves(work: Workload) -> int:
