@@ -183,7 +183,7 @@ def test_damaged_images_beyond_the_share_stop_the_run(detect, coco):
     assert run.exists()
 
 
-def test_one_class_and_json_files_by_their_names(detect, coco, tmp_path):
+def test_one_class_and_json_files_by_their_names(detect, coco, tmp_path, xdino):
     """Moved, and continued from where they lie now; val without a picture that is damaged."""
     for split in ("train", "val"):
         path = coco / "annotations" / f"instances_{split}2017.json"
@@ -214,6 +214,15 @@ def test_one_class_and_json_files_by_their_names(detect, coco, tmp_path):
     assert "1 pictures could not be read" in row.notes[0]
     assert (run / "per_class.csv").read_text().startswith("class,objects,box AP,mask AP\ntrouser,")
     assert (run / "metrics.jsonl").read_text().count("val_box_ap50") == 2
+    # One of the files scores it as well, in the words that are told at the end.
+    told = f"xdino score {run} --data {files['data__val_json']} --images {files['data__val_images']}"
+    assert f"  {told}\n" in error
+    code, out, error = xdino(*told.split()[1:], "--json")
+    assert code == 0, error
+    assert json.loads(out)[0]["metrics"] == row.metrics
+    code, _, error = xdino(*told.split()[1:-2])
+    assert code == 2
+    assert "--images FOLDER says where they are" in error
     shutil.move(coco, tmp_path / "moved")
     moved = {key: tmp_path / "moved" / value.relative_to(coco) for key, value in files.items()}
     code, error, _ = detect(None, **moved, evaluate__every=1)

@@ -23,7 +23,12 @@ from xdino_transfer.dense_files import LoadedDense
 from xdino_transfer.detection import scoring as detecting
 from xdino_transfer.detection.detector import Detector
 from xdino_transfer.detection.layouts.annotations import Annotations
-from xdino_transfer.detection.layouts.opening import check_numbered, open_annotated, open_test
+from xdino_transfer.detection.layouts.opening import (
+    check_numbered,
+    open_annotated,
+    open_file,
+    open_test,
+)
 from xdino_transfer.detection.views import Views
 from xdino_transfer.judging import submission
 from xdino_transfer.segmentation import scoring as segmenting
@@ -43,8 +48,9 @@ def _quiet(sentence: str) -> None:
 class How:
     """How pictures are shown, and who is told.
 
-    split: "val", "train", or what need not be annotated: "test", and "test-dev" of COCO. scales,
-    flip: of a segmenter: views whose probabilities are averaged.
+    split: "val", "train", or what need not be annotated: "test", and "test-dev" of COCO. images: of a
+    detector: the folder of the pictures of a JSON file, which the data is then; the split says only
+    whether it need be annotated. scales, flip: of a segmenter: views whose probabilities are averaged.
     shorter_side: pixels, None = as the file says. zero_is_void: labels begin at 1, of images/ and
     masks/, whatever the file says. progress: is told how many pictures of how many are done. notice:
     sentences. shared: every process calls this, and looks at its part of the pictures. submission: what
@@ -52,6 +58,7 @@ class How:
     """
 
     split: str = "val"
+    images: str | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     shorter_side: int | None = None
@@ -84,6 +91,8 @@ def score(loaded: LoadedDense, data: str, how: How | None = None) -> DenseScore:
     how = how or How()
     if isinstance(loaded.network, Detector) and (how.flip or how.scales != (1.0,)):
         raise UsageError("flip and scales are of segmenters, and this is a detector")
+    if isinstance(loaded.network, Segmenter) and how.images is not None:
+        raise UsageError("images of a JSON file are a detector's, and this is a segmenter")
     if how.device is not None:
         loaded.network.to(how.device)
     if isinstance(loaded.network, Detector):
@@ -143,9 +152,15 @@ def _score_segmenter(loaded: LoadedDense, model: Segmenter, data: str, how: How)
 
 def _score_detector(loaded: LoadedDense, model: Detector, data: str, how: How) -> DenseScore:
     def opened() -> tuple[Annotations, int]:
-        if how.submission is not None:
+        if how.images is None and Path(data).suffix == ".json" and Path(data).is_file():
+            raise UsageError(f"{data} names pictures: --images FOLDER says where they are")
+        if how.images is None and how.submission is not None:
             check_numbered(data)
-        if how.split.startswith("test"):
+        if how.images is not None:
+            told = not how.split.startswith("test")
+            chosen = open_file(data, how.images, annotated=told)
+            train_size = _learned_from(loaded)
+        elif how.split.startswith("test"):
             chosen, train_size = open_test(data, how.split), _learned_from(loaded)
         else:
             train, val = open_annotated(data)

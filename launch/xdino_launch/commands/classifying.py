@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 SCORED = (
     "Folder with train/ and val/ (or test/), or of class folders; tars; the archives of CIFAR-10, "
     "CIFAR-100, Flowers-102, Stanford Cars, iNaturalist; a named source. Of a segmenter images/ and "
-    "masks/, ADE20K or VOC; of a detector COCO's layout, JSON beside images, or VOC."
+    "masks/, ADE20K or VOC; of a detector COCO's layout, JSON beside images, VOC, or a JSON file and "
+    "--images."
 )
 RATIO = (
     "Side of the crop as a share of the resized shorter side: 1 is the published full crop, 0.875 is "
@@ -54,7 +55,7 @@ OF_CLASSIFIERS = (
     "precision", "category", "top",
 )  # fmt: skip
 OF_SEGMENTERS = ("scales", "flip", "zero_is_void")
-OF_DETECTORS = ("threshold",)
+OF_DETECTORS = ("threshold", "images_of")
 OF_DENSE = (*OF_SEGMENTERS, *OF_DETECTORS, "shorter_side", "memory", "tile", "submission")
 
 
@@ -194,6 +195,12 @@ def _task(weights: str) -> str | None:
 @takes(judged=ClassifierOptions, showing=ShowingOptions, output=OutputOptions)
 @click.option("--data", required=True, type=Place(), help=SCORED)
 @click.option(
+    "--images",
+    "images_of",
+    type=Place(),
+    help="Of a detector, where DATA is a JSON file of COCO's kind: the folder of its pictures.",
+)
+@click.option(
     "--split",
     type=click.Choice(["val", "train", "test", "test-dev"]),
     default="val",
@@ -207,6 +214,7 @@ def score(
     showing: ShowingOptions,
     output: OutputOptions,
     data: str,
+    images_of: str | None,
     split: str,
     category: str,
 ) -> None:
@@ -230,7 +238,7 @@ def score(
             lambda: dense.opened(judged.weights, judged.arch, judged.device),
             distributed.world_size() > 1,
         )
-        found = dense.score(loaded, data, split=split, **asdict(showing))
+        found = dense.score(loaded, data, split=split, images=images_of, **asdict(showing))
         if found.row is not None:
             output.tell([found.row], judged.weights)
             dense.keep_per_class(found, output.file(judged.weights))

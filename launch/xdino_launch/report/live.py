@@ -129,7 +129,10 @@ class Watcher(Listener):
 
     def _next(self) -> list[tuple[str, str]]:
         if self.config.kind != "pretrain":
-            return next_of_labelled(self.config.kind, self.run, self.config.data.path)
+            told = self.config.data
+            images = getattr(told, "val_images", None)  # a detector's files may be named one by one
+            data = told.path if images is None else told.val_json
+            return next_of_labelled(self.config.kind, self.run, data, images)
         labelled = None if self.splits is None else self.splits[1].labels is not None
         data = self.config.evaluate.data or self.config.data.path
         return next_commands(self.run, data, labelled)

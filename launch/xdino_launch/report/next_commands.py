@@ -69,14 +69,20 @@ def next_of_classifier(run: Path, data: str) -> list[tuple[str, str]]:
     return [(what, shlex.join(["xdino", *words])) for what, words in commands]
 
 
-def next_of_labelled(kind: str, run: Path, data: str) -> list[tuple[str, str]]:
-    """The same after a run of this kind has learned from labels of `data`."""
+def next_of_labelled(
+    kind: str, run: Path, data: str, images: str | None = None
+) -> list[tuple[str, str]]:
+    """The same after a run of this kind has learned from labels of `data`.
+
+    images: where `data` is a JSON file, the folder of its pictures.
+    """
     if kind == "finetune":
         return next_of_classifier(run, data)
-    place, data = _operand(str(run)), _operand(data or "DATA")  # files may be named instead
-    image = an_image(data, HELD_OUT) or IMAGE
+    place, data = _operand(str(run)), _operand(data)
+    image = an_image(images or data, HELD_OUT) or IMAGE
+    beside = [] if images is None else ["--images", _operand(images)]
     commands = [
-        ("the score", ["score", place, "--data", data]),
+        ("the score", ["score", place, "--data", data, *beside]),
         (
             "a picture of what it finds",
             ["predict", place, image, "--out", os.path.join(place, "found")],

@@ -187,10 +187,12 @@ class Run:
     @property
     def commands(self) -> list[tuple[str, str]]:
         """What to type next: (what for, command)."""
-        data = [self.value(key) for key in ("evaluate.data", "data.path")]
-        known = next((path for path in data if path not in (ABSENT, "null", "~", "")), "DATA")
+        keys = "evaluate.data", "data.path", "data.val_json", "data.val_images"
+        none = ABSENT, "null", "~", ""
+        *data, images = (None if (path := self.value(key)) in none else path for key in keys)
+        known = next((path for path in data if path is not None), "DATA")
         if self.labelled:
-            return next_of_labelled(self.value("kind"), self.path, known)
+            return next_of_labelled(self.value("kind"), self.path, known, images)
         return next_commands(self.path, known)
 
     @property

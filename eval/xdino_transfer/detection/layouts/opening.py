@@ -88,18 +88,26 @@ def open_files(
         UsageError: one is not there, or no such file; classes that differ.
     """
 
-    def read(told: str, images: str) -> Annotations:
-        with asked(f"{told} cannot be read"):
-            file, folder = Path(told).expanduser(), Path(images).expanduser()
-            if not file.is_file():
-                raise UsageError(f"there is no file {file} of annotations")
-            if not folder.is_dir():
-                raise UsageError(f"there is no folder {folder}, where the pictures of {file} are")
-            return coco.read(file, folder, missing_share)
-
-    ours, theirs = read(*train), read(*val)
+    ours, theirs = (open_file(*named, missing_share) for named in (train, val))
     _compare(ours, theirs, f"{train[0]} and {val[0]}")
     return ours, theirs
+
+
+def open_file(
+    told: str, images: str, missing_share: float = MISSING_SHARE, annotated: bool = True
+) -> Annotations:
+    """One split: a JSON file of COCO's kind and the folder of its pictures.
+
+    Raises:
+        UsageError: one is not there, or no such file.
+    """
+    with asked(f"{told} cannot be read"):
+        file, folder = Path(told).expanduser(), Path(images).expanduser()
+        if not file.is_file():
+            raise UsageError(f"there is no file {file} of annotations")
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {folder}, where the pictures of {file} are")
+        return coco.read(file, folder, missing_share, annotated)
 
 
 def _compare(train: Annotations, val: Annotations, where: str) -> None:
