@@ -80,3 +80,15 @@ def test_images_of_any_shape(tmp_path, shape):
     found = drawn(tmp_path / "a.png", groups, crops.mean, crops.std, lambda _: image, table)
     assert found.shape[0] == picture.HEAD + 224 + picture.GAP
     assert found.shape[1] < 1400
+
+
+def test_columns_are_called_as_asked(tmp_path, monkeypatch):
+    told: list[str] = []
+    together = picture._together
+    monkeypatch.setattr(
+        picture, "_together", lambda c, h: told.extend(name for name, _ in c) or together(c, h)
+    )
+    groups = [torch.zeros(1, 2, 3, 16, 16)] * 2
+    drawn(tmp_path / "a.png", groups, [0.5] * 3, [0.25] * 3, called=("crops", "with their labels"))
+    drawn(tmp_path / "b.png", groups, [0.5] * 3, [0.25] * 3)
+    assert told == ["crops, 16 px", "with their labels, 16 px", "1 crop, 16 px", "1 crop, 16 px"]

@@ -215,7 +215,9 @@ def test_one_class_and_json_files_by_their_names(detect, coco, tmp_path, xdino):
     assert (run / "per_class.csv").read_text().startswith("class,objects,box AP,mask AP\ntrouser,")
     assert (run / "metrics.jsonl").read_text().count("val_box_ap50") == 2
     # One of the files scores it as well, in the words that are told at the end.
-    told = f"xdino score {run} --data {files['data__val_json']} --images {files['data__val_images']}"
+    told = (
+        f"xdino score {run} --data {files['data__val_json']} --images {files['data__val_images']}"
+    )
     assert f"  {told}\n" in error
     code, out, error = xdino(*told.split()[1:], "--json")
     assert code == 0, error

@@ -41,6 +41,7 @@ def save_views(
     table: np.ndarray | None = None,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     channels: int = 3,
+    called: Sequence[str] = (),
 ) -> None:
     """A picture of the views: a row an image, the original where there is one, then its crops.
 
@@ -50,6 +51,7 @@ def save_views(
             had; if none of the first can, the picture is of the crops alone.
         table: what was drawn for the crops, [V, B], so that their places can be shown.
         ratio: as of `MultiCrop`. channels: of the source, by which `Bands` say what is seen.
+        called: what each group shows, where that is not so many crops.
 
     Raises:
         RunFailed: it cannot be written.
@@ -69,12 +71,12 @@ def save_views(
             framed.append(_original(_rgb(image, channels), places, height))
         columns.append(("original, and its crops" if table is not None else "original", framed))
     first = 0
-    for group in groups:
+    for number, group in enumerate(groups):
         pixels, size = _rgb(_pixels(group[:, rows], mean, std), channels), group.shape[-1]
         most = min(max(1, round(largest / size)), max(1, height // SMALLEST))
         blocks = [_block(pixels[:, i], first, height, most) for i in range(len(rows))]
         crops = f"{len(group)} crop{'s' if len(group) > 1 else ''}"
-        columns.append((f"{crops}, {size} px", blocks))
+        columns.append((f"{called[number] if called else crops}, {size} px", blocks))
         first += len(group)
     with written_beside(path) as beside:
         _together(columns, height).save(beside)

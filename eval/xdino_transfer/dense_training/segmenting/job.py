@@ -93,4 +93,5 @@ class SegmentationJob(DenseJob[MaskedBatch]):
         pixels = images * std + mean
         shown = torch.where(known, 0.4 * pixels + 0.6 * colours, pixels)
         groups = [images[None], ((shown - mean) / std)[None]]
-        save_views(path, groups, mean.flatten().tolist(), std.flatten().tolist())
+        told = mean.flatten().tolist(), std.flatten().tolist()
+        save_views(path, groups, *told, called=("crops", "with their labels"))
