@@ -88,7 +88,8 @@ def test_columns_are_called_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(
         picture, "_together", lambda c, h: told.extend(name for name, _ in c) or together(c, h)
     )
-    groups = [torch.zeros(1, 2, 3, 16, 16)] * 2
-    drawn(tmp_path / "a.png", groups, [0.5] * 3, [0.25] * 3, called=("crops", "with their labels"))
-    drawn(tmp_path / "b.png", groups, [0.5] * 3, [0.25] * 3)
+    group = torch.zeros(1, 2, 3, 16, 16)
+    named = {"crops": group, "with their labels": group}
+    for groups in (named, [group, group]):
+        drawn(tmp_path / "a.png", groups, [0.5] * 3, [0.25] * 3)
     assert told == ["crops, 16 px", "with their labels, 16 px", "1 crop, 16 px", "1 crop, 16 px"]

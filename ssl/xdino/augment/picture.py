@@ -8,7 +8,7 @@ that lose what matters, are seen here before hours went into them.
 Letters: B images, V views, C channels, H x W of an image, h x w of a crop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,32 +34,35 @@ COLOURS = (
 
 def save_views(
     path: Path,
-    groups: Sequence[Tensor],
+    groups: Sequence[Tensor] | Mapping[str, Tensor],
     mean: Sequence[float],
     std: Sequence[float],
     originals: Callable[[int], np.ndarray | None] = lambda _: None,
     table: np.ndarray | None = None,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     channels: int = 3,
-    called: Sequence[str] = (),
 ) -> None:
     """A picture of the views: a row an image, the original where there is one, then its crops.
 
     Args:
-        groups: normalised crops, each `[V_r, B, C, h, w]`.
+        groups: normalised crops, each `[V_r, B, C, h, w]`, or by their names what is no crop.
         originals: gives image number b of the batch, uint8 [H, W, C], or None where it cannot be
             had; if none of the first can, the picture is of the crops alone.
         table: what was drawn for the crops, [V, B], so that their places can be shown.
         ratio: as of `MultiCrop`. channels: of the source, by which `Bands` say what is seen.
-        called: what each group shows, where that is not so many crops.
 
     Raises:
         RunFailed: it cannot be written.
     """
-    count = groups[0].shape[1]
+    pairs = (
+        [*groups.items()]
+        if isinstance(groups, Mapping)
+        else [(f"{len(group)} crop{'s' if len(group) > 1 else ''}", group) for group in groups]
+    )
+    count = pairs[0][1].shape[1]
     found = {b: image for b in range(min(count, IMAGES)) if (image := originals(b)) is not None}
     rows = list(found) or list(range(min(count, IMAGES)))
-    largest = max(group.shape[-1] for group in groups)
+    largest = max(group.shape[-1] for _, group in pairs)
     height = min(largest * max(1, -(-LEAST // largest)), MOST)
     columns: list[tuple[str, list[Image.Image]]] = []
     if found:
@@ -71,12 +74,11 @@ def save_views(
             framed.append(_original(_rgb(image, channels), places, height))
         columns.append(("original, and its crops" if table is not None else "original", framed))
     first = 0
-    for number, group in enumerate(groups):
+    for name, group in pairs:
         pixels, size = _rgb(_pixels(group[:, rows], mean, std), channels), group.shape[-1]
         most = min(max(1, round(largest / size)), max(1, height // SMALLEST))
         blocks = [_block(pixels[:, i], first, height, most) for i in range(len(rows))]
-        crops = f"{len(group)} crop{'s' if len(group) > 1 else ''}"
-        columns.append((f"{called[number] if called else crops}, {size} px", blocks))
+        columns.append((f"{name}, {size} px", blocks))
         first += len(group)
     with written_beside(path) as beside:
         _together(columns, height).save(beside)

@@ -92,6 +92,5 @@ class SegmentationJob(DenseJob[MaskedBatch]):
         known = (labels != VOID)[:, None]
         pixels = images * std + mean
         shown = torch.where(known, 0.4 * pixels + 0.6 * colours, pixels)
-        groups = [images[None], ((shown - mean) / std)[None]]
-        told = mean.flatten().tolist(), std.flatten().tolist()
-        save_views(path, groups, *told, called=("crops", "with their labels"))
+        groups = {"crops": images[None], "with their labels": ((shown - mean) / std)[None]}
+        save_views(path, groups, mean.flatten().tolist(), std.flatten().tolist())
