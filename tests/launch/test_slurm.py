@@ -392,9 +392,12 @@ def test_any_command_is_one_task(commands, tmp_path, xdino, monkeypatch):
     assert "started 0 times again" in script, "it would begin anew each time"
     assert xdino("submit", "--run", tmp_path / "run", "--gpus-per-node", 0, "--", *command)[0] == 0
     assert not [x for x in told.read_text().splitlines() if "gres" in x]
-    # k-NN shares its work.
-    assert xdino("submit", "--run", tmp_path / "run", "--gpus-per-node", 4, "--", *command)[0] == 0
-    assert "--ntasks-per-node=4" in told.read_text().splitlines()
+    # These share their work.
+    weights, data = ("runs/s 12", "--data"), str(tmp_path / "classes")
+    for shared in (command, ("linear", *weights, data), ("score", *weights, data)):
+        done = xdino("submit", "--run", tmp_path / "run", "--gpus-per-node", 4, "--", *shared)
+        assert done[0] == 0, done[2]
+        assert "--ntasks-per-node=4" in told.read_text().splitlines()
 
 
 def test_recipes_of_every_kind_are_submitted(commands, tmp_path, xdino):
@@ -427,7 +430,7 @@ def test_recipes_of_every_kind_are_submitted(commands, tmp_path, xdino):
         (["--", "knn", "runs/a", "--daat", "x"], "--daat"),
         (["--", "knn"], "WEIGHTS"),
         (["--seeds", "0-2", "--", "knn", "a", "--data", "b"], "for pretraining"),
-        (["--gpus-per-node", "4", "--", "linear", "a", "--data", "b"], "linear is one process"),
+        (["--gpus-per-node", "4", "--", "predict", "a", "b.png"], "predict is one process"),
         (["--", "pretrain", "debug"], "xdino submit RECIPE"),
         (["--", "submit", "debug"], "xdino submit RECIPE"),
         (["--", "knm"], "knm"),

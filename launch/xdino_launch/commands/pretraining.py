@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # instead of a recipe
 MINUTES = Number(0.1, 60 * 24 * 366)
+SHARED = ("knn", "linear", "score")  # commands whose work several tasks share
 HOURS = Number(1 / 60, 24 * 365)  # SLURM counts minutes, and 0 of them is no limit
 
 
@@ -327,7 +328,7 @@ def submit(
     Prints the job's number. Script, configuration and logs are in RUN-slurm/. Where there is no SLURM
     it refuses; --cluster local starts one process here instead.
 
-    Another command goes behind two dashes, one task unless it shares its work as knn does:
+    Another command goes behind two dashes, one task unless it shares its work (knn, linear, score):
     xdino submit --run RUN --hours 2 -- knn RUN --data DATA
     """
     from xdino_launch import slurm as queue
@@ -349,7 +350,7 @@ def submit(
     if other:
         if several or cluster == "local":
             raise UsageError(f"--seeds and --cluster local are for pretraining, not for {config}")
-        if resources.tasks > 1 and not learns and config != "knn":
+        if resources.tasks > 1 and not learns and config not in SHARED:
             raise UsageError(f"{config} is one process: --nodes 1 and --gpus-per-node 0 or 1")
         job = queue.submit_command([config, *ctx.args], run_dir, resources)
     else:
