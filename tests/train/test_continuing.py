@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -337,7 +338,7 @@ def test_two_processes_at_once_one_is_refused(tmp_path, images):
     ]
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
-    assert any("is in use by process" in error for error in errors)
+    assert any("is in use by process" in error for error in errors), errors
     told = [r["iteration"] for r in rows(tmp_path / "run")]
     assert told == sorted(set(told))
 
@@ -353,6 +354,27 @@ def test_leftovers_of_killed_writers_go(tiny, finished):
 
 
 def test_a_run_directory_looks_before_it_writes(tmp_path, tiny):
+    """A run that begins, or was killed when it began, is no folder of something else."""
     (tmp_path / ".lock").write_text("")
+    (tmp_path / ".probe.77.tmp").write_text("")
+    (tmp_path / ".config.yaml.77.tmp").mkdir()
+    before = sorted(tmp_path.iterdir())
     assert RunDirectory(tmp_path).resolve(tiny()) == tiny()
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / ".hidden").write_text("")
+    with pytest.raises(UsageError, match="not empty and not a run"):
+        RunDirectory(tmp_path).resolve(tiny())
+
+
+def test_a_holder_that_has_not_told_its_name_yet_is_waited_for(tmp_path):
+    with Lock(tmp_path):
+        told = (tmp_path / ".lock").read_text()
+        (tmp_path / ".lock").write_text("")
+        later = threading.Timer(0.3, lambda: (tmp_path / ".lock").write_text(told))
+        later.start()
+        with (
+            pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "),
+            Lock(tmp_path),
+        ):
+            pass
+        later.join()

@@ -324,8 +324,8 @@ def check_writable(run_dir: Path) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".probe.{os.getpid()}"
+        probe = run_dir / f".probe.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # whose run it is removes what others have left
     except OSError as error:
         raise RunFailed(f"cannot write to the run folder {run_dir}: {error.strerror}") from None

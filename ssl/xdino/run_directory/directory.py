@@ -35,7 +35,7 @@ from xdino.errors import RunFailed, UsageError, asked, world
 from xdino.metrics import check_writable, read_rows
 from xdino.run_directory import batches, extension, states
 from xdino.run_directory.states import PREVIOUS
-from xdino.runtime.atomic import remove_left, write_text
+from xdino.runtime.atomic import is_temporary, remove_left, write_text
 from xdino.runtime.batch_layout import BatchLayout
 from xdino.runtime.device import resolve_device
 from xdino.runtime.lock import LOCK_FILE, Lock
@@ -151,7 +151,9 @@ class RunDirectory:
             return None
         file = self.path / CONFIG_FILE
         if not file.exists():
-            if any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+            names = (entry.name for entry in self.path.iterdir())
+            # A run that begins now, or was killed when it began, has no more than these.
+            if any(name != LOCK_FILE and not is_temporary(name) for name in names):
                 raise UsageError(
                     f"{self.path} is not empty and not a run (it has no {CONFIG_FILE}): "
                     "choose another folder"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -97,6 +98,11 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is what one of these writes, or was killed while it wrote."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
 
 
 def remove_left(folder: Path) -> None:

@@ -20,6 +20,7 @@ from xdino.errors import UsageError, world
 
 LOCK_FILE = ".lock"
 HEARTBEAT = 20.0  # seconds between signs of life
+WRITTEN = 2.0  # seconds within which a holder has written who it is
 SILENCE = 300.0  # seconds without one, after which another machine's holder counts as dead
 
 
@@ -107,7 +108,7 @@ class Lock:
             except FileNotFoundError:
                 pass  # its holder ended between the two lines: another file has the name now
             except BlockingIOError:
-                held = _read(descriptor)
+                held = _read_soon(descriptor)
                 os.close(descriptor)
                 raise UsageError(self._refusal(held)) from None
             except OSError:  # a file system without locks: the file's content decides
@@ -198,6 +199,14 @@ def _read(descriptor: int) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}  # somebody is about to write it, or was killed before
     return held if isinstance(held, dict) else {}
+
+
+def _read_soon(descriptor: int) -> dict[str, Any]:
+    """What the file says, once its holder, who has just taken it, has written it."""
+    end = time.monotonic() + WRITTEN
+    while not (held := _read(descriptor)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return held
 
 
 def _job_start() -> int:
