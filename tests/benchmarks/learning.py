@@ -168,11 +168,15 @@ def _work(pipe: Connection, job: Job) -> None:
     run(job, say)
 
 
-def take_turns(jobs: dict[str, Job], done: Any) -> None:
-    """Run jobs one period at a time in turn; `done(name, rows)` when one has finished."""
+def take_turns(jobs: dict[str, Job], done: Any) -> list[str]:
+    """Run jobs one period at a time in turn; `done(name, rows)` when one has finished.
+
+    Returns the names of those that have failed.
+    """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes, rows = [], {name: [] for name in jobs}
+    failed = list[str]()
     try:
         for name, job in jobs.items():
             pipes[name], theirs = context.Pipe()
@@ -181,8 +185,13 @@ def take_turns(jobs: dict[str, Job], done: Any) -> None:
             theirs.close()
         while pipes:
             for name in list(pipes):
-                pipes[name].send("go on")
-                row = pipes[name].recv()  # EOFError where the arm has failed: its traceback is out
+                try:
+                    pipes[name].send("go on")
+                    row = pipes[name].recv()
+                except (EOFError, BrokenPipeError):  # its traceback is out
+                    pipes.pop(name).close()
+                    failed.append(name)
+                    continue
                 rows[name].append(row)
                 score = " · ".join(
                     f"{key} {row[key]:.2f}" for key in ("knn", "linear") if key in row
@@ -198,6 +207,7 @@ def take_turns(jobs: dict[str, Job], done: Any) -> None:
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
+    return failed
 
 
 # Telling
@@ -307,7 +317,7 @@ def main(
         raise click.UsageError(f"no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
     told = _pairs(settings, "--set")
     asked = {"minutes": minutes, "points": points, "settings": told, "common": COMMON}
-    results = _opened(out, asked)
+    results, failed = _opened(out, asked), list[str]()
     for name, path in _pairs(sets, "--data").items():
         for seed in map(int, seeds.split(",")):
             have = {(r["data"], r["arm"], r["seed"]) for r in results}
@@ -332,9 +342,12 @@ def main(
             # Arms that do not train first, one by one; then the others in turn.
             for arm, job in jobs.items():
                 if job.arm.kind not in TRAINERS:
-                    take_turns({arm: job}, finished)
-            take_turns({a: job for a, job in jobs.items() if job.arm.kind in TRAINERS}, finished)
+                    failed += take_turns({arm: job}, finished)
+            trained = {arm: job for arm, job in jobs.items() if job.arm.kind in TRAINERS}
+            failed += take_turns(trained, finished)
         stdout_console().print(table(results, name))
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

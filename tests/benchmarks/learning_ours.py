@@ -1,6 +1,7 @@
 """Arms of the learning board that `pretrain` trains, by settings, by `auto`, or with what no key says."""
 
 import contextlib
+import functools
 import itertools
 import tempfile
 import time
@@ -15,7 +16,7 @@ from learning_judging import PILOT, Arm, Clock, Job, Judge, Say
 from torch import Tensor, nn
 
 from xdino import checkpoint, config, student_teacher
-from xdino.forecast.choosing import Asked, Choosing
+from xdino.forecast import choosing
 from xdino.job import Listener
 from xdino.plan import make_plan
 from xdino.pretraining import pretrain
@@ -118,9 +119,16 @@ def train_ours(job: Job, say: Say) -> None:
 def train_auto(job: Job, say: Say) -> None:
     """What `xdino pretrain auto --minutes N` chooses for the images; nothing of the board's settings."""
     given = {"data.path": job.path, "train.seed": str(job.seed), "runtime.device": "cpu"}
-    wanted = Asked(job.minutes, None, given)
+    wanted = choosing.Asked(job.minutes, None, given)
     device = torch.device("cpu")
-    recipe = Choosing(wanted, None, device, time.monotonic(), print, evaluator_of).recipe()
+    # Its minutes are the board's: CPU time, which what else runs on the core does not use up.
+    timed = functools.partial(choosing.time_steps, clock=time.process_time)
+    with (
+        mock.patch.object(time, "monotonic", time.process_time),
+        mock.patch.object(choosing, "time_steps", timed),
+    ):
+        began = time.monotonic()
+        recipe = choosing.Choosing(wanted, None, device, began, print, evaluator_of).recipe()
     chosen = {
         choice.key: choice.value
         for choice in recipe.choices
