@@ -132,7 +132,9 @@ def train_auto(job: Job, say: Say) -> None:
     chosen = {
         choice.key: choice.value
         for choice in recipe.choices
-        if not choice.key.startswith(("runtime.", "evaluate.", "data.", "train.epochs"))
+        if not choice.key.startswith(
+            ("runtime.", "evaluate.", "data.", "train.epochs", "train.images_")
+        )
     }
     train_ours(replace(job, arm=Arm("ours", chosen), settings={}), say)
 

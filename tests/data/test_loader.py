@@ -57,6 +57,11 @@ def test_steps_per_epoch():
     assert steps_per_epoch(100, 30) == 3
     with pytest.raises(UsageError, match=r"takes 128 images .* holds 100; lower the batch size"):
         steps_per_epoch(100, 128)
+    assert steps_per_epoch(100, 30, 95) == 3
+    assert steps_per_epoch(100, 30, 30) == 1
+    assert steps_per_epoch(100, 30, 1000) == 33
+    with pytest.raises(UsageError, match=r"images_per_epoch is 29, less than the 30 images"):
+        steps_per_epoch(100, 30, 29)
 
 
 def test_batches_hold_what_augment_makes(source):

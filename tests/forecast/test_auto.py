@@ -163,6 +163,27 @@ def test_epochs_fill_the_minutes(xdino, folder, tmp_path, said):
     assert 580 <= told[20] <= 600
 
 
+def test_many_images_are_seen_in_part_and_the_minutes_are_kept(xdino, folder, tmp_path, said):
+    """Not one pass fits, or between one and two: epochs are of another number of images."""
+    for steps in (500, 70):
+        said(seconds_per_step=1.0, steps_per_epoch=steps, images=6 * steps + 1)
+        code, out, err = xdino(
+            "pretrain", "auto", "--data.path", folder, "--minutes", 2, "--run", tmp_path / "run",
+            "--print-config", *TINY,
+        )  # fmt: skip
+        assert code == 0, err
+        train = yaml.safe_load(out)["train"]
+        assert train["images_per_epoch"] % 6 == 0
+        assert 105 <= train["epochs"] * train["images_per_epoch"] / 6 <= 120
+        assert "whole epochs fill the time" in out
+    code, out, _ = xdino(
+        "pretrain", "auto", "--data.path", folder, "--minutes", 2, "--run", tmp_path / "run",
+        "--print-config", *TINY, "--train.images_per_epoch", 7,
+    )  # fmt: skip
+    assert code == 0
+    assert "images_per_epoch: 7  # given" in out
+
+
 def test_too_few_minutes_try_smaller_networks_then_say_what_it_takes(
     xdino, tmp_path, said, write_pictures
 ):
@@ -173,7 +194,7 @@ def test_too_few_minutes_try_smaller_networks_then_say_what_it_takes(
         "pretrain", "auto", "--data.path", photographs, "--minutes", 30, "--run", run
     )
     assert code == 2
-    assert "one epoch of 1,281,167 images" in err
+    assert "100 steps on 1,281,167 images take about 1.7e+02 minutes" in " ".join(err.split())
     assert "give --minutes" in err
     widths = [settings.model.depth for settings in asked]
     assert widths == sorted(widths, reverse=True)

@@ -71,19 +71,31 @@ def test_not_one_epoch():
     assert fitting.length(-5, RATES, None) is None
 
 
-def test_local_crops_fill_what_whole_epochs_leave():
-    """17 s for epochs of 10.1: one leaves a third; more local crops make it last."""
+def test_epochs_are_cut_where_passes_leave_much_of_the_time():
+    """17 s for passes of 10.1: one leaves a third of them."""
     assert fitting.length(17, RATES, None).seconds < 0.75 * 17
-    counts = fitting.local_counts(17, RATES, None, (64, 32), 4)
-    assert counts
-    assert 4 not in counts
-    slower = (2 * 64**2 + counts[0] * 32**2) / (2 * 64**2 + 4 * 32**2)
-    filled = dataclasses.replace(RATES, seconds_per_step=0.5 * slower)
-    assert fitting.length(17, filled, None).seconds >= fitting.FILLED * 17
+    cut = fitting.of_other_epochs(17, RATES, None)
+    found = fitting.length(17, cut, None)
+    assert fitting.FILLED * 17 <= found.seconds <= 17
+    assert found.epochs * cut.steps_per_epoch > RATES.steps_per_epoch
+    choice = fitting.images_per_epoch(cut)
+    assert (choice.key, choice.value) == ("train.images_per_epoch", f"{32 * cut.steps_per_epoch}")
 
 
-def test_where_whole_epochs_fill_the_time_nothing_is_changed():
-    assert fitting.local_counts(1800, RATES, JUDGING, (64, 32), 4) == []
+def test_very_many_images_are_seen_in_part():
+    many = dataclasses.replace(RATES, images=1_281_167, steps_per_epoch=40_036)
+    assert fitting.length(1800, many, JUDGING) is None
+    cut = fitting.of_other_epochs(1800, many, JUDGING)
+    found = fitting.length(1800, cut, JUDGING)
+    assert 0.95 * 1800 < found.seconds <= 1800
+    assert found.epochs >= 8
+    assert found.evaluations.points >= fitting.LEAST_POINTS
+    assert fitting.of_other_epochs(40, many, JUDGING) is many, "100 steps take 50 s"
+
+
+def test_where_passes_fill_the_time_nothing_is_changed():
+    assert fitting.of_other_epochs(1800, RATES, JUDGING) is RATES
+    assert fitting.of_other_epochs(8, RATES, JUDGING) is RATES, "not one pass"
 
 
 @given(
@@ -100,6 +112,9 @@ def test_never_longer_than_asked(seconds, step, steps, state, fixed, image):
         RATES, seconds_per_step=step, steps_per_epoch=steps, state_seconds=state
     )
     judging = Judging(fixed, image, 10_000, 1_000)
+    cut = fitting.of_other_epochs(seconds, rates, judging)
+    if cut is not rates:
+        assert fitting.length(seconds, cut, judging).seconds <= seconds
     found = fitting.length(seconds, rates, judging)
     if found is None:
         assert fitting.epoch_seconds(rates) > seconds - 5 - 2 * step - state - 0.05 * seconds

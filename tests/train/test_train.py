@@ -221,6 +221,43 @@ def test_evaluation_during_training_changes_no_bit(tiny, tmp_path):
         assert torch.equal(value, states[1]["student"][name])
 
 
+LEVEL = {"optim__warmup_epochs": 0, "optim__min_lr": 1e-5, "optim__lr": 256e-5 / 6,
+         "optim__weight_decay_end": 0.04, "teacher__momentum_end": 0.996,
+         "optim__freeze_last_layer": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(("epochs", "number", "every"), [(3, 13, 1), (1, 36, 1), (6, 6, 2)])
+def test_epochs_of_another_number_of_images_meet_the_same_ones(
+    tiny, tmp_path, epochs, number, every
+):
+    """Passes over the 20 images are of 3 steps whatever an epoch is; so are schedules that are level."""
+    passes = pretrain(tiny(**LEVEL), tmp_path / "passes")
+    configuration = tiny(
+        **LEVEL, train__epochs=epochs, train__images_per_epoch=number, evaluate__every=every
+    )
+    judged = []
+    cut = pretrain(
+        configuration, tmp_path / "cut", evaluator=lambda backbone: judged.append(1) or {}
+    )
+    losses = [
+        [r["loss"] for r in rows(tmp_path / name) if "loss" in r] for name in ("passes", "cut")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+    assert len(judged) == 1 + epochs // every
+    last = [r["epoch"] for r in rows(tmp_path / "cut") if "loss" in r]
+    assert last == [1 + i * epochs // 6 for i in range(6)]
+    weights = [checkpoint.load_backbone(path).state_dict() for path in (passes, cut)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_an_epoch_of_fewer_images_than_a_step(tiny, tmp_path):
+    with pytest.raises(UsageError, match="images_per_epoch is 5, less than the 6 images of a step"):
+        pretrain(tiny(train__images_per_epoch=5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_starting_from_weights(tiny, tmp_path):
     pretrain(tiny(), tmp_path / "first")
     configuration = tiny(train__init=str(tmp_path / "first"), train__seed=5)

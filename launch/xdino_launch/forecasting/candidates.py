@@ -6,6 +6,7 @@ tried, in a process of its own.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -106,12 +107,16 @@ def _candidate(
     )
     begin = trial.import_seconds + trial.start_seconds
     judging = _judging(work, step.step_seconds, given["data.path"])
-    fits = fitting.length(60 * minutes - begin, rates, judging)
+    passes, seconds = rates, 60 * minutes - begin
+    rates = fitting.of_other_epochs(seconds, passes, judging)
+    fits = fitting.length(seconds, rates, judging)
     length = fits or fitting.of_epochs(1, rates, fitting.Evaluations())
-    updates = length.epochs * work.steps_per_epoch
+    updates = length.epochs * rates.steps_per_epoch
     here = machine_of(resolve_device("auto"), 1)
     settled = dataclasses.replace(rung, batch=work.config.train.batch_size)
-    choices = choose(images, here, settled, updates, length.epochs, given)
+    epochs = min(length.epochs, math.ceil(updates / passes.steps_per_epoch))
+    choices = choose(images, here, settled, updates, epochs, given)
+    choices += [] if rates is passes else [fitting.images_per_epoch(rates)]
     choices += fitting.lengths(length, rates, judging)
     order = dotted_keys()
     choices.sort(key=lambda choice: order.index(choice.key))

@@ -177,7 +177,7 @@ def chosen_lines(chosen: Candidate, minutes: float, file: str) -> str:
         ("", f"xdino pretrain {file} --run runs/mine"),
     ]  # fmt: skip
     if not chosen.epochs:
-        lines.append(("note", f"not one epoch fits into {span(60 * minutes)}: this is one epoch"))
+        lines.append(("note", f"{span(60 * minutes)} is too short: this is one epoch"))
     elif not chosen.enough:
         lines.append(
             ("note", f"{chosen.epochs * seen.steps_per_epoch:,} steps are few for this network: "
@@ -208,8 +208,8 @@ def outlook_lines(seen: Outlook, network: str) -> Iterator[tuple[str, str]]:
     yield (
         "run",
         (
-            f"{seen.epochs:,} epochs of {seen.images:,} images x {seen.steps_per_epoch:,} steps = "
-            f"{seen.iterations:,} steps of {seen.total_batch:,} images"
+            f"{seen.epochs:,} epochs x {seen.steps_per_epoch:,} steps = {seen.iterations:,} steps of "
+            f"{seen.total_batch:,} of {seen.images:,} images"
         ),
     )
     where = f"{seen.processes:,} x {seen.device}" if seen.processes > 1 else seen.device

@@ -268,6 +268,9 @@ class Train:
 
     epochs: Positive = 100
     """Number of epochs: how often each image is seen, in two global and some local crops."""
+    images_per_epoch: Positive | None = None
+    """Images of an epoch; null: all. With fewer, states, scores and schedules of very many images go by
+    shorter epochs. An epoch goes on where the last one ended: all images come before one comes again."""
     extended: tuple[Positive, ...] = ()
     """Epochs behind those, one extension after the other: pretrain --extend adds to them."""
     batch_size: Positive = 64

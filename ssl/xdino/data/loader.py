@@ -47,8 +47,10 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def steps_per_epoch(n: int, global_batch: int) -> int:
+def steps_per_epoch(n: int, global_batch: int, images: int | None = None) -> int:
     """Whole batches of `global_batch` images in `n`; the rest of an epoch is dropped.
+
+    `images`: of an epoch that is no pass over all `n` (`train.images_per_epoch`).
 
     Raises UsageError where there is not even one.
     """
@@ -57,7 +59,14 @@ def steps_per_epoch(n: int, global_batch: int) -> int:
             f"a batch takes {global_batch:,} images (processes x batch size x accumulation), but "
             f"the data holds {n:,}; lower the batch size to at most {n:,} in total"
         )
-    return n // global_batch
+    if images is None:
+        return n // global_batch
+    if images < global_batch:
+        raise UsageError(
+            f"train.images_per_epoch is {images:,}, less than the {global_batch:,} images of a step "
+            "(processes x batch size x accumulation): raise it"
+        )
+    return images // global_batch
 
 
 @contextmanager
@@ -136,7 +145,7 @@ class Loader(abc.ABC, Generic[Batch]):
         self._check_share()
 
     def _steps(self) -> int:
-        """Of an epoch. Raises UsageError where there is not even one."""
+        """Of a pass over the images. Raises UsageError where there is not even one."""
         return steps_per_epoch(len(self.source), self.global_batch)
 
     @property

@@ -1,6 +1,7 @@
-"""Choosing a recipe: look, time, choose, time again where whole epochs would miss the minutes."""
+"""Choosing a recipe: look, time, choose; time a smaller network where that makes more of the minutes."""
 
 import dataclasses
+import math
 import os
 import time
 import warnings
@@ -18,7 +19,7 @@ from xdino.config.bands import Bands
 from xdino.data.sources import Source
 from xdino.errors import UsageError, asked
 from xdino.forecast import fitting, ladder
-from xdino.forecast.choices import Choice, batch_of, choose, configured, settings_of, sizes_of
+from xdino.forecast.choices import Choice, batch_of, choose, configured, settings_of
 from xdino.forecast.facts import Images, Machine, look_at, machine_of
 from xdino.forecast.fitting import Judging, Length
 from xdino.forecast.ladder import Rung
@@ -130,17 +131,18 @@ class Choosing:
         place = ladder.first_rung(self.rungs, self.machine, self.images, self.seconds)
         while True:
             rung = self.rungs[place]
-            choices, rates = self._timed(rung, None)
+            choices, timed = self._timed(rung)
             self._judge(choices)
+            rates = self._with_epochs(timed)
             found = self._length(rates)
             smaller = place + 1 < len(self.rungs) and self._too_slow(rung, rates, found)
             if not smaller:
                 break
             place += 1
-        choices, rates, found = self._filled(rung, choices, rates, found)
         if found is None:
             raise UsageError(self._too_few(rates))
-        return self._settled(rung, choices, rates, found)
+        cut = [] if rates is timed else [fitting.images_per_epoch(rates)]
+        return self._settled(rung, choices, rates, found, cut)
 
     def _look(self, path: str) -> Images:
         settings = settings_of(self.given)
@@ -171,14 +173,13 @@ class Choosing:
                 raise
             return None
 
-    def _choices(self, rung: Rung, updates: int, epochs: int, local: int | None) -> list[Choice]:
-        found = choose(self.images, self.machine, rung, updates, epochs, self.given)
-        return found if local is None else fitting.with_local_crops(found, local)
+    def _choices(self, rung: Rung, updates: int, epochs: int) -> list[Choice]:
+        return choose(self.images, self.machine, rung, updates, epochs, self.given)
 
-    def _timed(self, rung: Rung, local: int | None) -> tuple[list[Choice], Rates]:
+    def _timed(self, rung: Rung) -> tuple[list[Choice], Rates]:
         """Steps of a rung; with half of the batch where the memory does not suffice."""
         while True:
-            choices = self._choices(rung, rung.updates, fitting.MOST_POINTS, local)
+            choices = self._choices(rung, rung.updates, fitting.MOST_POINTS)
             config = configured(choices)
             limit = WITHOUT_LIMIT
             if self.minutes is not None:
@@ -278,44 +279,37 @@ class Choosing:
             return False
         return found is None or 2 * found.epochs * rates.steps_per_epoch < rung.updates
 
-    def _filled(
-        self, rung: Rung, choices: list[Choice], rates: Rates, found: Length | None
-    ) -> tuple[list[Choice], Rates, Length | None]:
-        """With other local crops where whole epochs would leave much of the time."""
+    def _with_epochs(self, rates: Rates) -> Rates:
+        """With epochs that are no passes over the images where those would miss the minutes."""
         seconds = self.seconds
-        if seconds is None or "crops.local_count" in self.given:
-            return choices, rates, found
-        sizes = sizes_of(self.images, rung, self.given)
-        others = fitting.local_counts(seconds, rates, self.judging, sizes, rung.local_count)
-        if not others:
-            return choices, rates, found
-        more, timed = self._timed(rung, others[0])
-        seconds = self.seconds
-        assert seconds is not None
-        with_more = fitting.length(seconds, timed, self.judging)
-        if with_more is None or (found is not None and with_more.seconds <= found.seconds):
-            return choices, rates, self._length(rates) or found
-        return more, timed, with_more
+        if seconds is None or "train.images_per_epoch" in self.given:
+            return rates
+        return fitting.of_other_epochs(seconds, rates, self.judging)
 
     def _too_few(self, rates: Rates) -> str:
         spent = (time.monotonic() - self.began) / 60
-        one = (fitting.start_seconds(rates) + fitting.epoch_seconds(rates)) / 60
+        steps, images = fitting.least_steps(rates), f"{rates.images:,} images"
+        least = dataclasses.replace(rates, steps_per_epoch=steps)
+        one = (fitting.start_seconds(rates) + fitting.epoch_seconds(least)) / 60
+        whole = steps == rates.steps_per_epoch
+        what = f"one epoch of {images} takes" if whole else f"{steps} steps on {images} take"
+        mend = ", or fewer images (a text file of paths)" if whole else ""
         return (
-            f"one epoch of {rates.images:,} images takes about {one:.2g} minutes here with the "
-            f"smallest network, and the look at them took {spent:.1g} of the {self.minutes:g} that "
-            f"were asked for: give --minutes {1.1 * (spent + one) + 0.1:.2g} or more, or fewer images "
-            "(a text file of paths)"
+            f"{what} about {one:.2g} minutes here with the smallest network, and the look at them took "
+            f"{spent:.1g} of the {self.minutes:g} that were asked for: give --minutes "
+            f"{1.1 * (spent + one) + 0.1:.2g} or more{mend}"
         )
 
-    def _settled(self, rung: Rung, timed: list[Choice], rates: Rates, found: Length) -> Recipe:
-        """All choices, now that the length is known."""
+    def _settled(
+        self, rung: Rung, timed: list[Choice], rates: Rates, found: Length, cut: list[Choice]
+    ) -> Recipe:
+        """All choices, now that the length is known; `cut`: with epochs that are no passes."""
         updates = found.epochs * rates.steps_per_epoch
-        local = int(next(c.value for c in timed if c.key == "crops.local_count"))
-        changed = local != rung.local_count and "crops.local_count" not in self.given
         batch = int(next(c.value for c in timed if c.key == "train.batch_size"))
         if batch < batch_of(self.images, self.machine, rung, self.given):  # memory halved it
             rung = dataclasses.replace(rung, batch=batch)
-        choices = self._choices(rung, updates, found.epochs, local if changed else None)
+        passes = math.ceil(updates * rates.images_per_step / rates.images)
+        choices = self._choices(rung, updates, min(found.epochs, passes)) + cut
         choices += [
             choice
             for choice in fitting.lengths(found, rates, self.judging)

@@ -66,7 +66,7 @@ class Workload:
         found = cls(
             config, images, processes, precision, spec, crops, small if early.share else None
         )
-        data.steps_per_epoch(images, found.total_batch)
+        found.steps_per_epoch  # noqa: B018 - refuses what is too small
         return found
 
     @property
@@ -76,7 +76,8 @@ class Workload:
 
     @property
     def steps_per_epoch(self) -> int:
-        return data.steps_per_epoch(self.images, self.total_batch)
+        an_epoch = self.config.train.images_per_epoch
+        return data.steps_per_epoch(self.images, self.total_batch, an_epoch)
 
     @property
     def iterations(self) -> int:

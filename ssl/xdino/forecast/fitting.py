@@ -1,8 +1,8 @@
 """Whole epochs into the time there is, with their states and evaluations.
 
 A run's length is laid down at its start, for its schedules end with it; so what was timed has to tell
-how many epochs fit. Where they are few, one more or less would miss the time by
-far: then the number of local crops makes an epoch longer or shorter until whole ones fill it.
+how many epochs fit. Where few passes over the images do, or not even one, one more or less would miss the
+time by far: then an epoch is another number of images (`train.images_per_epoch`).
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ TRIED = 500  # lengths that are compared, at most
 MOST_POINTS, LEAST_POINTS = 10, 3  # evaluations along the way
 LIMITS = (10_000, 5_000, 2_000, 1_000, 500)  # images of a split
 LOST_AT_MOST = 0.03  # of the epochs, so that the last one is evaluated, too
-LOCAL_CROPS = (2, 12)  # with which whole epochs are made to fill the time
-FILLED = 0.94  # of the time, at least
+FILLED = 0.94  # of the time, at least, by passes over the images; else epochs are cut otherwise
+CUT = 10  # epochs then, about
+LEAST_STEPS = 100  # of a run that is less than a pass: fewer teach nothing
 
 
 UNLABELLED = Choice(
@@ -164,47 +165,42 @@ def lengths(choice: Length, rates: Rates, judging: Judging | None) -> Iterator[C
     yield Choice("runtime.keep_every", f"{kept}", f"at most {KEPT_STATES} states are kept")
 
 
-def local_counts(
-    seconds: float,
-    rates: Rates,
-    judging: Judging | None,
-    sizes: tuple[int, int],
-    local_count: int,
-) -> list[int]:
-    """Other numbers of local crops by which whole epochs would fill the time, the nearest first.
+def of_other_epochs(seconds: float, rates: Rates, judging: Judging | None) -> Rates:
+    """The same rates with epochs of so many steps that whole ones fill the time.
 
-    None where they do already. By the number of pixels, which is about what a step takes; it is to be
-    timed before it is trusted.
-
-    Args:
-        sizes: of global and local crops, in pixels.
+    As they are where passes over the images fill it, or where there is no time for `LEAST_STEPS`.
     """
-    if fills(seconds, length(seconds, rates, judging)):
-        return []
-    size, local = sizes
+    if _fills(seconds, length(seconds, rates, judging)):
+        return rates
+    each = (AIM * seconds - start_seconds(rates)) / CUT - rates.state_seconds
+    most = int(each / rates.seconds_per_step) if each > 0 else 0
+    best: tuple[tuple[int, int, float], Rates] | None = None
+    # Fewer steps leave time for scores.
+    for steps in range(most, int((1 - LAST_SHARE) * most), -max(1, most // TRIED)):
+        cut = dataclasses.replace(rates, steps_per_epoch=steps)
+        found = length(seconds, cut, judging)
+        if found is None or found.epochs * steps < least_steps(rates):
+            continue
+        judged = found.evaluations
+        rank = min(judged.points, LEAST_POINTS), judged.limit * bool(judged.points), found.seconds
+        if best is None or rank > best[0]:
+            best = rank, cut
+    return best[1] if best else rates
 
-    def scaled(count: int) -> Rates:
-        share = (2 * size**2 + count * local**2) / (2 * size**2 + local_count * local**2)
-        return dataclasses.replace(rates, seconds_per_step=share * rates.seconds_per_step)
 
-    found = [
-        count
-        for count in range(LOCAL_CROPS[0], LOCAL_CROPS[1] + 1)
-        if fills(seconds, length(seconds, scaled(count), judging))
-    ]
-    return sorted(found, key=lambda count: abs(count - local_count))
+def least_steps(rates: Rates) -> int:
+    """Of any run: a pass over the images, `LEAST_STEPS` of very many."""
+    return min(LEAST_STEPS, rates.steps_per_epoch)
 
 
-def fills(seconds: float, found: Length | None) -> bool:
+def images_per_epoch(cut: Rates) -> Choice:
+    """The key of epochs that are no passes."""
+    images = cut.steps_per_epoch * cut.images_per_step
+    share = images / cut.images
+    return Choice(
+        "train.images_per_epoch", f"{images}", f"{share:.2g} of all: whole epochs fill the time"
+    )
+
+
+def _fills(seconds: float, found: Length | None) -> bool:
     return found is not None and found.seconds >= FILLED * seconds
-
-
-def with_local_crops(choices: list[Choice], count: int) -> list[Choice]:
-    """The same choices with another number of local crops."""
-    reason = "so that whole epochs fill the time"
-    return [
-        dataclasses.replace(choice, value=f"{count}", reason=reason)
-        if choice.key == "crops.local_count"
-        else choice
-        for choice in choices
-    ]

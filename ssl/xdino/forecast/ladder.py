@@ -188,13 +188,13 @@ def ladder(images: Images, machine: Machine, objective: str | None = None) -> li
 def first_rung(rungs: list[Rung], machine: Machine, images: Images, seconds: float | None) -> int:
     """The highest rung that the seconds are enough for by its estimate; None: no bound.
 
-    Without a bound of time it is the one for an hour: nobody asked for more than to begin.
+    Without a bound of time it is the one for an epoch an hour: nobody asked for more than to begin.
     """
+    least = images.count if seconds is None else 0
     seconds = 3600.0 if seconds is None else seconds
     for place, rung in enumerate(rungs):
         speed = machine.processes * (machine.cores if machine.device == "cpu" else 1) / rung.cost
         speed /= 1 if machine.bf16 else SLOWER_IN_FP32
-        seen = speed * seconds
-        if seen >= max(rung.updates * rung.batch, images.count):
+        if speed * seconds >= max(rung.updates * rung.batch, least):
             return place
     return len(rungs) - 1

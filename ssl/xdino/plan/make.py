@@ -39,7 +39,7 @@ def make_plan(config: Config, world_size: int = 1, precision: str | None = None)
     spec = spec_of(config, source.channels)
     crops = crops_of(config, spec)
     total_batch = config.train.batch_size * config.train.accumulate * world_size
-    steps = data.steps_per_epoch(len(source), total_batch)
+    steps = data.steps_per_epoch(len(source), total_batch, config.train.images_per_epoch)
     laid_out = schedules_of(config, steps, total_batch)
     early = config.curriculum
     plan = Plan(
