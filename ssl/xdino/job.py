@@ -222,7 +222,7 @@ class LoaderJob(ABC, Generic[Batch]):
         self.device = self.plan.device
 
     def _precision(self) -> str:
-        """ "auto" is bf16 where every process multiplies in it; of a run that goes on, what it was."""
+        """ "auto" is bf16 where every process is faster in it; of a run that goes on, what it was."""
         train, device = self.config.train, self.config.runtime.device
         before = self.last_start.get("precision")
         found = distributed.together(

@@ -281,7 +281,9 @@ def test_two_processes_go_by_what_the_first_chose(folder, tmp_path):
     run = tmp_path / "run"
     small = [str(word) for word in TINY]
     small[1] = "3"
-    command = [sys.executable, "-m", "xdino_launch", "pretrain", "auto", "--run-dir", str(run)]
+    few_steps = "from xdino.forecast import choosing; choosing.PILOT_STEPS = 4; "
+    few_steps += "from xdino_launch.cli import main; main()"
+    command = [sys.executable, "-c", few_steps, "pretrain", "auto", "--run-dir", str(run)]
     command += ["--data.path", str(folder), "--epochs", "1", "--runtime.workers", "1", *small]
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     where["MASTER_PORT"] = str(20_000 + (os.getpid() + 19) % 20_000)

@@ -14,16 +14,17 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def able(monkeypatch):
-    """able(True): this processor multiplies in bf16, from here on."""
+    """able(True): this processor multiplies in bf16, and is faster in it, from here on."""
 
-    def set_to(flag):
+    def set_to(flag, faster=True):
+        monkeypatch.setattr(devices, "_times_favour_bf16", lambda: faster)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: flag)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     return set_to
 
 
-def test_auto_is_bf16_where_the_device_multiplies_in_it(able):
+def test_auto_is_bf16_where_the_device_is_faster_in_it(able):
     able(True)
     assert multiplies_bf16(CPU)
     assert resolve_precision("auto", CPU) == "bf16"
@@ -31,6 +32,33 @@ def test_auto_is_bf16_where_the_device_multiplies_in_it(able):
     assert not multiplies_bf16(CPU)
     assert resolve_precision("auto", CPU) == "fp32"
     assert resolve_precision("auto", CUDA) == "bf16"
+
+
+def test_a_processor_that_is_slower_in_bf16_takes_fp32(able):
+    """Intel's without AMX. A run that began in bf16 elsewhere goes on in it."""
+    able(True, faster=False)
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("auto", CPU, "bf16") == "bf16"
+    assert resolve_precision("bf16", CPU) == "bf16"
+    assert resolve_precision("auto", CUDA) == "bf16"
+
+
+@pytest.mark.parametrize(("half", "faster"), [(0.5, True), (2.0, False)])
+def test_the_quickest_product_of_each_precision_decides(monkeypatch, half, faster):
+    noise = iter([30.0, 5.0, 1.0, 1.5] * devices.PRODUCTS)
+    seconds = {torch.float32: 1.0, torch.bfloat16: half}
+    monkeypatch.setattr(devices, "_product_seconds", lambda dtype: seconds[dtype] * next(noise))
+    devices._times_favour_bf16.cache_clear()
+    assert devices._times_favour_bf16() == faster
+    devices._times_favour_bf16.cache_clear()
+
+
+def test_asking_draws_no_random_number_and_is_asked_once():
+    devices._times_favour_bf16.cache_clear()
+    before = torch.get_rng_state()
+    first = resolve_precision("auto", CPU)
+    assert torch.equal(before, torch.get_rng_state())
+    assert resolve_precision("auto", CPU) == first
 
 
 def test_without_onednn_bf16_is_emulated(able, monkeypatch):

@@ -279,8 +279,8 @@ class Train:
     """Micro-batches an optimisation step: more where memory is short."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Numbers of the network. The published trainer's is fp16 with a scaler; auto is bf16, which needs
-    none, on CUDA and on processors that multiply in it (AVX512-BF16, AMX), and fp32 elsewhere. A run
-    keeps what it was."""
+    none, on CUDA and on processors that are faster in it (AVX512-BF16, AMX: a few products are timed),
+    and fp32 elsewhere. A run keeps what it was."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Number that all random numbers follow from."""
     init: str | None = None

@@ -249,8 +249,8 @@ def _rate(rung: Rung, total: int) -> tuple[str, str]:
 def _precision(machine: Machine) -> tuple[str, str]:
     who = "the GPU" if machine.device == "cuda" else "this processor"
     if machine.bf16:
-        return "bf16", f"{who} multiplies in it"
-    return "fp32", f"{who} has no instructions for bf16"
+        return "bf16", f"{who} multiplies faster in it"
+    return "fp32", f"{who} is not faster in bf16"
 
 
 def _workers(machine: Machine) -> tuple[str, str]:

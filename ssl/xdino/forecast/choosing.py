@@ -32,7 +32,7 @@ from xdino.values import shown
 
 PILOT_SHARE, PILOT_SECONDS = 0.06, (4.0, 60.0)  # of the time, for steps that are timed; bounds
 PILOT_STEPS = 60
-WITHOUT_LIMIT = 15.0  # seconds of a pilot where epochs were asked for
+WITHOUT_LIMIT = 5.0  # seconds of a pilot where epochs were asked for: it only forecasts
 JUDGED = (32, 96, 352)  # images of a split: to warm up, and twice to time
 END_SECONDS = 1.0  # after the last step
 

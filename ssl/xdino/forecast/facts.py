@@ -14,7 +14,7 @@ from xdino.data.decode import UnreadableImage
 from xdino.errors import UsageError
 from xdino.plan.feasibility import free_memory
 from xdino.runtime import rng
-from xdino.runtime.device import multiplies_bf16
+from xdino.runtime.device import is_faster_in_bf16
 
 SAMPLED = 64  # images
 PATIENCE = 5.0  # seconds for them; huge ones take a tenth each
@@ -53,7 +53,7 @@ class Machine:
 
     Args:
         device: "cpu" or "cuda". cores: threads that torch computes with, of each process.
-        cpus: cores of the machine. bf16: whether the device multiplies in it.
+        cpus: cores of the machine. bf16: whether the device is faster in it.
         memory: bytes of the GPU, or of the machine as far as they are free; None: nobody tells.
         processes: that train together.
     """
@@ -113,7 +113,7 @@ def machine_of(device: torch.device, processes: int) -> Machine:
         device=device.type,
         cores=torch.get_num_threads(),
         cpus=os.cpu_count() or 1,
-        bf16=multiplies_bf16(device),
+        bf16=is_faster_in_bf16(device),
         memory=free_memory(device),
         processes=processes,
     )

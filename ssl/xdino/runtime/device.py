@@ -4,7 +4,9 @@ The one place that decides either.
 """
 
 import contextlib
+import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from torch import nn
 from xdino import values
 from xdino.errors import UsageError
 from xdino.runtime import rendezvous
+
+PRODUCTS = 7  # timed in each precision; the first ones compile
+_PRECISIONS = torch.float32, torch.bfloat16
 
 
 def cuda_devices() -> int:
@@ -91,12 +96,44 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def is_faster_in_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 are worth it: on CUDA, and on a processor where they are faster.
+
+    Having instructions for them is not enough: without AMX, which virtual machines may hide, Intel's take
+    twice as long as fp32's, and AMD's about half (tests/benchmarks/README.md).
+    """
+    return device.type == "cuda" or (multiplies_bf16(device) and _times_favour_bf16())
+
+
+@functools.lru_cache(maxsize=1)
+def _times_favour_bf16() -> bool:
+    """Asked once a process: the quickest of a few products each, in turn, on one thread.
+
+    No processor is known to lie near the bound, so that noise does not decide.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        turns = [[_product_seconds(dtype) for dtype in _PRECISIONS] for _ in range(PRODUCTS)]
+    finally:
+        torch.set_num_threads(threads)
+    single, half = (min(taken) for taken in zip(*turns, strict=True))
+    return half < single
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """CPU seconds of a product as an MLP of XCiT has it, whatever else runs on the core."""
+    a, b = torch.ones(1024, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
+    began = time.thread_time()
+    a @ b
+    return time.thread_time() - began
+
+
 def resolve_precision(name: str, device: torch.device, before: str | None = None) -> str:
     """The precision that `name` says: itself, or what "auto" is on this device.
 
-    "auto" is bf16 on CUDA, and on a processor that multiplies in it: a rule and no timing, so that the
-    same command gives the same bits. Steps were 1.2 to 2.1 times as fast there, and the demo
-    learned alike (one seed; tests/benchmarks/README.md).
+    "auto" is bf16 on CUDA, and on a processor that is faster in it. Steps were 1.2 to 2.1 times as
+    fast there, and the demo learned alike (one seed; tests/benchmarks/README.md).
 
     Args:
         before: of a run that is continued, what it was. On a CPU it stays that if it can, so that a
@@ -104,10 +141,10 @@ def resolve_precision(name: str, device: torch.device, before: str | None = None
     """
     if name != "auto":
         return name
-    able = multiplies_bf16(device)
-    if device.type == "cpu" and (before == "fp32" or (before == "bf16" and able)):
+    kept = before == "fp32" or (before == "bf16" and multiplies_bf16(device))
+    if device.type == "cpu" and before is not None and kept:
         return before
-    return "bf16" if able else "fp32"
+    return "bf16" if is_faster_in_bf16(device) else "fp32"
 
 
 @contextlib.contextmanager
