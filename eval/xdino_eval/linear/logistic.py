@@ -11,11 +11,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from xdino.errors import UsageError, nearest
@@ -23,6 +22,9 @@ from xdino_eval.features import Features, Progress
 from xdino_eval.linear.probe import Probe, Trained, Trial, check
 from xdino_eval.linear.probe_state import Unfinished
 from xdino_eval.linear.sgd import THREADS_PAY, held_out, small_products_alone
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 GRIDS = {
     "default": tuple(10.0 ** np.linspace(-4, 2, 7)),
@@ -155,10 +157,14 @@ def _held_out_scores(
     return scores
 
 
-def _fits(x: np.ndarray, y: np.ndarray, grid: Sequence[float]) -> Iterator[LogisticRegression]:
+def _fits(x: np.ndarray, y: np.ndarray, grid: Sequence[float]) -> Iterator["LogisticRegression"]:
     """One model a value of C, in this order, small ones side by side."""
     multiplications = x.size * (int(y.max()) + 1)
     workers = os.cpu_count() if multiplications < THREADS_PAY else 1
+    # A second of every start, where nobody fits: scikit-learn brings all of SciPy.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     models = [LogisticRegression(C=c, max_iter=MAX_ITER) for c in grid]
     with (
         warnings.catch_warnings(),
@@ -172,7 +178,7 @@ def _fits(x: np.ndarray, y: np.ndarray, grid: Sequence[float]) -> Iterator[Logis
             pool.shutdown(cancel_futures=True)
 
 
-def folded(model: LogisticRegression, mean: Tensor, std: Tensor, classes: np.ndarray) -> Probe:
+def folded(model: "LogisticRegression", mean: Tensor, std: Tensor, classes: np.ndarray) -> Probe:
     """The fit on (x - mean) / std as a probe of x: weight w / std, bias b - sum(w mean / std).
 
     In double precision, and left so: where std is small against mean, the two terms cancel to what
