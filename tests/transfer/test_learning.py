@@ -30,8 +30,9 @@ def composites():
     for number in range(PICTURES):
         canvas = torch.from_numpy(rng.normal(0, 0.3, (3, SIDE, SIDE)).astype(np.float32))
         masks, classes = [], []
-        for _ in range(rng.integers(2, 4)):
-            label, side = int(rng.integers(CLASSES)), int(rng.integers(36, 60))
+        # Two or three, of different classes: one that is rare is learned late, and by luck.
+        for label in rng.permutation(CLASSES)[: rng.integers(2, 4)].tolist():
+            side = int(rng.integers(36, 60))
             garment = garments.read(int(rng.choice(kinds[label])))[..., 0]
             small = torch.from_numpy(garment).float()[None, None] / 255
             large = F.interpolate(small, (side, side), mode="bilinear")[0, 0]
@@ -115,7 +116,7 @@ def test_a_segmenter_learns(composites, tmp_path, xdino):
         "model.depth": 4, "model.num_heads": 4, "model.channels": 32, "model.dropout": 0,
         "view.crop": SIDE, "view.longer": SIDE, "view.shorter": SIDE, "view.scale": "1,1",
         "view.flip": 0, "view.colour": "false", "optim.lr": 0.03, "optim.warmup": 20,
-        "train.batch_size": BATCH, "train.epochs": "null", "train.iterations": 300,
+        "train.batch_size": BATCH, "train.epochs": "null", "train.iterations": 300, "optim.clip_grad": 1,
         "train.precision": "fp32", "evaluate.every": 0, "runtime.device": "cpu", "runtime.workers": 1,
         "runtime.report": "false", "runtime.log_every": 100,
     }  # fmt: skip
@@ -126,4 +127,4 @@ def test_a_segmenter_learns(composites, tmp_path, xdino):
     assert code == 0, error
     (row,) = results.load(run / "results.json")
     print({"mIoU": row.metrics["mIoU"], "CPU seconds": round(time.process_time() - began, 1)})
-    assert row.metrics["mIoU"] >= 70
+    assert row.metrics["mIoU"] >= 80

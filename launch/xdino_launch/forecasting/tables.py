@@ -209,7 +209,7 @@ def outlook_lines(seen: Outlook, network: str) -> Iterator[tuple[str, str]]:
         "run",
         (
             f"{seen.epochs:,} epochs x {seen.steps_per_epoch:,} steps = {seen.iterations:,} steps of "
-            f"{seen.total_batch:,} of {seen.images:,} images"
+            f"{seen.total_batch:,} images, out of {seen.images:,} images"
         ),
     )
     where = f"{seen.processes:,} x {seen.device}" if seen.processes > 1 else seen.device
