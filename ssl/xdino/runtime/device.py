@@ -99,8 +99,8 @@ def multiplies_bf16(device: torch.device) -> bool:
 def is_faster_in_bf16(device: torch.device) -> bool:
     """Whether products of bf16 are worth it: on CUDA, and on a processor where they are faster.
 
-    Having instructions for them is not enough: without AMX, which virtual machines may hide, Intel's take
-    twice as long as fp32's, and AMD's about half (tests/benchmarks/README.md).
+    Having instructions for them is not enough: without AMX, which virtual machines may hide, products on
+    an Intel Xeon take twice as long as in fp32 (tests/benchmarks/README.md).
     """
     return device.type == "cuda" or (multiplies_bf16(device) and _times_favour_bf16())
 
@@ -109,7 +109,7 @@ def is_faster_in_bf16(device: torch.device) -> bool:
 def _times_favour_bf16() -> bool:
     """Asked once a process: the quickest of a few products each, in turn, on one thread.
 
-    No processor is known to lie near the bound, so that noise does not decide.
+    The processors that were measured lie far from the bound, so that noise does not decide.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
