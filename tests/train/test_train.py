@@ -252,6 +252,16 @@ def test_epochs_of_another_number_of_images_meet_the_same_ones(
         assert torch.equal(value, weights[1][name]), name
 
 
+def test_a_stop_within_such_an_epoch_changes_nothing(tiny, tmp_path):
+    configuration = tiny(train__epochs=3, train__images_per_epoch=13, model__drop_path=0.3)
+    whole = pretrain(configuration, tmp_path / "whole")
+    ear = Ear(at=3, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="after iteration 3 of 6"):
+        pretrain(configuration, tmp_path / "broken", listener=ear)
+    broken = pretrain(configuration, tmp_path / "broken")
+    assert checkpoint.sha256(whole) == checkpoint.sha256(broken)
+
+
 def test_an_epoch_of_fewer_images_than_a_step(tiny, tmp_path):
     with pytest.raises(UsageError, match="images_per_epoch is 5, less than the 6 images of a step"):
         pretrain(tiny(train__images_per_epoch=5), tmp_path / "run")
