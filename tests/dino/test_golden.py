@@ -102,11 +102,14 @@ def thrifty(learner):
     learner.student.backbone.set_grad_checkpointing(True)
 
 
-def traced(learner):
-    """As torch.compile takes the networks apart, both of them; its code is `test_compiled_blocks`."""
+def compiled(learner):
     for network in (learner.student, learner.teacher):
-        for part in network.backbone.parts_to_compile():
-            part.compile(dynamic=False, backend="aot_eager")
+        compile_backbone(network.backbone)
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
+)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def traced(learner):
         ("dino_steps", 1e-5, 1e-4, plain),
         ("dino_steps_free_last_layer_f64", 1e-6, 1e-6, plain),
         ("dino_steps_free_last_layer_f64", 1e-6, 1e-6, thrifty),
-        ("dino_steps", 1e-5, 1e-4, traced),
+        pytest.param("dino_steps", 1e-5, 1e-4, compiled, marks=[pytest.mark.slow, needs_compiler]),
     ],
 )
 def test_six_steps(name, scalars, weights, path, golden, agree):
@@ -139,25 +142,3 @@ def test_six_steps(name, scalars, weights, path, golden, agree):
                 ours, value = ours.clone(), value.clone()
                 ours[D : 2 * D] = value[D : 2 * D] = 0
             agree(f"{role} {key}", ours, value, weights)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
-)
-def test_compiled_blocks(golden, agree):
-    """What a run with `runtime.compile` computes, forwards and backwards, is what it does without."""
-    tensors, facts = golden("dino_steps")
-    plain, compiled = XCiT(**facts["xcit"]), XCiT(**facts["xcit"])
-    for network in (plain, compiled):
-        network.load_state_dict(part(tensors, "student_init/backbone."), strict=True)
-    compile_backbone(compiled)
-    images = tensors["local/0"].flatten(0, 1)
-    found = [network(images) for network in (plain, compiled)]
-    agree("features", found[1], found[0], 1e-5)
-    for features in found:
-        features.square().sum().backward()
-    theirs = dict(plain.named_parameters())
-    for name, ours in compiled.named_parameters():
-        if not name.endswith("qkv.bias"):  # of keys it is noise
-            agree(name, ours.grad, theirs[name].grad, 1e-4)

@@ -327,7 +327,7 @@ def test_two_processes_at_once_one_is_refused(tmp_path, images):
     command = [
         sys.executable, "-m", "xdino_launch", "pretrain", "debug", "--run", str(tmp_path / "run"),
         "--evaluate.every", "0", "--crops.local_count", "0", "--crops.global_size", "12",
-        "--train.epochs", "1", "--train.batch_size", "500",
+        "--train.epochs", "2", "--train.batch_size", "500",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     both = [
