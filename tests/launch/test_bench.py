@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from xdino_launch import cli
-from xdino_launch.bench import dense_scaling, linear
+from xdino_launch.bench import dense_scaling, linear, step
 from xdino_launch.bench.step import StepShape, Work, step_ratios
 from xdino_launch.bench.timing import (
     Arm,
@@ -55,11 +55,14 @@ def run(capsys, tmp_path):
     return of
 
 
-def test_step_with_an_arm_for_each_kind_of_kernels(run):
-    report = run(*STEP, "--kernels", "plain,auto")
-    assert {"ours (plain), fp32", "ours (auto), fp32"} <= set(report["arms"])
+def test_step_with_an_arm_for_each_kind_of_kernels(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(step, "compile_backbone", compiled.append)
+    report = run(*STEP, "--kernels", "plain,auto,compiled")
+    assert {f"ours ({kind}), fp32" for kind in ("plain", "auto", "compiled")} <= set(report["arms"])
     assert "ours (plain), fp32 / ours (auto), fp32" in report["ratios"]
-    assert report["settings"]["kernels"] == ["plain", "auto"]
+    assert report["settings"]["kernels"] == ["plain", "auto", "compiled"]
+    assert len(compiled) == 2  # student and teacher, of one arm alone
 
 
 # Statistics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xdino import acceleration, augment
-from xdino.backbones import BackboneSpec
+from xdino.backbones import BackboneSpec, compile_backbone
 from xdino.errors import UsageError
 from xdino.head import DINOHead
 from xdino.learner import Learner
@@ -26,6 +26,8 @@ from xdino_launch.bench.timing import Arm, Protocol, Ratio, Report, again, divid
 from xdino_launch.console import stderr_console
 
 CHECKPOINTED = "ours with activation checkpointing"
+COMPILED = "compiled"  # the plain path under torch.compile
+KERNELS = (*acceleration.MODES, COMPILED)
 Checkouts = tuple[str, str]  # of facebookresearch/dino and facebookresearch/xcit
 
 
@@ -42,7 +44,7 @@ class StepShape:
     drop_path: float = 0.1
     device: str = "cpu"
     checkpointing: bool = False  # of our activations
-    kernels: str = "auto"  # as runtime.kernels: auto, plain, fused
+    kernels: str = "auto"  # of KERNELS
 
     @property
     def lr(self) -> float:
@@ -99,9 +101,14 @@ class Work:
         teacher = make_teacher(student, spec.build())
         loss = DINOLoss(shape.prototypes)
         learner = Learner(student, teacher, loss, precision=self.precision, device=shape.device)
+        compiled = shape.kernels == COMPILED
+        mode = "plain" if compiled else shape.kernels
         chosen = acceleration.choose(
-            shape.kernels, backbone, augment.multi_crop(), learner.device, learner.stepping.autocast
+            mode, backbone, augment.multi_crop(), learner.device, learner.stepping.autocast
         )
+        if compiled:
+            for network in (student, teacher):
+                compile_backbone(network.backbone)
         if chosen.why is not None:
             stderr_console().print(chosen.why)
         acceleration.use_kernels((student, teacher), chosen.network)
@@ -153,7 +160,7 @@ def step(
     """Seconds a step (or `memory`: MB at its peak), ours and the published code's.
 
     Args:
-        kernels: which of our own paths, an arm each: "auto", "plain", "fused".
+        kernels: which of our own paths (`KERNELS`), an arm each.
     """
     unknown = [name for name in precisions if name not in AUTOCAST]
     if unknown:

@@ -129,7 +129,7 @@ def bench_pipeline(
 @click.option("--local-count", default=8, show_default=True, type=Whole(0, 10**7))
 @click.option("--precision", default="fp32", show_default=True, help="fp32,bf16,fp16")
 @device_option("cpu")
-@click.option("--kernels", default="auto", show_default=True, help="plain,fused: an arm each.")
+@click.option("--kernels", default="auto", show_default=True, help="plain,fused,compiled: an arm each.")
 @click.option("--memory", is_flag=True, help="Peak memory instead of time, in child processes.")
 @reference_option()
 @reference_option("xcit", "xcit")
@@ -152,12 +152,11 @@ def bench_step(
     _takes(arch, "--global-size", (shape["global_size"],), 2 * batch, True)
     if locals_:
         _takes(arch, "--local-size", (shape["local_size"],), locals_ * batch, True)
-    from xdino.acceleration import MODES
-    from xdino_launch.bench.step import StepShape, step
+    from xdino_launch.bench.step import KERNELS, StepShape, step
 
     for mode in kernels.split(","):
-        if mode not in MODES:
-            raise UsageError(f"--kernels cannot be {values.shown(mode)}: {nearest(mode, MODES)}")
+        if mode not in KERNELS:
+            raise UsageError(f"--kernels cannot be {values.shown(mode)}: {nearest(mode, KERNELS)}")
     report = step(
         StepShape(**shape),
         tuple(precision.split(",")),
