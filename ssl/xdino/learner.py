@@ -4,13 +4,15 @@ Letters: G global views, V views, B images, d width of the bottleneck.
 """
 
 from collections.abc import Iterable, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xdino.acceleration import Choice
-from xdino.loss import Objective, Views
+from xdino.acceleration.graphs import Passes
+from xdino.loss import Measured, Objective, Views
 from xdino.runtime import distributed
 from xdino.schedules import StepSettings
 from xdino.stepping import Stepping, StepResult
@@ -28,6 +30,7 @@ class Learner:
         clip: largest gradient norm of one parameter tensor; 0 for none.
         precision: "fp32", "bf16" or "fp16" (with a gradient scaler).
         global_views: how many views of the first resolution the teacher sees.
+        graphs: replay forward and backward passes as CUDA graphs; of one process alone.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Learner:
         precision: str = "fp32",
         device: torch.device | str = "cpu",
         global_views: int = 2,
+        graphs: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.student, self.teacher = student.to(self.device), teacher.to(self.device)
@@ -55,6 +59,8 @@ class Learner:
             self.device,
             kept=self.loss.kept(),
         )
+        trained = [p for _, p in self.stepping.trained]
+        self.passes: Passes[Measured] | None = Passes(trained) if graphs else None
 
     def step(
         self,
@@ -95,6 +101,8 @@ class Learner:
         Optimiser, objective and teacher each move once, however many there are.
         """
         self.stepping.begin(settings.lr, settings.weight_decay)
+        if self.passes is not None:
+            self.passes.begin()
         self._settings, self._count, self._seen = settings, count, 0
         self._statistics = self.loss.blank()  # [S]
         self._loss = self._statistics.new_zeros(())
@@ -105,29 +113,47 @@ class Learner:
         self._seen += 1
         if self._seen > self._count:
             self._miscounted()
+        if self.passes is not None:
+            temp = self._settings.teacher_temp if self.loss.of_prototypes else None
+            self._note(self.passes.run((temp, self._count), self._both_passes, groups))
+            return
         with self.stepping.exchanging(last=self._seen == self._count):
-            with self.stepping.precision():
-                with torch.no_grad():
-                    teacher = self.teacher([groups[0][: self.global_views]], embed=True)
-                student = self.stepping.network(groups, embed=True)
-                found = self.loss.measure(
-                    Views(
-                        student.bottleneck,  # [V, B, d]
-                        teacher.bottleneck,  # [G, B, d]
-                        student.tokens,
-                        self._settings.teacher_temp,
-                        self.student.head.last_layer,
-                        self.teacher.head.last_layer,
-                    )
-                )
-            self._loss = self._loss + found.loss.detach() / self._count
-            self._statistics += found.statistics / self._count
-            for name, value in found.told.items():
-                self._told[name] = self._told.get(name, 0) + value / self._count
-            if self._seen == self._count:  # under way during the backward pass
-                both = torch.cat([self._statistics, self._loss.view(1)])
-                self._means = distributed.PendingMean(both)
+            found = self._measure(groups)
+            self._note(found)
             self.stepping.backward(found.loss / self._count)
+
+    def _both_passes(self, groups: Sequence[Tensor]) -> Measured:
+        """The gradient of one micro-batch, added to what there is; and what was measured."""
+        found = self._measure(groups)
+        self.stepping.backward(found.loss / self._count)
+        return replace(found, loss=found.loss.detach())
+
+    def _measure(self, groups: Sequence[Tensor]) -> Measured:
+        """The forward passes of teacher and student, and the objective of what they made."""
+        with self.stepping.precision():
+            with torch.no_grad():
+                teacher = self.teacher([groups[0][: self.global_views]], embed=True)
+            student = self.stepping.network(groups, embed=True)
+            return self.loss.measure(
+                Views(
+                    student.bottleneck,  # [V, B, d]
+                    teacher.bottleneck,  # [G, B, d]
+                    student.tokens,
+                    self._settings.teacher_temp,
+                    self.student.head.last_layer,
+                    self.teacher.head.last_layer,
+                )
+            )
+
+    def _note(self, found: Measured) -> None:
+        """Add up what is measured; with the last micro-batch processes begin to tell each other."""
+        self._loss = self._loss + found.loss.detach() / self._count
+        self._statistics += found.statistics / self._count
+        for name, value in found.told.items():
+            self._told[name] = self._told.get(name, 0) + value / self._count
+        if self._seen == self._count:  # under way during the backward pass
+            both = torch.cat([self._statistics, self._loss.view(1)])
+            self._means = distributed.PendingMean(both)
 
     def finish(self, diagnose: bool = False) -> StepResult:
         """Look at the numbers, then move objective, student and teacher. As `step`."""

@@ -267,7 +267,9 @@ class Pretraining(LoaderJob[CropBatch]):
 
     def warning(self, number: int, result: StepResult) -> str | None:
         alarm = self._alarm.look(number, result.loss, result.diagnostics)
+        passes = self.learner.passes
         said, self._written = [alarm or "", self._written], ""
+        said.append((passes and passes.why_not()) or "")
         return "; ".join(filter(None, said)) or None
 
     def _new_alarm(self) -> metrics.CollapseAlarm | metrics.EmbeddingAlarm:

@@ -77,4 +77,10 @@ def update_teacher(
         return
     weight = (~still).double() * (1 - momentum)
     weights = {p.dtype: weight.to(p.dtype) for p in ours}
-    torch._foreach_lerp_(ours, theirs, [weights[p.dtype] for p in ours])
+    if not ours[0].is_cuda or len(weights) > 1:
+        torch._foreach_lerp_(ours, theirs, [weights[p.dtype] for p in ours])
+        return
+    # A list of factors is a kernel a tensor there, one factor a few for all of them.
+    way = torch._foreach_sub(theirs, ours)
+    torch._foreach_mul_(way, weights[ours[0].dtype])
+    torch._foreach_add_(ours, way)

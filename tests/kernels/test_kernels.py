@@ -176,7 +176,7 @@ def test_auto_takes_what_agrees_and_is_faster(works, monkeypatch):
     assert (found.network, found.views, found.why) == (True, True, None)
     assert found.facts() == {
         "fused_kernels": fused, "compiled": False, "activation_checkpointing": False,
-        "fused_speedup": {"views": 2.0, "network": 2.0},
+        "cuda_graphs": False, "fused_speedup": {"views": 2.0, "network": 2.0},
     }  # fmt: skip
 
     works(network="the output is 0.5 away")

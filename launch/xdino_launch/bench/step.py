@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xdino import acceleration, augment
+from xdino.acceleration.graphs import WARM
 from xdino.backbones import BackboneSpec, compile_backbone
 from xdino.errors import UsageError
 from xdino.head import DINOHead
@@ -45,6 +46,7 @@ class StepShape:
     device: str = "cpu"
     checkpointing: bool = False  # of our activations
     kernels: str = "auto"  # of KERNELS
+    graphs: bool = True  # on CUDA, passes as graphs; not where activations are computed again
 
     @property
     def lr(self) -> float:
@@ -100,11 +102,21 @@ class Work:
         student = MultiCropNetwork(backbone, head)
         teacher = make_teacher(student, spec.build())
         loss = DINOLoss(shape.prototypes)
-        learner = Learner(student, teacher, loss, precision=self.precision, device=shape.device)
         compiled = shape.kernels == COMPILED
+        graphs = shape.graphs and self.device.type == "cuda"
+        graphs = graphs and not compiled and not shape.checkpointing
+        learner = Learner(
+            student, teacher, loss, precision=self.precision, device=shape.device, graphs=graphs
+        )
         mode = "plain" if compiled else shape.kernels
         chosen = acceleration.choose(
-            mode, backbone, augment.multi_crop(), learner.device, learner.stepping.autocast
+            mode,
+            backbone,
+            augment.multi_crop(),
+            learner.device,
+            learner.stepping.autocast,
+            images=shape.batch,
+            graphs=graphs,
         )
         if compiled:
             for network in (student, teacher):
@@ -120,6 +132,9 @@ class Work:
             teacher_temp=0.04,
             freeze_last_layer=False,
         )
+        if graphs:  # recorded now, not while it is timed
+            for _ in range(WARM + 1):
+                learner.step([crops], settings)
         return lambda: learner.step([crops], settings).loss
 
     def seconds(self) -> Callable[[int], float]:

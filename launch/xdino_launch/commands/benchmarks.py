@@ -129,7 +129,10 @@ def bench_pipeline(
 @click.option("--local-count", default=8, show_default=True, type=Whole(0, 10**7))
 @click.option("--precision", default="fp32", show_default=True, help="fp32,bf16,fp16")
 @device_option("cpu")
-@click.option("--kernels", default="auto", show_default=True, help="plain,fused,compiled: an arm each.")
+@click.option(
+    "--kernels", default="auto", show_default=True, help="plain,fused,compiled: an arm each."
+)
+@click.option("--graphs/--no-graphs", default=True, help="Ours on CUDA by graphs.  [graphs]")
 @click.option("--memory", is_flag=True, help="Peak memory instead of time, in child processes.")
 @reference_option()
 @reference_option("xcit", "xcit")

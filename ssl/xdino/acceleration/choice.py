@@ -28,6 +28,7 @@ class Choice:
         why: why not all that was asked for; None: it does, or nobody would expect it to.
         compiled: whether torch.compile's code runs.
         activation_checkpointing: whether the student computes its activations again.
+        graphs: whether passes run as CUDA graphs.
         speedup: of each part whose two paths were timed, the plain path's time over the kernels'.
     """
 
@@ -37,6 +38,7 @@ class Choice:
     compiled: bool = False
     activation_checkpointing: bool = False
     xca: bool = False
+    graphs: bool = False
     speedup: Mapping[str, float] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class Choice:
             "fused_kernels": fused,
             "compiled": self.compiled,
             "activation_checkpointing": self.activation_checkpointing,
+            "cuda_graphs": self.graphs,
         }
         if self.speedup:
             facts["fused_speedup"] = {part: round(x, 3) for part, x in self.speedup.items()}
@@ -60,6 +63,7 @@ def choose(
     autocast: torch.dtype | None = None,
     compile: bool = False,
     images: int = 32,
+    graphs: bool = False,
 ) -> Choice:
     """The kernels for training `model` (a backbone) on `device`.
 
@@ -71,6 +75,7 @@ def choose(
     Args:
         compile: whether torch.compile is asked for.
         images: of a micro-batch, for the comparison of speed.
+        graphs: whether passes are to run as CUDA graphs, which are compared then.
 
     Raises:
         UsageError: an unknown mode, or "fused" where no kernel can run, the model is no XCiT, is to
@@ -87,11 +92,11 @@ def choose(
         _check_fused(model, device, rivals)
         network = views = True
     elif mode == "auto" and device.type == "cuda":
-        found, speedup = _tried(model, crops, device, autocast, images, rivals)
+        found, speedup = _tried(model, crops, device, autocast, images, rivals, graphs)
         network, views = found.get("network", "none") is None, found["views"] is None
         why = _sentence(found)
     xca = network and isinstance(model, XCiT) and _fuses_xca(model, autocast)
-    return Choice(network, views, why, compile and not network, recomputes, xca, speedup)
+    return Choice(network, views, why, compile and not network, recomputes, xca, graphs, speedup)
 
 
 def _check_fused(model: nn.Module, device: torch.device, rivals: list[str]) -> None:
@@ -123,6 +128,7 @@ def _tried(
     autocast: torch.dtype | None,
     images: int,
     rivals: list[str],
+    graphs: bool,
 ) -> tuple[dict[str, str | None], dict[str, float]]:
     """Of each part that has kernels, why they are not taken (None: they are), and their speed."""
     cannot = kernels.reason(device)
@@ -151,7 +157,7 @@ def _tried(
         judge(
             "network",
             lambda: equality.check_network(model, device, autocast),
-            lambda: speed.compare_networks(model, crops, images, device, autocast),
+            lambda: speed.compare_networks(model, crops, images, device, autocast, graphs),
         )
     return found, speedup
 

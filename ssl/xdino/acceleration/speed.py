@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from xdino.acceleration import equality
+from xdino.acceleration import equality, graphs
 from xdino.augment import MultiCrop, draw_batch, photometric
 from xdino.runtime.device import without_trace
 from xdino.xcit import XCiT
@@ -77,8 +77,12 @@ def compare_networks(
     images: int,
     device: torch.device,
     autocast: torch.dtype | None,
+    recorded: bool = False,
 ) -> Comparison:
-    """The student's forward and backward pass over `images` images' crops, on both paths."""
+    """The student's forward and backward pass over `images` images' crops, on both paths.
+
+    recorded: as CUDA graphs, where they can be recorded.
+    """
     with without_trace(device):
         depth, rate = len(model.blocks), equality.drop_path_rate(model)
         plain, fused = equality.twins(model, depth, rate, device)
@@ -93,7 +97,8 @@ def compare_networks(
                 features = torch.cat([network(group) for group in groups])
             features.float().square().mean().backward()
 
-        return in_turns(lambda: step(plain), lambda: step(fused), device)
+        as_run = graphs.replayed if recorded else lambda work: work
+        return in_turns(as_run(lambda: step(plain)), as_run(lambda: step(fused)), device)
 
 
 def compare_views(crops: MultiCrop, images: int, device: torch.device) -> Comparison:

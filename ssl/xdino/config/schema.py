@@ -342,6 +342,8 @@ class Runtime:
     """Keep the blocks' inputs only and compute the rest again: less memory, more time."""
     compile: bool = False
     """torch.compile of both backbones: minutes at the start, once a crop size."""
+    cuda_graphs: bool = True
+    """xdino pretrain on one GPU: replay a step's passes as a CUDA graph, which spares Python's time."""
     kernels: Literal["auto", "plain", "fused"] = "plain"
     """Fused Triton kernels for CUDA; auto: where a check at the start finds them equal and faster."""
     log_every: Positive = 10

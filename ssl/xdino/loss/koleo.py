@@ -55,7 +55,7 @@ class WithKoLeo(Objective):
         super().__init__()
         self.objective, self.weight = objective, weight
         self.of_prototypes, self.unit = objective.of_prototypes, objective.unit
-        self.watched = objective.watched
+        self.watched, self.recordable = objective.watched, objective.recordable
 
     def blank(self) -> Tensor:
         return self.objective.blank()

@@ -54,11 +54,13 @@ class Objective(nn.Module, abc.ABC):
     """The interface, and what suits an objective that remembers nothing.
 
     `of_prototypes`: the heads end in a layer onto prototypes. `unit`: the bottleneck is normalised.
-    `watched`: what the statistics are, for the sentence where they are not finite.
+    `watched`: what the statistics are, for the sentence where they are not finite. `recordable`:
+    `measure` decides nothing in Python from step to step but by the teacher's temperature.
     """
 
     of_prototypes = True
     unit = True
+    recordable = True
     watched = "the statistics of the embeddings"
     _blank: Tensor
 

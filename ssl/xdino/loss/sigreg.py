@@ -58,6 +58,7 @@ class SIGRegLoss(EmbeddingLoss):
     """
 
     unit = False
+    recordable = False  # every step has its own directions
     name = "sigreg"
 
     def __init__(self, width: int, weight: float = 0.05, slices: int = 256) -> None:

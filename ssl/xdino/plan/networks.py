@@ -21,6 +21,7 @@ from xdino.loss import (
     WithKoLeo,
 )
 from xdino.plan.plan import Plan
+from xdino.runtime import distributed
 from xdino.stepping import AUTOCAST
 from xdino.student_teacher import MultiCropNetwork, make_teacher
 from xdino.values import shown
@@ -97,6 +98,17 @@ def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
     )
 
 
+def _records_graphs(config: Config, device: torch.device) -> bool:
+    """Whether passes are to run as CUDA graphs, as far as the configuration says.
+
+    Not over processes, whose exchange of gradients belongs between the kernels of a pass, and not where
+    something else has its own way of running them.
+    """
+    rivals = config.runtime.compile or config.runtime.activation_checkpointing
+    alone = distributed.world_size() == 1
+    return config.runtime.cuda_graphs and device.type == "cuda" and alone and not rivals
+
+
 def build_learner(plan: Plan, from_init: bool = True) -> Learner:
     """Student, teacher and the rest, with their ordinary initialisation or from `train.init`.
 
@@ -114,14 +126,16 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
     head = build_head(config.head, backbone.embed_dim, config.loss)
     student = MultiCropNetwork(backbone, head)
     teacher = make_teacher(student, plan.spec.build())
+    objective = objective_of(config.loss, config.head)
     learner = Learner(
         student,
         teacher,
-        objective_of(config.loss, config.head),
+        objective,
         config.optim.name,
         config.optim.clip_grad,
         plan.precision,
         plan.device,
+        graphs=_records_graphs(config, plan.device) and objective.recordable,
     )
     learner.kernels = acceleration.choose(
         config.runtime.kernels,
@@ -131,6 +145,7 @@ def build_learner(plan: Plan, from_init: bool = True) -> Learner:
         AUTOCAST[plan.precision],
         config.runtime.compile,
         config.train.batch_size,
+        learner.passes is not None,
     )
     if learner.kernels.compiled:
         for network in (student, teacher):
