@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 SEED ?= 0
 SCALE ?= 1
 
-.PHONY: demo test check torture cluster format clean
+.PHONY: demo test gpu check torture cluster format clean
 
 # The stamp is newer than pyproject.toml exactly when what it lists is installed.
 $(VENV)/.installed: pyproject.toml
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed  ## pretrain a small XCiT on the shipped images, score 
 
 test: $(VENV)/.installed  ## every test, on two cores in minutes
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+gpu: $(VENV)/.installed  ## the tests that need a GPU (`make test` leaves GPUs alone)
+	$(BIN)/python -m pytest -m gpu -n 4
 
 check: $(VENV)/.installed  ## lint, types, import direction
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What several subjects' tests share: golden vectors and how to compare with them, the command line."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests mean the processor, also where there is a GPU; `-m gpu` runs those that mean the GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -60,7 +60,9 @@ class Learner:
             kept=self.loss.kept(),
         )
         trained = [p for _, p in self.stepping.trained]
-        self.passes: Passes[Measured] | None = Passes(trained) if graphs else None
+        self.passes: Passes[tuple[Measured, Tensor | None]] | None = None
+        if graphs:
+            self.passes = Passes(trained)
 
     def step(
         self,
@@ -107,6 +109,7 @@ class Learner:
         self._statistics = self.loss.blank()  # [S]
         self._loss = self._statistics.new_zeros(())
         self._told: dict[str, Tensor] = {}
+        self._norms: Tensor | None = None  # of gradients that are clipped already
 
     def add(self, groups: Sequence[Tensor]) -> None:
         """Forward and backward passes of one micro-batch's views."""
@@ -115,18 +118,25 @@ class Learner:
             self._miscounted()
         if self.passes is not None:
             temp = self._settings.teacher_temp if self.loss.of_prototypes else None
-            self._note(self.passes.run((temp, self._count), self._both_passes, groups))
+            found, self._norms = self.passes.run(
+                (temp, self._count), self._both_passes, groups, alone=self._count == 1
+            )
+            self._note(found)
             return
         with self.stepping.exchanging(last=self._seen == self._count):
             found = self._measure(groups)
             self._note(found)
             self.stepping.backward(found.loss / self._count)
 
-    def _both_passes(self, groups: Sequence[Tensor]) -> Measured:
-        """The gradient of one micro-batch, added to what there is; and what was measured."""
+    def _both_passes(self, groups: Sequence[Tensor]) -> tuple[Measured, Tensor | None]:
+        """What was measured of one micro-batch, whose gradient is added to what there is.
+
+        Where it is the step's only one, the gradients are clipped too, and their norms come with it.
+        """
         found = self._measure(groups)
         self.stepping.backward(found.loss / self._count)
-        return replace(found, loss=found.loss.detach())
+        norms = self.stepping.clipped() if self._count == 1 else None
+        return replace(found, loss=found.loss.detach()), norms
 
     def _measure(self, groups: Sequence[Tensor]) -> Measured:
         """The forward passes of teacher and student, and the objective of what they made."""
@@ -161,7 +171,7 @@ class Learner:
             self._miscounted()
         settings = self._settings
         statistics, loss = self._means.wait().split([len(self._statistics), 1])
-        watched = self.stepping.watch(loss, {self.loss.watched: statistics})
+        watched = self.stepping.watch(loss, {self.loss.watched: statistics}, self._norms)
         broken = watched.broken  # None: all is well
         self.loss.update(statistics, broken)
         frozen = self.student.head.last_layer if settings.freeze_last_layer else None

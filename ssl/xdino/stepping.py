@@ -197,24 +197,34 @@ class Stepping:
         """The step is not to be: the running statistics are as they were at `begin`."""
         self.statistics.put_back()
 
-    def watch(self, loss: Tensor, others: Mapping[str, Tensor]) -> "Watched":
+    def clipped(self) -> Tensor | None:
+        """Clip the gradients now; their norms before it `[P]`. Under a scaler nothing is done: None."""
+        norms = self._gradient_norms()
+        if norms is not None and self.clip > 0:
+            self._clip((p for _, p in self.trained), self.clip, norms)
+        return norms
+
+    def watch(
+        self, loss: Tensor, others: Mapping[str, Tensor], clipped: Tensor | None = None
+    ) -> "Watched":
         """See to it that a step with numbers that are not finite moves nothing, on any process.
 
         Args:
             loss: `[1]`. others: vectors that must be finite too, by what they are called.
+            clipped: what `clipped` gave, where it was called.
 
         Raises:
             NonFinite: the device was asked, and something is not; nothing has moved on any process.
         """
         self.before_moving()
-        norms = self._norms = self._gradient_norms()
+        norms = self._norms = self._gradient_norms() if clipped is None else clipped
         evidence = self._evidence(loss, norms, others)
         broken = distributed.any_of(~evidence.finite())
         if self._asks:
             if broken.item():
                 self.statistics.put_back()
                 self._fail(evidence, standing=1)
-            return Watched(None, norms)
+            return Watched(None, norms, clipped is not None)
         if self._first is None:
             self._first = evidence
         else:
@@ -223,13 +233,13 @@ class Stepping:
         self._broken = self._broken | broken
         self._standing = self._standing + self._broken
         self.statistics.put_back(where=self._broken)
-        return Watched(self._broken, norms)
+        return Watched(self._broken, norms, clipped is not None)
 
     def update(self, watched: "Watched", still: nn.Module | None = None) -> None:
         """One step of the optimiser with gradients clipped; `still`: a part that stays as it is."""
         if watched.broken is not None:
             self._stand_still(watched.broken, still)
-        if self.clip > 0:
+        if self.clip > 0 and not watched.clipped:
             self.scaler.unscale_(self.optimiser)
             self._clip((p for _, p in self.trained), self.clip, watched.norms)
         if still is not None:
@@ -350,11 +360,13 @@ class Watched:
     """What `Stepping.watch` saw.
 
     broken: None where the device was asked and all is well; else the flag that keeps things still,
-    set by the first broken step and kept until somebody asks. norms: of the gradients `[P]`.
+    set by the first broken step and kept until somebody asks. norms: of the gradients `[P]`, which are
+    `clipped` by them already or not.
     """
 
     broken: Tensor | None
     norms: Tensor | None
+    clipped: bool
 
 
 def _over_processes(network: nn.Module) -> nn.Module:

@@ -71,6 +71,31 @@ def test_six_iterations_equal_some_then_a_stop_then_the_rest(tiny, tmp_path, sto
     assert losses[0] == losses[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_a_stop_changes_no_bit_on_a_gpu(tiny, tmp_path, stop_at, accumulate):
+    """Before the passes are recorded as a CUDA graph, and behind it."""
+    configuration = tiny(
+        runtime__device="cuda", train__epochs=3, train__batch_size=6 // accumulate,
+        train__accumulate=accumulate, model__drop_path=0.3, loss__warmup_teacher_temp_epochs=2,
+    )  # fmt: skip
+    pretrain(configuration, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    ear = Ear(at=stop_at, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        pretrain(configuration, broken, listener=ear)
+    pretrain(configuration, broken)
+    one, two = (
+        checkpoint.load_state(tmp_path / name / "checkpoints" / "last.pt")["learner"]
+        for name in ("whole", "broken")
+    )
+    for role in ("student", "teacher"):
+        for name, value in one[role].items():
+            assert torch.equal(value, two[role][name]), name
+
+
 def test_a_crash_while_a_state_is_written_changes_nothing(tiny, tmp_path, monkeypatch):
     configuration = tiny()
     pretrain(configuration, tmp_path / "whole")

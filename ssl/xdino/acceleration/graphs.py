@@ -57,7 +57,7 @@ def replayed(work: Callable[[], object]) -> Callable[[], object]:
 class Passes(Generic[T]):
     """Passes of micro-batches, recorded when their like has been seen `WARM` times.
 
-    Gradients of recorded passes are added to tensors that stay where they are, which `begin` clears.
+    The gradients of recorded passes are tensors that stay where they are, which `begin` clears.
 
     Args:
         parameters: those that may get a gradient.
@@ -82,16 +82,20 @@ class Passes(Generic[T]):
                 parameter.grad = gradient
 
     def run(
-        self, key: Hashable, work: Callable[[Sequence[Tensor]], T], inputs: Sequence[Tensor]
+        self,
+        key: Hashable,
+        work: Callable[[Sequence[Tensor]], T],
+        inputs: Sequence[Tensor],
+        alone: bool,
     ) -> T:
         """`work(inputs)`, which adds to the gradients and gives tensors without one.
 
-        key: what Python decides by in `work`, besides the inputs' shapes. The outputs hold until the
-        next pass.
+        key: what Python decides by in `work`, besides the inputs' shapes. alone: no other pass of the
+        step adds to these gradients. The outputs hold until the next pass.
         """
         if self._off:
             return work(inputs)
-        key = key, tuple((x.shape, x.dtype) for x in inputs)
+        key = key, alone, tuple((x.shape, x.dtype) for x in inputs)
         if key not in self._recordings:
             if self._seen < WARM:
                 found = work(inputs)
@@ -99,33 +103,44 @@ class Passes(Generic[T]):
                 self._reached.update(p for p in self._parameters if p.grad is not None)
                 return found
             try:
-                self._keep(key, work, inputs)
+                self._keep(key, work, inputs, alone)
             except RuntimeError as error:
-                self._off, lines = True, str(error).strip().splitlines()
-                self._recordings.clear()
-                self._why = (
-                    "no CUDA graph of the passes could be recorded, and they run without one "
-                    f"({lines[0][:200] if lines else type(error).__name__})"
-                )
+                self._give_up(error, alone)
                 return work(inputs)
         recording = self._recordings[key]
-        if inputs:
-            torch._foreach_copy_(list(recording.inputs), list(inputs))
+        torch._foreach_copy_(list(recording.inputs), list(inputs))
         recording.replay()
+        if not self._gradients:
+            self._gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         return recording.outputs
 
     def _keep(
-        self, key: Hashable, work: Callable[[Sequence[Tensor]], T], inputs: Sequence[Tensor]
+        self,
+        key: Hashable,
+        work: Callable[[Sequence[Tensor]], T],
+        inputs: Sequence[Tensor],
+        alone: bool,
     ) -> None:
+        self._gradients = {}
         while len(self._recordings) >= KEPT:
             self._recordings.pop(next(iter(self._recordings)))
-        if not self._gradients:
-            for parameter in self._reached:
-                # Of an earlier micro-batch of this step, or none yet.
-                before = parameter.grad
-                kept = torch.zeros_like(parameter) if before is None else before.clone()
-                self._gradients[parameter] = parameter.grad = kept
+        for parameter in self._reached:
+            if alone:
+                parameter.grad = None  # the graph writes gradients; else it adds to what there is
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self._recordings[key] = self._recorder(work, inputs)
+
+    def _give_up(self, error: RuntimeError, alone: bool) -> None:
+        self._off, lines = True, str(error).strip().splitlines()
+        self._recordings.clear()
+        if alone:  # gradients that the recording made hold nothing
+            for parameter in self._parameters:
+                parameter.grad = None
+        self._why = (
+            "no CUDA graph of the passes could be recorded, and they run without one "
+            f"({lines[0][:200] if lines else type(error).__name__})"
+        )
 
     def why_not(self) -> str | None:
         """Once: why the passes are no longer recorded, where they should be."""

@@ -344,8 +344,9 @@ class Runtime:
     """torch.compile of both backbones: minutes at the start, once a crop size."""
     cuda_graphs: bool = True
     """xdino pretrain on one GPU: replay a step's passes as a CUDA graph, which spares Python's time."""
-    kernels: Literal["auto", "plain", "fused"] = "plain"
-    """Fused Triton kernels for CUDA; auto: where a check at the start finds them equal and faster."""
+    kernels: Literal["auto", "plain", "fused"] = "auto"
+    """xdino pretrain's fused Triton kernels for CUDA; auto: where a check at the start finds them equal
+    and faster (some 25 s the first time, while they are compiled)."""
     log_every: Positive = 10
     """Iterations between rows of metrics.jsonl."""
     checkpoint_every: Positive = 500
