@@ -170,7 +170,7 @@ class DenseConfig(RunConfig):
                 "long the run is: set the other one null, as in --train.iterations null"
             )
         if self.runtime.kernels == "fused":
-            yield "runtime.kernels fused is for pretraining: leave it at plain"
+            yield "runtime.kernels fused is for pretraining: leave it out"
         if self.runtime.compile:
             yield "runtime.compile is for pretraining and fine-tuning: leave it at false"
 

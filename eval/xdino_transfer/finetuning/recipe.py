@@ -253,7 +253,7 @@ class FineTuning(RunConfig):
         if self.evaluate.weights == "average" and not self.train.ema:
             yield "evaluate.weights is average, and train.ema 0 keeps none"
         if self.runtime.kernels == "fused":
-            yield "runtime.kernels fused is for pretraining: leave it at plain"
+            yield "runtime.kernels fused is for pretraining: leave it out"
 
     def images(self) -> str:
         """Which of the training images are learned from, in words."""

@@ -1,7 +1,8 @@
 """What a counted step takes on a device: a table of GPUs, this machine's CPU, and what is assumed.
 
-The peaks are the makers' (dense, per GPU). What of them is reached is assumed, and said wherever it is
-used: none of this code was timed on a GPU yet. A CPU is measured on the spot.
+The peaks are the makers' (dense, per GPU). What of them is reached was fitted to seven shapes that were
+timed on one H100 (fused kernels, bf16, one process; nano to M24, 32 to 256 images: tests/benchmarks),
+and is assumed of every other GPU; it is said wherever it is used. A CPU is measured on the spot.
 """
 
 import dataclasses
@@ -19,10 +20,12 @@ from xdino.plan import Plan
 from xdino.plan.feasibility import free_memory
 from xdino.runtime.device import cuda_devices, multiplies_bf16, resolve_precision
 
-# Assumed, of a GPU.
+# As fitted to an H100.
 PRODUCTS_SHARE = 0.5  # of the peak that products and convolutions reach
 BANDWIDTH_SHARE = 0.75  # of the memory's that all else reaches
-LAUNCH_SECONDS = 4e-6  # of one operation, at least
+LAUNCH_SECONDS = 3e-6  # of one operation, besides its bytes, in a CUDA graph
+WRITING_SECONDS = 2.2e-5  # of one that Python launches, on the one host that was seen
+# Assumed, of a GPU.
 HALF_BYTES = 0.6  # what autocast's half precision moves and keeps, of float32's bytes
 CONTEXT_BYTES = 1 << 30  # of CUDA, its libraries and their workspaces
 ALLOCATOR_SHARE = 1.1  # of what is kept: blocks are rounded up, and gaps stay
@@ -62,15 +65,20 @@ class Machine:
             return resolve_precision(asked, torch.device("cpu"))
         return self.half_kind if asked == "auto" else asked
 
-    def seconds(self, step: StepCost, precision: str) -> float:
-        """Of a step, by arithmetic alone: products and other bytes, or launches where they are more."""
+    def seconds(self, step: StepCost, precision: str, alone: bool = True) -> float:
+        """Of a step, by arithmetic alone: products, other bytes and launches.
+
+        alone: on one process, whose passes run as CUDA graphs; else Python launches what they do, and
+        may take longer than the GPU.
+        """
         half = precision != "fp32"
         peak = self.half if half else self.single
         moved = step.bytes * (HALF_BYTES if half else 1.0)
         if self.is_cpu:  # its rates are measured, not peaks
             return step.flops / peak + moved / self.bandwidth
         work = step.flops / (PRODUCTS_SHARE * peak) + moved / (BANDWIDTH_SHARE * self.bandwidth)
-        return max(work, LAUNCH_SECONDS * step.launches)
+        work += LAUNCH_SECONDS * step.launches
+        return work if alone else max(work, WRITING_SECONDS * step.launches)
 
     def needs(self, tensors: int, precision: str, activations: int) -> int:
         """Bytes of memory for `tensors` bytes of them, of which `activations` may be halved."""
