@@ -270,7 +270,7 @@ def test_recipes_that_contradict_themselves(detect, coco):
     refused(detect(coco, train__batch_size=5), "a batch takes 5 images")
     refused(detect(coco, view__mean="0.5", view__std="0.5"), "need one value a channel: 3, got 1")
     refused(detect(coco, train__epochs="null"), "neither train.epochs nor train.iterations says")
-    refused(detect(coco, runtime__kernels="fused"), "leave it at plain")
+    refused(detect(coco, runtime__kernels="fused"), "leave it out")
 
 
 def test_networks_that_have_no_levels(detect, coco, tmp_path):
