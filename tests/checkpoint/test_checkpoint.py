@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import copy
 import json
 import os
 import pathlib
@@ -40,6 +41,12 @@ def images():
     return torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
 
 
+def assert_same(loaded, original, images):
+    """torch 2.11 has other kernels where weights want a gradient, which loaded ones do not."""
+    original = copy.deepcopy(original).requires_grad_(False)
+    assert torch.equal(loaded(images), original(images))
+
+
 def published_checkpoint(model, prefix="module."):
     """The layout that the published trainer saves, argparse.Namespace and numpy scalars included."""
     network = MultiCropNetwork(model, DINOHead(128, 64, 32, 16))
@@ -61,7 +68,7 @@ def test_our_own_file(nano, images, tmp_path):
     save_backbone(tmp_path / "b.safetensors", nano, spec, role="teacher", iteration=7)
     assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     loaded = load_backbone(path)
-    assert torch.equal(loaded(images), nano(images))
+    assert_same(loaded, nano, images)
     assert (loaded.input_size, loaded.resize, loaded.training) == (96, 110, False)
     assert loaded.mean == (0.485, 0.456, 0.406)
     assert loaded.origin.facts["iteration"] == 7
@@ -173,7 +180,7 @@ def test_an_xcit_without_a_name_needs_its_spec(images, tmp_path):
     ):
         load_backbone(tmp_path / "c.pth")
     loaded = load_backbone(tmp_path / "c.pth", BackboneSpec("xcit_nano_12_p8", shape=shape))
-    assert torch.equal(loaded(images), model(images))
+    assert_same(loaded, model, images)
 
 
 def test_mixed_networks(nano, tmp_path):
@@ -223,7 +230,7 @@ def test_bytes_changed_anywhere_give_a_sentence_or_weights(tmp_path):
 def test_names_may_be_given(nano, images, tmp_path):
     torch.save(nano.state_dict(), tmp_path / "c.pth")
     loaded = load_backbone(tmp_path / "c.pth", arch="xcit_nano_12_p16_224.fb_in1k")
-    assert torch.equal(loaded(images), nano(images))
+    assert_same(loaded, nano, images)
     with pytest.raises(
         UsageError, match=r"does not fit xcit_tiny_12_p16: .* it fits xcit_nano_12_p16"
     ):

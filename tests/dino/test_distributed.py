@@ -15,12 +15,8 @@ WORKER = Path(__file__).with_name("two_processes.py")
 BROKEN = Path(__file__).with_name("two_processes_broken.py")
 
 
-# Biases that a following BatchNorm takes out again, and class attention's key bias: their gradient is
-# zero but for noise, of which Adam makes a step.
+# With class attention's key bias, whose gradient is zero but for noise, of which Adam makes a step.
 NO_GRADIENT = (
-    "backbone.norm.bias",
-    "head.mlp.0.bias",
-    "head.mlp.3.bias",
     "cls_attn_blocks.0.attn.qkv.bias",
     "cls_attn_blocks.1.attn.qkv.bias",
 )

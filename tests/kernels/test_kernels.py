@@ -31,6 +31,18 @@ def triton_here():
     return pytest.importorskip("triton")
 
 
+def minor(module):
+    """(major, minor) of its version."""
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+def interpreter_here():
+    triton = triton_here()
+    # It turns arrays of one element into numbers, which numpy no longer does.
+    if minor(triton) < (3, 7) and minor(np) >= (2, 5):
+        pytest.skip(f"triton {triton.__version__} cannot interpret with numpy {np.__version__}")
+
+
 def run(*command, interpret):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
@@ -52,13 +64,13 @@ def interpreted(*options):
 
 
 def test_interpreted():
-    triton_here()
+    interpreter_here()
     assert " passed" in interpreted("-m", "not slow")
 
 
 @pytest.mark.slow
 def test_interpreted_slow():
-    triton_here()
+    interpreter_here()
     assert " passed" in interpreted("-m", "slow")
 
 

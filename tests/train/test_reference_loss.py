@@ -2,7 +2,8 @@
 
     python tests/train/test_reference_loss.py
 
-writes reference_loss.txt anew. Do so where another curve is meant, and say why in the commit.
+writes the curve of this torch anew. Do so where another curve is meant, and say why in the commit.
+Torch has drawn the first weights in two ways since 2.11, and there is a curve for each.
 
 How far apart rounding may bring two CPUs was tried by kernels for SSE 4 and AVX2 in the place of
 AVX-512: the losses lay 3e-7 from each other at most, of their value, and 7e-7 from those of weights
@@ -21,7 +22,10 @@ import torch
 from xdino import config
 from xdino.pretraining import pretrain
 
-FILE = Path(__file__).with_name("reference_loss.txt")
+FILES = {  # by the first number that trunc_normal_ draws from seed 0
+    "-0.0225": Path(__file__).with_name("reference_loss.txt"),
+    "-0.0002": Path(__file__).with_name("reference_loss_2.11.txt"),
+}
 BOUND = 1e-5  # of the value
 OVERRIDES = {
     "train.batch_size": "50",  # 200 iterations make an epoch
@@ -30,6 +34,12 @@ OVERRIDES = {
     "runtime.device": "cpu",
     "runtime.log_every": "10",
 }
+
+
+def first_draw() -> str:
+    torch.manual_seed(0)
+    drawn = torch.nn.init.trunc_normal_(torch.empty(64, 64), std=0.02)
+    return f"{drawn[0, 0].item():.4f}"
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -42,7 +52,10 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_the_losses_are_those_that_were(tmp_path):
-    lines = [line.split() for line in FILE.read_text().splitlines() if line[0] != "#"]
+    file = FILES.get(first_draw())
+    if file is None:
+        pytest.skip(f"torch {torch.__version__} draws the first weights in a third way")
+    lines = [line.split() for line in file.read_text().splitlines() if line[0] != "#"]
     expected = {int(iteration): float(loss) for iteration, loss in lines}
     assert losses(tmp_path) == pytest.approx(expected, rel=BOUND)
     assert (len(expected), max(expected)) == (21, 200)
@@ -51,7 +64,8 @@ def test_the_losses_are_those_that_were(tmp_path):
 if __name__ == "__main__":
     options = " ".join(f"--{key} {value}" for key, value in OVERRIDES.items())
     head = f"# Iteration and loss of `xdino pretrain debug {options}`, one thread;\n"
-    head += f"# written by `python {FILE.parent.parent.name}/{FILE.parent.name}/{Path(__file__).name}`.\n"
+    file = FILES[first_draw()]
+    head += f"# written by `python {file.parent.parent.name}/{file.parent.name}/{Path(__file__).name}`.\n"
     with tempfile.TemporaryDirectory() as folder:
         found = losses(Path(folder))
-    FILE.write_text(head + "".join(f"{i} {loss}\n" for i, loss in found.items()))
+    file.write_text(head + "".join(f"{i} {loss}\n" for i, loss in found.items()))

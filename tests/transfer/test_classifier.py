@@ -59,6 +59,7 @@ def test_a_published_classification_file_keeps_its_head(tmp_path):
     torch.save({"model": published}, tmp_path / "xcit_nano_12_p16_224.pth")
     again = read_classifier(tmp_path / "xcit_nano_12_p16_224.pth").classifier
     assert (again.num_classes, again.classes) == (1000, None)
+    model.requires_grad_(False)  # as what is loaded: torch 2.11 has other kernels there
     assert torch.equal(again(images(64)), model(images(64)))
     timms = timm.create_model("xcit_nano_12_p16_224").eval()
     safetensors.torch.save_file(timms.state_dict(), tmp_path / "timm.safetensors")
