@@ -43,7 +43,7 @@ def teacher_in_evaluation() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def statistics_at_rest(after: int = 200) -> Iterator[None]:
+def statistics_at_rest(after: int = 50) -> Iterator[None]:
     """From step `after` on, student and teacher normalise by the statistics gathered until then."""
     steps = itertools.count(1)
 

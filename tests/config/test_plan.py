@@ -12,7 +12,7 @@ from torch import nn
 from xdino import config
 from xdino.errors import UsageError
 from xdino.plan import check_disk, feasibility, make_plan
-from xdino.runtime.device import resolve_device
+from xdino.runtime.device import check_compile, resolve_device
 
 
 def small(**overrides):
@@ -96,6 +96,18 @@ def test_networks_that_ask_for_values_are_tried_for_real():
             return super().forward(images.mean((2, 3))) * self.bias.sum().item()
 
     assert feasibility.why_not(Asks(3, 2), 3, feasibility.Trial("size", 8)) is None
+
+
+def test_what_would_crash_on_a_cpu_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    with pytest.raises(
+        UsageError, match="runtime.compile on a CPU needs torch 2.13: what torch 2.12"
+    ):
+        make_plan(small(runtime__compile="true", runtime__device="cpu"))
+    check_compile(False, torch.device("cpu"))
+    check_compile(True, torch.device("cuda"))
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    check_compile(True, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

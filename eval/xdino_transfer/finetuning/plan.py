@@ -24,7 +24,7 @@ from xdino.plan import feasibility
 from xdino.plan.measured import measured
 from xdino.plan.networks import checkpoint_activations
 from xdino.runtime.batch_layout import BatchLayout
-from xdino.runtime.device import resolve_device, resolve_precision
+from xdino.runtime.device import check_compile, resolve_device, resolve_precision
 from xdino.schedules import Array
 from xdino.values import shown
 from xdino_transfer.classification import optim, schedules
@@ -93,6 +93,7 @@ def make_plan(
     if not config.data.path:
         raise UsageError("data.path is not set: name labelled images with --data.path FOLDER")
     device = resolve_device(config.runtime.device)
+    check_compile(config.runtime.compile, device)
     precision = precision or resolve_precision(config.train.precision, device)
     known = BackboneSpec.from_dict(dict(spec)) if spec else _spec_of_weights(config)
     channels = config.channels

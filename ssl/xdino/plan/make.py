@@ -11,7 +11,7 @@ from xdino.plan.networks import spec_of
 from xdino.plan.plan import Plan
 from xdino.plan.proof import prove
 from xdino.plan.schedules import schedules_of
-from xdino.runtime.device import resolve_device, resolve_precision
+from xdino.runtime.device import check_compile, resolve_device, resolve_precision
 from xdino.values import shown
 
 
@@ -27,6 +27,7 @@ def make_plan(config: Config, world_size: int = 1, precision: str | None = None)
     if not config.data.path:
         raise UsageError("data.path is not set: name the images with --data.path FOLDER")
     device = resolve_device(config.runtime.device)
+    check_compile(config.runtime.compile, device)
     precision = precision or resolve_precision(config.train.precision, device)
     with asked(f"cannot open data.path {shown(config.data.path)}"):
         source = data.open_source(

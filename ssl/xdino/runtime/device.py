@@ -17,6 +17,8 @@ from xdino import values
 from xdino.errors import UsageError
 from xdino.runtime import rendezvous
 
+#: What torch.compile makes for CPUs corrupts memory before it: seen with 2.11 and 2.12, not with 2.13.
+COMPILES_FOR_CPUS = (2, 13)
 PRODUCTS = 7  # timed in each precision; the first ones compile
 _PRECISIONS = torch.float32, torch.bfloat16
 
@@ -46,6 +48,21 @@ def free_memory(device: torch.device) -> int | None:
     except (OSError, ValueError, KeyError):
         pass
     return min(found, default=None)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether this torch's torch.compile is sound there."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return device.type != "cpu" or version >= COMPILES_FOR_CPUS
+
+
+def check_compile(asked: bool, device: torch.device) -> None:
+    """Raises UsageError where `runtime.compile` is asked for and would crash."""
+    if asked and not compiles(device):
+        raise UsageError(
+            f"runtime.compile on a CPU needs torch {'.'.join(map(str, COMPILES_FOR_CPUS))}: what torch "
+            f"{torch.__version__} makes for it crashes. Leave it off, or take a newer torch"
+        )
 
 
 def resolve_device(name: str) -> torch.device:
