@@ -101,7 +101,7 @@ def test_networks_that_ask_for_values_are_tried_for_real():
 def test_what_would_crash_on_a_cpu_is_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
     with pytest.raises(
-        UsageError, match="runtime.compile on a CPU needs torch 2.13: what torch 2.12"
+        UsageError, match=r"runtime\.compile on a CPU needs torch 2\.13: what torch 2\.12"
     ):
         make_plan(small(runtime__compile="true", runtime__device="cpu"))
     check_compile(False, torch.device("cpu"))
