@@ -107,7 +107,10 @@ def replay(run: Path, iteration: int | None = None, device: str | None = None) -
 
 def _configuration(run: Path, device: str | None) -> configuration.Config:
     config = configuration.load(str(run / CONFIG_FILE))
-    runtime = dataclasses.replace(config.runtime, compile=False, workers=1, prefetch=1)
+    # Hooks look at each pass, which a compiled or a recorded one would not run through.
+    runtime = dataclasses.replace(
+        config.runtime, compile=False, cuda_graphs=False, workers=1, prefetch=1
+    )
     if device is not None:
         runtime = dataclasses.replace(runtime, device=device)
     train = config.train

@@ -162,12 +162,13 @@ OBJECTIVES = {
 @pytest.mark.gpu
 @ON_GPU
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_device_graphs_learn_what_passes_do(objective, precision):
+def test_device_graphs_learn_what_passes_do(objective, precision, count):
     found = []
     for recorded in (False, True):
         one = learner(None, OBJECTIVES[objective](), "cuda", recorded, precision)
-        found.append(trained(one, 6, 2, device="cuda"))
+        found.append(trained(one, 6, count, device="cuda"))
         if recorded:
             assert one.passes.why_not() is None
             assert len(one.passes._recordings) == 1
@@ -176,3 +177,26 @@ def test_device_graphs_learn_what_passes_do(objective, precision):
         assert same == pytest.approx(told, rel=1e-2, abs=1e-4)
     for name, value in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_a_recording_that_breaks_leaves_the_device_as_it_was():
+    """Asking for a number breaks it; dropped paths and another recording go on."""
+
+    def asks(inputs):
+        return [torch.empty_like(inputs[0]).bernoulli_(0.5), inputs[0].sum().item()]
+
+    def draws(inputs):
+        return [torch.empty_like(inputs[0]).bernoulli_(0.5)]
+
+    x, stream = torch.ones(8, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        graphs.record(asks, [x])
+    assert torch.cuda.current_stream() == stream
+    torch.manual_seed(0)
+    drawn = draws([x])[0]
+    recording = graphs.record(draws, [x])
+    torch.manual_seed(0)
+    recording.replay()
+    assert torch.equal(recording.outputs[0], drawn)

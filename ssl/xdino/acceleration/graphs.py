@@ -6,6 +6,8 @@ same kernels on the same addresses, so the same numbers, from inputs that are co
 ones lay. What Python decided while recording is part of it: everything of that kind belongs in the key.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -37,10 +39,18 @@ def record(work: Callable[[Sequence[Tensor]], T], inputs: Sequence[Tensor]) -> R
         RuntimeError: the work waits for the device, or does something else that no graph can hold.
     """
     static = [x.clone() for x in inputs]
-    graph = torch.cuda.CUDAGraph()
-    # The loader's threads pin memory meanwhile, which is none of this graph's business.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = work(static)
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # The stream is put back by the first, which the second forgets where the recording broke. The
+        # loader's threads pin memory meanwhile, which is none of this graph's business.
+        with torch.cuda.stream(here), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = work(static)
+    except RuntimeError:
+        # torch 2.11 lets its generator believe that the recording goes on: a whole one ends that.
+        again = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(here), again:
+            torch.zeros(1, device=here.device)
+        raise
     return Recording(static, outputs, graph.replay)
 
 
@@ -69,7 +79,7 @@ class Passes(Generic[T]):
     ) -> None:
         self._parameters, self._recorder = list(parameters), recorder
         self._recordings: dict[Hashable, Recording[T]] = {}
-        self._seen = 0
+        self._seen: Counter[Hashable] = Counter()  # inputs of these shapes
         self._reached: set[nn.Parameter] = set()  # by a gradient
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._off, self._why = False, ""
@@ -95,11 +105,12 @@ class Passes(Generic[T]):
         """
         if self._off:
             return work(inputs)
-        key = key, alone, tuple((x.shape, x.dtype) for x in inputs)
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
+        key = key, alone, shapes
         if key not in self._recordings:
-            if self._seen < WARM:
+            if self._seen[shapes] < WARM:
                 found = work(inputs)
-                self._seen += 1
+                self._seen[shapes] += 1
                 self._reached.update(p for p in self._parameters if p.grad is not None)
                 return found
             try:

@@ -6,7 +6,7 @@ Files appear whole or not at all: written beside their name, flushed to the disk
 from xdino.checkpoint.loading import build_for, load_backbone, load_into, spec_of
 from xdino.checkpoint.plain import reading
 from xdino.checkpoint.published import FullCheckpoint, read_full
-from xdino.checkpoint.snapshot import Snapshot, wait_for_copies
+from xdino.checkpoint.snapshot import Snapshot
 from xdino.checkpoint.states import STATE_FILE, check_state, iteration_of, load_state, save_state
 from xdino.checkpoint.weights import (
     BACKBONE_FILE,
@@ -44,6 +44,5 @@ __all__ = [
     "save_tensors",
     "sha256",
     "spec_of",
-    "wait_for_copies",
     "weights_path",
 ]

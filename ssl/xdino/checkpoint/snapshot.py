@@ -19,6 +19,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._held: dict[Place, Tensor] = {}
+        self._gpus: set[torch.device] = set()  # copied from
 
     def missing(self, tree: Any) -> int:
         """Bytes that a copy of `tree` takes beside what is held already."""
@@ -50,6 +51,8 @@ class Snapshot:
             held = self._held.get(place)
             if held is None or not _fits(held, node):
                 held = torch.empty(node.shape, dtype=node.dtype, pin_memory=node.is_cuda)
+            if node.is_cuda:
+                self._gpus.add(node.device)
             self._held[place] = shared[same] = held
             if node.numel() * node.element_size() > SMALL:
                 large.append((held, node.detach()))
@@ -67,14 +70,16 @@ class Snapshot:
         """`begin`, and all of it filled."""
         kept, fill = self.begin(tree)
         fill()
-        wait_for_copies(kept)
+        self.wait()
         return kept
 
+    def wait(self) -> None:
+        """Until what was copied from GPUs has arrived: on the streams of the copies, of any thread.
 
-def wait_for_copies(kept: Any) -> None:
-    """Until what was copied from GPUs has arrived."""
-    if any(value.is_pinned() for _, value in _tensors(kept)):
-        torch.cuda.synchronize()
+        A whole device is not waited for: meanwhile it may be recording a CUDA graph.
+        """
+        for gpu in self._gpus:
+            torch.cuda.current_stream(gpu).record_event().synchronize()
 
 
 def _fits(held: Tensor | None, value: Tensor) -> bool:

@@ -64,7 +64,7 @@ class StateWriter:
                     fill()
                 finally:
                     self._copied.set()
-                checkpoint.wait_for_copies(kept)
+                self._snapshot.wait()
                 self._write(iteration, kept, later)
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
                 self._error = error
