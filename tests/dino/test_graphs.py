@@ -107,8 +107,8 @@ def test_a_temperature_or_a_size_is_recorded_anew():
     Again.made = 0
     one, other = learner(recorded=False), learner()
     assert_equal(
-        trained(one, 8, settings=settings, sizes=sizes),
-        trained(other, 8, settings=settings, sizes=sizes),
+        trained(one, 10, settings=settings, sizes=sizes),
+        trained(other, 10, settings=settings, sizes=sizes),
     )
     assert Again.made == 3
     assert len(other.passes._recordings) == 1  # each holds the memory of its activations
