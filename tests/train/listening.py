@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from xdino import checkpoint
 from xdino.job import Listener
 
 
@@ -27,3 +30,13 @@ class Ear(Listener):
 
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_networks(one: Path, two: Path) -> None:
+    """The last states of two runs hold the same bits."""
+    states = [
+        checkpoint.load_state(run / "checkpoints" / "last.pt")["learner"] for run in (one, two)
+    ]
+    for role in ("student", "teacher"):
+        for name, value in states[0][role].items():
+            assert torch.equal(value, states[1][role][name]), name

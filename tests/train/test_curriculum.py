@@ -1,6 +1,5 @@
 """Small crops first: sizes follow from the iteration, and a stop anywhere changes nothing."""
 
-import json
 import os
 import signal
 
@@ -11,15 +10,12 @@ import torch
 from xdino import augment, checkpoint, config, data
 from xdino.augment import photometric
 from xdino.errors import Stopped, UsageError
-from xdino.job import Listener
 from xdino.plan import make_plan
 from xdino.pretraining import pretrain
 
+from .listening import Ear, assert_same_networks, rows
+
 HALF = {"curriculum__share": 0.5, "curriculum__global_size": 16, "curriculum__local_size": 8}
-
-
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_other_sizes_are_the_same_draw():
@@ -59,24 +55,13 @@ def test_batches_switch_at_their_iteration(tiny, workers, prefetch):
 @pytest.mark.parametrize("stop_at", [2, 3, 4])
 def test_a_stop_before_at_or_after_the_switch_changes_no_bit(tiny, tmp_path, stop_at):
     configuration = tiny(**HALF, model__drop_path=0.3)
-
-    class Ear(Listener):
-        def step(self, row):
-            if row["iteration"] == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-
+    ear = Ear(at=stop_at, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
     pretrain(configuration, tmp_path / "whole")
     with pytest.raises(Stopped, match=f"after iteration {stop_at} of 6"):
-        pretrain(configuration, tmp_path / "broken", listener=Ear())
+        pretrain(configuration, tmp_path / "broken", listener=ear)
     torch.manual_seed(99)
     pretrain(configuration, tmp_path / "broken")
-    one, two = (
-        checkpoint.load_state(tmp_path / name / "checkpoints" / "last.pt")["learner"]
-        for name in ("whole", "broken")
-    )
-    for role in ("student", "teacher"):
-        for name, value in one[role].items():
-            assert torch.equal(value, two[role][name]), name
+    assert_same_networks(tmp_path / "whole", tmp_path / "broken")
     files = [checkpoint.sha256(tmp_path / n / "backbone.safetensors") for n in ("whole", "broken")]
     assert files[0] == files[1]
     for run in ("whole", "broken"):

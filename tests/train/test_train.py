@@ -16,7 +16,7 @@ from xdino import checkpoint, config, pretraining
 from xdino.errors import RunFailed, Stopped, UsageError
 from xdino.pretraining import pretrain
 
-from .listening import Ear, rows
+from .listening import Ear, assert_same_networks, rows
 
 
 def test_a_run_directory_says_everything(tiny, tmp_path):
@@ -87,13 +87,7 @@ def test_a_stop_changes_no_bit_on_a_gpu(tiny, tmp_path, stop_at, accumulate):
     with pytest.raises(Stopped):
         pretrain(configuration, broken, listener=ear)
     pretrain(configuration, broken)
-    one, two = (
-        checkpoint.load_state(tmp_path / name / "checkpoints" / "last.pt")["learner"]
-        for name in ("whole", "broken")
-    )
-    for role in ("student", "teacher"):
-        for name, value in one[role].items():
-            assert torch.equal(value, two[role][name]), name
+    assert_same_networks(tmp_path / "whole", broken)
 
 
 def test_a_crash_while_a_state_is_written_changes_nothing(tiny, tmp_path, monkeypatch):
