@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from xdino import acceleration, augment, kernels
 from xdino.augment import photometric
-from xdino.kernels import batch_norm, lpi, residual, xca
+from xdino.kernels import batch_norm, lpi, mlp, residual, sums, xca
 from xdino.runtime import distributed
 from xdino.xcit import LPI, NORM_EPS, XCA, XCiT
 
@@ -101,6 +101,38 @@ def test_xca_in_bf16_is_close_to_float32(d):
         assert off < 3 * allowed + 1e-3
 
 
+def test_biases_learn_without_another_pass(agree):
+    """Of the linear layers before and behind GELU, and of those that end in the stream."""
+    D, T = 96, 77
+    layers = [nn.Linear(D, D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)]
+    proj, fc1, fc2 = layers
+    gamma, x = randn(D), torch.randn(3, T, D)
+    norm, drop = nn.LayerNorm(D, eps=1e-6), torch.tensor([2.0, 0, 1.25])
+    plain = x + drop.view(3, 1, 1) * gamma * proj(x)
+    plain = plain + gamma * fc2(F.gelu(fc1(norm(plain))))
+    branch = mlp.without_bias_gradient(proj, x)
+    stream, read = residual.add_norm(x, branch, gamma, drop, norm, torch.float32, proj.bias)
+    branch = mlp.without_bias_gradient(fc2, mlp.linear_gelu(fc1, read))
+    fused, _ = residual.add_norm(stream, branch, gamma, None, None, torch.float32, fc2.bias)
+    agree("forward", fused, plain.detach(), 2e-6)
+    weights = torch.randn(3, T, D)
+    inputs = [p for layer in layers for p in layer.parameters()]
+    ours, theirs = (gradients([out], [weights], inputs) for out in (fused, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        agree("gradient", a, b, 1e-5)
+    layer = nn.Linear(D, 8, bias=False)
+    agree("without a bias", mlp.linear_gelu(layer, x), F.gelu(layer(x)), 1e-6)
+    assert mlp.without_bias_gradient(layer, x).equal(layer(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (130, 5, 7), (2000, 33)])
+def test_column_sums(shape, agree, monkeypatch):
+    monkeypatch.setattr(sums, "ROWS", 128)
+    monkeypatch.setattr(sums, "COLUMNS", 16)
+    x = torch.randn(shape)
+    agree("sums", sums.column_sums(x), x.double().sum(0).float(), 1e-5)
+
+
 # The residual sum and the norm that reads it
 
 
@@ -108,7 +140,7 @@ def test_xca_in_bf16_is_close_to_float32(d):
 @pytest.mark.parametrize("dropping", [False, True])
 def test_residual_sum_and_norm(D, dropping, agree, monkeypatch):
     monkeypatch.setattr(residual, "NUMBERS", 2048)  # several programs, and
-    monkeypatch.setattr(residual, "PROGRAMS", 2)  # several steps of each, the last not full
+    monkeypatch.setattr(sums, "PROGRAMS", 2)  # several steps of each, the last not full
     B, N = 3, 7
     x, branch, gamma = randn(B, N, D), randn(B, N, D), randn(D)
     norm = nn.LayerNorm(D, eps=1e-6)
@@ -157,7 +189,7 @@ def small_blocks(monkeypatch):
     """Many programs with several steps each, the last not full, as on a device."""
     monkeypatch.setattr(batch_norm, "ROWS", 32)
     monkeypatch.setattr(batch_norm, "COLUMNS", 32)
-    monkeypatch.setattr(residual, "PROGRAMS", 2)
+    monkeypatch.setattr(sums, "PROGRAMS", 2)
 
 
 @pytest.mark.parametrize(("C", "gelu", "offset"), [(24, True, 0.0), (48, False, 300.0)])
@@ -383,7 +415,7 @@ def test_the_check_passes_and_finds_a_wrong_kernel(monkeypatch):
 def test_statistics_of_all_processes(agree, monkeypatch):
     """Two processes in turn in one: what each would hand to the other is worked out beforehand."""
     x = torch.randn(2, 40, 16) * 2 + 1
-    halves = [torch.stack(batch_norm._merged(moments(part))) for part in x]
+    halves = [batch_norm.merge(moments(part)) for part in x]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(
         torch.distributed,

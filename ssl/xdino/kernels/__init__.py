@@ -7,8 +7,10 @@ forward and backward, wrapped in an autograd function that saves its inputs and 
 - `xca`: cross-covariance attention between the qkv and the output projection;
 - `lpi`: local patch interaction around the statistics of its BatchNorm;
 - `residual`: LayerScale, stochastic depth, residual and the next LayerNorm;
+- `mlp`: GELU and the gradient of the bias in front of it;
 - `batch_norm`: training BatchNorm with GELU, for the stem; statistics over processes;
 - `photometric`: from uint8 crops to normalised views;
+- `sums`: of rows, in two steps;
 - `blocks`: an XCiT's patch tokens out of the first four.
 
 Nothing here is imported where Triton is missing: `reason` says why, and `xdino.xcit` and

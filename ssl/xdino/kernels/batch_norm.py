@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from xdino.kernels import interpreted, residual
+from xdino.kernels import interpreted, sums
+from xdino.kernels.sums import column_sums
 from xdino.runtime import distributed
 
 # Rows and channels of a block. The interpreter pays for operations, not for what they hold.
@@ -38,18 +39,29 @@ def gelu_slope(x):
 
 
 @triton.jit
-def merge_moments(count, mean, spread, values, rows):
-    """Add a block of values [BLOCK, C] to a count, means and sums of squared deviations [C].
+def add_moments(count, mean, spread, values, rows):
+    """Take one more value each into `mean` and `spread` (squared deviations) [BLOCK, C].
 
-    `rows` [BLOCK] says which rows of the block are real.
+    Welford's way (1962): no place of the block asks another. `rows` [BLOCK] says which are real, `count`
+    [BLOCK] how many were.
     """
-    more = tl.sum(rows.to(tl.float32), axis=0)
-    total = tl.maximum(count + more, 1.0)
-    centre = tl.sum(tl.where(rows[:, None], values, 0.0), axis=0) / tl.maximum(more, 1.0)
-    apart = tl.where(rows[:, None], values - centre[None, :], 0.0)
-    delta = tl.where(more > 0, centre - mean, 0.0)
-    spread += tl.sum(apart * apart, axis=0) + delta * delta * (count * more / total)
-    return count + more, mean + delta * (more / total), spread
+    count += rows.to(tl.float32)
+    apart = tl.where(rows[:, None], values - mean, 0.0)
+    mean += apart / tl.maximum(count, 1.0)[:, None]
+    return count, mean, spread + apart * (values - mean)
+
+
+@triton.jit
+def store_moments(moments, count, mean, spread, channel, real, C: tl.constexpr):
+    """Merge the places of a block, and store a program's count, mean and squared deviations [3, C]."""
+    total = tl.sum(count, axis=0)
+    centre = tl.sum(count[:, None] * mean, axis=0) / tl.maximum(total, 1.0)
+    apart = mean - centre[None, :]
+    together = tl.sum(spread + count[:, None] * apart * apart, axis=0)
+    mine = moments + tl.program_id(0) * (3 * C) + channel
+    tl.store(mine, tl.zeros_like(centre) + total, mask=real)
+    tl.store(mine + C, centre, mask=real)
+    tl.store(mine + 2 * C, together, mask=real)
 
 
 @triton.jit
@@ -60,19 +72,16 @@ def _moments(
     pid = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < C
-    count = 0.0
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    spread = tl.zeros((BLOCK_C,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    mean = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    spread = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for step in range(0, steps):
         row = (pid * steps + step) * BLOCK + tl.arange(0, BLOCK)
         at = row.to(tl.int64)[:, None] * C + channel[None, :]
         mask = (row < T)[:, None] & real[None, :]
         values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        count, mean, spread = merge_moments(count, mean, spread, values, row < T)
-    mine = moments + pid * (3 * C) + channel
-    tl.store(mine, tl.zeros((BLOCK_C,), tl.float32) + count, mask=real)
-    tl.store(mine + C, mean, mask=real)
-    tl.store(mine + 2 * C, spread, mask=real)
+        count, mean, spread = add_moments(count, mean, spread, values, row < T)
+    store_moments(moments, count, mean, spread, channel, real, C)
 
 
 @triton.jit
@@ -152,19 +161,71 @@ def _backward_apply(
     tl.store(d_x + at, gradient.to(d_x.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _finish(
+    moments, merged, statistics, running_mean, running_var, P, momentum, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Merge `moments` [P, 3, C] into `merged` [3, C], `statistics` [2, C] and the running ones.
+
+    Each of these that is not None is written.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = channel < C
+    count = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for start in range(0, P, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        at = moments + row[:, None] * (3 * C) + channel[None, :]
+        mask = (row < P)[:, None] & real[None, :]
+        more = tl.load(at, mask=mask, other=0.0)
+        count += more
+        mean += more * tl.load(at + C, mask=mask, other=0.0)
+    total = tl.sum(count, axis=0)
+    centre = tl.sum(mean, axis=0) / tl.maximum(total, 1.0)
+    spread = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for start in range(0, P, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        at = moments + row[:, None] * (3 * C) + channel[None, :]
+        mask = (row < P)[:, None] & real[None, :]
+        apart = tl.load(at + C, mask=mask, other=0.0) - centre[None, :]
+        spread += tl.load(at + 2 * C, mask=mask, other=0.0)
+        spread += tl.load(at, mask=mask, other=0.0) * apart * apart
+    squares = tl.sum(spread, axis=0)
+    if merged is not None:
+        tl.store(merged + channel, total, mask=real)
+        tl.store(merged + C + channel, centre, mask=real)
+        tl.store(merged + 2 * C + channel, squares, mask=real)
+    if statistics is not None:
+        tl.store(statistics + channel, centre, mask=real)
+        tl.store(
+            statistics + C + channel,
+            1.0 / tl.sqrt(squares / tl.maximum(total, 1.0) + eps),
+            mask=real,
+        )
+    if running_mean is not None:
+        old = tl.load(running_mean + channel, mask=real, other=0.0).to(tl.float32)
+        new = old + momentum * (centre - old)
+        tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=real)
+        unbiased = squares / tl.maximum(total - 1.0, 1.0)
+        old = tl.load(running_var + channel, mask=real, other=0.0).to(tl.float32)
+        new = old + momentum * (unbiased - old)
+        tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=real)
+
+
 def synchronised(norm: nn.Module) -> bool:
     """Whether `norm` takes its statistics over all processes."""
     kinds = (nn.SyncBatchNorm, distributed.GlobalBatchNorm)
     return isinstance(norm, kinds) and distributed.world_size() > 1
 
 
-def sizes(C: int) -> dict[str, int]:
-    """The constants of kernels that hold blocks of rows and channels."""
+def sizes(C: int, rows: int | None = None) -> dict[str, int]:
+    """The constants of kernels that hold blocks of rows (ROWS, or at most `rows`) and channels."""
     return {
         "C": C,
-        "BLOCK": ROWS,
+        "BLOCK": ROWS if rows is None or interpreted() else min(rows, ROWS),
         "BLOCK_C": min(COLUMNS, triton.next_power_of_2(C)),
-        "num_warps": 8,
+        "num_warps": 4,
     }
 
 
@@ -172,10 +233,13 @@ def grid(T: int, sizes: dict[str, int]) -> tuple[int, int]:
     return triton.cdiv(T, sizes["BLOCK"]), triton.cdiv(sizes["C"], sizes["BLOCK_C"])
 
 
-def long_grid(T: int, sizes: dict[str, int]) -> tuple[tuple[int, int], int]:
-    """A grid for kernels with partial sums, and the blocks that each program works through."""
+def long_grid(T: int, sizes: dict[str, int], share: int = 1) -> tuple[tuple[int, int], int]:
+    """A grid for kernels with partial sums, and the blocks that each program works through.
+
+    share: one in so many of the programs that there may be.
+    """
     blocks, columns = grid(T, sizes)
-    steps = triton.cdiv(blocks * columns, residual.PROGRAMS)
+    steps = triton.cdiv(blocks * columns * share, sums.PROGRAMS)
     return (triton.cdiv(blocks, steps), columns), steps
 
 
@@ -185,30 +249,38 @@ def finish_statistics(moments: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     Updates the running statistics of `norm`, whose momentum is a number, as torch does: by the
     unbiased variance.
     """
+    C = moments.shape[2]
     if synchronised(norm):
-        count, mean, spread = _merged(moments)
-        local = torch.stack((count, mean, spread))
-        gathered = local.new_empty(distributed.world_size() * 3, local.shape[1])
-        dist.all_gather_into_tensor(gathered, local)
-        moments = gathered.view(-1, *local.shape)
-    count, mean, spread = _merged(moments)
+        gathered = moments.new_empty(distributed.world_size() * 3, C)
+        dist.all_gather_into_tensor(gathered, merge(moments))
+        moments = gathered.view(-1, 3, C)
+    statistics = moments.new_empty(2, C)
+    running: tuple[Tensor | None, Tensor | None] = None, None
     if norm.track_running_stats and norm.running_mean is not None:
-        assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
-        assert norm.momentum is not None
-        unbiased = spread / (count - 1).clamp_min(1)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+        running = norm.running_mean, norm.running_var
         norm.num_batches_tracked.add_(1)
-    return torch.stack((mean, torch.rsqrt(spread / count + norm.eps)))
+    assert norm.momentum is not None
+    _run_finish(moments, None, statistics, *running, norm.momentum, norm.eps)
+    return statistics
 
 
-def _merged(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`[P, 3, C]` -> count, mean, sum of squared deviations, `[C]` each."""
-    count, mean, spread = moments.unbind(1)
-    total = count.sum(0)
-    centre = (count * mean).sum(0) / total
-    return total, centre, (spread + count * (mean - centre).square()).sum(0)
+def merge(moments: Tensor) -> Tensor:
+    """`[P, 3, C]` -> count, mean and sum of squared deviations of all, `[3, C]`."""
+    merged = torch.empty_like(moments[0])
+    _run_finish(moments, merged, None, None, None, 0.0, 0.0)
+    return merged
+
+
+def _run_finish(
+    moments: Tensor, merged: Tensor | None, statistics: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+) -> None:  # fmt: skip
+    P, _, C = moments.shape
+    _finish[(triton.cdiv(C, sums.COLUMNS),)](
+        moments, merged, statistics, running_mean, running_var, P, momentum, eps,
+        C=C, BLOCK=sums.ROWS, BLOCK_C=sums.COLUMNS, num_warps=4,
+    )  # fmt: skip
 
 
 def gradient_means(sums: Tensor, T: int, norm: nn.BatchNorm2d) -> Tensor:
@@ -241,17 +313,17 @@ class _BatchNormGELU(torch.autograd.Function):
         d_out = gradients[0].contiguous()
         constants = sizes(C)
         programs, steps = long_grid(T, constants)
-        sums = x.new_empty(programs[0], 2, C, dtype=torch.float32)
+        parts = x.new_empty(programs[0], 2, C, dtype=torch.float32)
         _backward_sums[programs](
-            x, statistics, weight, bias, d_out, sums, T, steps, **constants, GELU=ctx.gelu
+            x, statistics, weight, bias, d_out, parts, T, steps, **constants, GELU=ctx.gelu
         )
-        sums = sums.sum(0)
-        means = gradient_means(sums, T, ctx.norm)
+        whole = column_sums(parts)
+        means = gradient_means(whole, T, ctx.norm)
         d_x = torch.empty_like(x)
         _backward_apply[grid(T, constants)](
             x, statistics, weight, bias, means, d_out, d_x, T, **constants, GELU=ctx.gelu
         )
-        return d_x, sums[1].to(weight.dtype), sums[0].to(bias.dtype), None, None
+        return d_x, whole[1].to(weight.dtype), whole[0].to(bias.dtype), None, None
 
 
 def batch_norm_gelu(x: Tensor, norm: nn.BatchNorm2d, gelu: bool = True) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xdino.kernels import batch_norm, lpi, residual, xca
+from xdino.kernels.mlp import linear_gelu, without_bias_gradient
 from xdino.runtime.drop_path import drop_path_mask
 
 
@@ -40,10 +41,12 @@ def _drop(block: Any, B: int, device: torch.device) -> Tensor | None:
     return drop_path_mask(torch.empty(B, device=device), block.drop_path_rate, block.rows)
 
 
-def _attend(attn: Any, x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+def _attend(attn: Any, x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor | None]:
+    """What the attention adds, and the bias in it that got no gradient."""
     if not xca.supports(x.shape[2] // attn.num_heads, dtype):
-        return attn(x)
-    return attn.proj(xca.attend(attn.qkv(x), attn.temperature, attn.num_heads, eps))
+        return attn(x), None
+    mixed = xca.attend(attn.qkv(x), attn.temperature, attn.num_heads, eps)
+    return without_bias_gradient(attn.proj, mixed), attn.proj.bias
 
 
 def tokens_after(
@@ -79,13 +82,15 @@ def _block(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """One XCA block: the stream and its norm -> the stream and what `next_norm` makes of it."""
     B, device = len(x), x.device
-    branch = _attend(block.attn, normed, dtype, norm_eps)
+    branch, bias = _attend(block.attn, normed, dtype, norm_eps)
     x, read = residual.add_norm(
-        x, branch, block.gamma1, _drop(block, B, device), block.norm3, dtype
+        x, branch, block.gamma1, _drop(block, B, device), block.norm3, dtype, bias
     )
     assert read is not None
     x, read = lpi.interact(
         read, x, block.local_mp, block.gamma3, _drop(block, B, device), block.norm2, size, dtype
     )
-    branch = block.mlp(read)
-    return residual.add_norm(x, branch, block.gamma2, _drop(block, B, device), next_norm, dtype)
+    mlp = block.mlp
+    branch, bias = without_bias_gradient(mlp.fc2, linear_gelu(mlp.fc1, read)), mlp.fc2.bias
+    drop = _drop(block, B, device)
+    return residual.add_norm(x, branch, block.gamma2, drop, next_norm, dtype, bias)

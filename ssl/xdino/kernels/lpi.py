@@ -21,27 +21,31 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from xdino.kernels.batch_norm import (
+    add_moments,
     finish_statistics,
     gelu,
     gelu_slope,
     gradient_means,
     grid,
     long_grid,
-    merge_moments,
     sizes,
+    store_moments,
 )
 from xdino.kernels.residual import backward_rows, finish_rows, row_sizes
+from xdino.kernels.sums import column_sums
 
+# Rows of a block, for sixty-four channels: measured on an H100. A convolution's gradient holds SUMS
+# numbers for each place of a block until its end, so it takes few, in half as many programs.
+ROWS, FEW_ROWS = 16, 8
 SUMS = 12  # partial sums a channel: nine taps, the gradient, and two of the BatchNorm
 
 
 @triton.jit
-def _neighbour(row, T, h: tl.constexpr, w: tl.constexpr, down: tl.constexpr, right: tl.constexpr):
-    """The row of the patch `down` and `right` of each, and whether there is one."""
+def _inside(row, T, h: tl.constexpr, w: tl.constexpr, down: tl.constexpr, right: tl.constexpr):
+    """Whether there is a patch `down` and `right` of each; it lies `down * w + right` rows on."""
     y = (row % (h * w)) // w + down
     x = row % w + right
-    inside = (row < T) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
-    return row + (down * w + right), inside
+    return (row < T) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
 
 
 @triton.jit
@@ -51,10 +55,10 @@ def _convolve(
 ):  # fmt: skip
     """Depthwise 3x3 convolution at some rows and channels: float32. `weight` [9, D]."""
     out = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    here = x + row.to(tl.int64)[:, None] * D + channel[None, :]
     for tap in tl.static_range(9):
-        near, inside = _neighbour(row, T, h, w, tap // 3 - 1, tap % 3 - 1)
-        at = near.to(tl.int64)[:, None] * D + channel[None, :]
-        values = tl.load(x + at, mask=inside[:, None] & real[None, :], other=0.0)
+        inside = _inside(row, T, h, w, tap // 3 - 1, tap % 3 - 1)[:, None] & real[None, :]
+        values = tl.load(here + ((tap // 3 - 1) * w + tap % 3 - 1) * D, mask=inside, other=0.0)
         factor = tl.load(weight + tap * D + channel, mask=real, other=0.0).to(tl.float32)
         out = out + values.to(tl.float32) * factor[None, :]
     return out
@@ -70,9 +74,9 @@ def _conv_gelu(
     pid = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < C
-    count = 0.0
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    spread = tl.zeros((BLOCK_C,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    mean = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    spread = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for step in range(0, steps):
         row = (pid * steps + step) * BLOCK + tl.arange(0, BLOCK)
         mask = (row < T)[:, None] & real[None, :]
@@ -81,12 +85,9 @@ def _conv_gelu(
         values = values.to(y.dtype.element_ty)
         tl.store(y + at, values, mask=mask)
         if MOMENTS:  # of the values as they are stored
-            count, mean, spread = merge_moments(count, mean, spread, values.to(tl.float32), row < T)
+            count, mean, spread = add_moments(count, mean, spread, values.to(tl.float32), row < T)
     if MOMENTS:
-        mine = moments + pid * (3 * C) + channel
-        tl.store(mine, tl.zeros((BLOCK_C,), tl.float32) + count, mask=real)
-        tl.store(mine + C, mean, mask=real)
-        tl.store(mine + 2 * C, spread, mask=real)
+        store_moments(moments, count, mean, spread, channel, real, C)
 
 
 @triton.jit
@@ -105,11 +106,11 @@ def _norm_conv_sum(
     factor *= tl.load(bn_weight + channel, mask=real, other=0.0).to(tl.float32)
     level = tl.load(bn_bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
     branch = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * D + channel[None, :]
     for tap in tl.static_range(9):
-        near, inside = _neighbour(row, T, h, w, tap // 3 - 1, tap % 3 - 1)
-        at = near.to(tl.int64)[:, None] * D + channel[None, :]
-        inside = inside[:, None] & real[None, :]
-        z = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        inside = _inside(row, T, h, w, tap // 3 - 1, tap % 3 - 1)[:, None] & real[None, :]
+        away = ((tap // 3 - 1) * w + tap % 3 - 1) * D
+        z = tl.load(y + at + away, mask=inside, other=0.0).to(tl.float32)
         # The convolution's padding is zero after the normalisation.
         z = tl.where(inside, (z - mean) * factor[None, :] + level, 0.0)
         kernel = tl.load(weight + tap * D + channel, mask=real, other=0.0).to(tl.float32)
@@ -118,7 +119,6 @@ def _norm_conv_sum(
     if DROP:
         scale = scale * tl.load(drop + row // (h * w), mask=row < T, other=0.0)[:, None]
     mask = (row < T)[:, None] & real[None, :]
-    at = row.to(tl.int64)[:, None] * D + channel[None, :]
     rows = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + scale * branch
     rows = tl.where(mask, rows, 0.0)
     finish_rows(rows, at, mask, channel, real, out, normed, ln_weight, ln_bias, D, EPS, NORM)
@@ -133,9 +133,9 @@ def _add_tap(
 
     A row was read at tap t by the patch on the other side.
     """
-    near, inside = _neighbour(row, T, h, w, 1 - tap // 3, 1 - tap % 3)
-    at = near.to(tl.int64)[:, None] * C + channel[None, :]
-    g = tl.load(gradient + at, mask=inside[:, None] & real[None, :], other=0.0)
+    inside = _inside(row, T, h, w, 1 - tap // 3, 1 - tap % 3)[:, None] & real[None, :]
+    here = gradient + row.to(tl.int64)[:, None] * C + channel[None, :]
+    g = tl.load(here + ((1 - tap // 3) * w + 1 - tap % 3) * C, mask=inside, other=0.0)
     g = g.to(tl.float32) * scale[:, None]
     factor = tl.load(weight + tap * C + channel, mask=real, other=0.0).to(tl.float32)
     return d_value + g * factor[None, :], total + g * value, g
@@ -257,7 +257,7 @@ class _LPI(torch.autograd.Function):
         D = x.shape[-1]
         T = x.numel() // D
         h, w = size
-        constants = sizes(D)
+        constants = sizes(D, ROWS)
         programs, steps = long_grid(T, constants)
         y = torch.empty_like(x)
         moments = x.new_empty(programs[0], 3, D, dtype=torch.float32)
@@ -291,19 +291,19 @@ class _LPI(torch.autograd.Function):
         g, _, ln_sums = backward_rows(
             out, (d_out, gradients[1].contiguous()), (ln_weight, ctx.eps), h * w
         )
-        constants = {**sizes(D), "h": h, "w": w}
+        constants = {**sizes(D, ROWS), "h": h, "w": w}
         programs, steps = long_grid(T, constants)
         taps1, taps2 = _taps(w1), _taps(w2)
         y, d_z = torch.empty_like(x), torch.empty_like(x)
         _conv_gelu[programs](x, taps1, b1, y, None, T, steps, **constants, MOMENTS=False)
-        fewer_rows = {**constants, "BLOCK": max(16, constants["BLOCK"] // 2)}
-        programs, steps = long_grid(T, fewer_rows)
-        sums = x.new_zeros(programs[0], SUMS, D, dtype=torch.float32)
+        fewer_rows = {**constants, **sizes(D, FEW_ROWS)}
+        programs, steps = long_grid(T, fewer_rows, share=2)
+        sums = x.new_empty(programs[0], SUMS, D, dtype=torch.float32)
         _conv_backward[programs](
             y, g, taps2, gamma, drop, statistics, bn_weight, bn_bias, d_z, sums, T, steps,
             **fewer_rows, NORM=True, DROP=drop is not None, SUMS=SUMS,
         )  # fmt: skip
-        second = sums.sum(0)
+        second = column_sums(sums)
         means = gradient_means(second[10:12], T, ctx.bn)
         d_u = d_z  # each number is read before it is written, by the same program
         _gelu_backward[grid(T, constants)](
@@ -314,7 +314,7 @@ class _LPI(torch.autograd.Function):
             x, d_u, taps1, None, None, None, None, None, d_x, sums, T, steps,
             **fewer_rows, NORM=False, DROP=False, SUMS=SUMS,
         )  # fmt: skip
-        first = sums.sum(0)
+        first = column_sums(sums)
         products = second[:9], second[9]
         d_gamma = (taps2 * products[0]).sum(0) + b2 * products[1]
         return (
@@ -327,8 +327,8 @@ class _LPI(torch.autograd.Function):
             (gamma * products[0]).t().reshape(w2.shape).to(w2.dtype),
             (gamma * products[1]).to(b2.dtype),
             d_gamma.to(gamma.dtype),
-            ln_sums[1].to(ln_weight.dtype),
             ln_sums[2].to(ln_weight.dtype),
+            ln_sums[3].to(ln_weight.dtype),
             *([None] * 5),
         )
 

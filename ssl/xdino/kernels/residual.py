@@ -3,7 +3,8 @@
 Plain PyTorch reads and writes the float32 residual stream once for the sum and once for the norm
 (`x + gamma * branch`: CaiT, arXiv 2103.17239, section 2). The backward pass recomputes the norm's
 statistics from the row it has at hand, and sums the gradients of gamma, weight and bias in two
-steps, so that they come out the same every time.
+steps, so that they come out the same every time. The bias of the linear layer in front learns from
+these sums as well, for its gradient is the branch's.
 
 Letters: B images, N tokens, T = B * N rows, D width (padded to P).
 """
@@ -16,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from xdino.kernels import interpreted
+from xdino.kernels.sums import column_sums, split
 
 # Numbers that a program of whole rows holds. The interpreter pays for operations, not for these.
-NUMBERS = 2**17 if interpreted() else 2048
-PROGRAMS = 512  # of a kernel that leaves partial sums: a few for each multiprocessor
+# Measured on an H100: one warp with two rows of 384 needs no barrier for their sums, and takes two
+# thirds of the time of eight warps with four rows (tests/benchmarks/README.md).
+NUMBERS = 2**17 if interpreted() else 1024
 
 
 @triton.jit
@@ -73,13 +76,17 @@ def _backward(
     D: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
     NORM: tl.constexpr, DROP: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """`sums` [programs, 3, D]: partial gradients of gamma, the norm's weight and its bias."""
+    """`sums` [programs, 4, D]: partial sums for gamma, the branch's bias, the norm's weight and bias.
+
+    That for the branch's bias is without gamma.
+    """
     pid = tl.program_id(0)
     channel = tl.arange(0, P)
     real = channel < D
-    gamma_sum = tl.zeros((BLOCK, P), tl.float32)
-    weight_sum = tl.zeros((BLOCK, P), tl.float32)
-    bias_sum = tl.zeros((BLOCK, P), tl.float32)
+    gamma_sum = tl.zeros((P,), tl.float32)
+    branch_sum = tl.zeros((P,), tl.float32)
+    weight_sum = tl.zeros((P,), tl.float32)
+    bias_sum = tl.zeros((P,), tl.float32)
     for step in range(0, steps):
         row = (pid * steps + step) * BLOCK + tl.arange(0, BLOCK)
         mask = (row < T)[:, None] & real[None, :]
@@ -90,8 +97,8 @@ def _backward(
             mean, rstd = row_statistics(x, real, D, EPS)
             x_hat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
             d_y = tl.load(d_normed + at, mask=mask, other=0.0).to(tl.float32)
-            weight_sum += d_y * x_hat
-            bias_sum += d_y
+            weight_sum += tl.sum(d_y * x_hat, axis=0)
+            bias_sum += tl.sum(d_y, axis=0)
             d_y *= tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)[None, :]
             along = tl.sum(d_y * x_hat, axis=1) / D
             level = tl.sum(d_y, axis=1) / D
@@ -102,27 +109,23 @@ def _backward(
                 gradient *= tl.load(drop + row // N, mask=row < T, other=0.0)[:, None]
             gradient = tl.where(mask, gradient, 0.0)
             values = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-            gamma_sum += gradient * values
+            gamma_sum += tl.sum(gradient * values, axis=0)
+            branch_sum += tl.sum(gradient, axis=0)
             scale = tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32)[None, :]
             tl.store(d_branch + at, (gradient * scale).to(d_branch.dtype.element_ty), mask=mask)
-    mine = sums + pid * (3 * D) + channel
+    mine = sums + pid * (4 * D) + channel
     if BRANCH:
-        tl.store(mine, tl.sum(gamma_sum, axis=0), mask=real)
+        tl.store(mine, gamma_sum, mask=real)
+        tl.store(mine + D, branch_sum, mask=real)
     if NORM:
-        tl.store(mine + D, tl.sum(weight_sum, axis=0), mask=real)
-        tl.store(mine + 2 * D, tl.sum(bias_sum, axis=0), mask=real)
+        tl.store(mine + 2 * D, weight_sum, mask=real)
+        tl.store(mine + 3 * D, bias_sum, mask=real)
 
 
 def row_sizes(D: int) -> dict[str, int]:
     """The constants of kernels that hold whole rows: NUMBERS a program, or one row."""
     P = triton.next_power_of_2(D)
-    return {"D": D, "P": P, "BLOCK": max(1, NUMBERS // P), "num_warps": 8}
-
-
-def split(blocks: int) -> tuple[int, int]:
-    """Programs, and the blocks that each works through, for kernels with partial sums."""
-    steps = triton.cdiv(blocks, PROGRAMS)
-    return triton.cdiv(blocks, steps), steps
+    return {"D": D, "P": P, "BLOCK": max(1, NUMBERS // P), "num_warps": 1}
 
 
 def backward_rows(
@@ -134,28 +137,32 @@ def backward_rows(
     gamma: Tensor | None = None,
     drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients to the residual stream and the branch `[T, D]`, and `sums` [3, D].
+    """Gradients to the residual stream and the branch `[T, D]`, and `sums` [4, D].
 
     Args:
         out: the stream after the sum, float.
         gradients: to the stream and to the norm's output.
         norm: weight and eps of the norm; None for none.
         branch, gamma, drop: of the sum; `branch` None for the norm alone.
-    """  # fmt: skip
+
+    The sums are the gradients of gamma, of the branch's bias (gamma left out), of the norm's weight and
+    of its bias; zeros for a part that is not there.
+    """
     D = out.shape[-1]
     T = out.numel() // D
     sizes = row_sizes(D)
     programs, steps = split(triton.cdiv(T, sizes["BLOCK"]))
     d_x = torch.empty_like(out)
     d_branch = None if branch is None else torch.empty_like(branch)
-    sums = out.new_zeros(programs, 3, D, dtype=torch.float32)
+    new = out.new_zeros if norm is None or branch is None else out.new_empty
+    sums = new(programs, 4, D, dtype=torch.float32)
     weight, eps = norm if norm is not None else (None, 0.0)
     _backward[(programs,)](
         out, branch, gamma, drop, weight, gradients[0], gradients[1], d_x, d_branch, sums,
         T, N, steps, **sizes,
         EPS=eps, NORM=norm is not None, DROP=drop is not None, BRANCH=branch is not None,
     )  # fmt: skip
-    return d_x, d_branch, sums.sum(0)
+    return d_x, d_branch, column_sums(sums)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -163,6 +170,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor, gamma: Tensor, drop: Tensor | None,
         weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype,
+        branch_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         x, branch = x.contiguous(), branch.contiguous()
         D, N = x.shape[-1], x.shape[1]
@@ -176,6 +184,7 @@ class _AddNorm(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(out if weight is not None else None, branch, gamma, drop, weight)
         ctx.eps, ctx.dtype, ctx.like = eps, x.dtype, out.dtype
+        ctx.branch_bias = None if branch_bias is None else branch_bias.dtype
         return out, normed
 
     @staticmethod
@@ -188,16 +197,20 @@ class _AddNorm(torch.autograd.Function):
             (d_out, None if weight is None else gradients[1].contiguous()),
             norm, branch.shape[1], branch, gamma, drop,
         )  # fmt: skip
-        d_weight = d_bias = None
+        d_weight = d_bias = d_branch_bias = None
         if weight is not None:
-            d_weight, d_bias = sums[1].to(weight.dtype), sums[2].to(weight.dtype)
+            d_weight, d_bias = sums[2].to(weight.dtype), sums[3].to(weight.dtype)
+        if ctx.branch_bias is not None:
+            d_branch_bias = (sums[1] * gamma).to(ctx.branch_bias)
         d_gamma = sums[0].to(gamma.dtype)
-        return d_x.to(ctx.dtype), d_branch, d_gamma, None, d_weight, d_bias, None, None
+        return (
+            d_x.to(ctx.dtype), d_branch, d_gamma, None, d_weight, d_bias, None, None, d_branch_bias
+        )  # fmt: skip
 
 
 def add_norm(
     x: Tensor, branch: Tensor, gamma: Tensor, drop: Tensor | None, norm: torch.nn.LayerNorm | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`x + drop * gamma * branch` and its LayerNorm, `[B, N, D]` both.
 
@@ -207,7 +220,8 @@ def add_norm(
         drop: float32 `[B]`, 0 for a dropped image and 1 / (1 - rate) for another; None for none.
         norm: what reads the sum next; None for nothing, and None is returned for its output.
         dtype: of the norm's output.
+        branch_bias: `[D]`, added to the branch without a gradient (`mlp.without_bias_gradient`), which
+            it gets here.
     """
-    if norm is None:
-        return _AddNorm.apply(x, branch, gamma, drop, None, None, 0.0, dtype)
-    return _AddNorm.apply(x, branch, gamma, drop, norm.weight, norm.bias, norm.eps, dtype)
+    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return _AddNorm.apply(x, branch, gamma, drop, weight, bias, eps, dtype, branch_bias)

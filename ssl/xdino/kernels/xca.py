@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xdino.kernels import DTYPES, interpreted
+from xdino.kernels.sums import column_sums
 
 MAX_HEAD_DIM = 64  # the d x d matrices of a wider head do not fit the registers of one program
 TOKENS = {torch.bfloat16: 64, torch.float32: 32}  # a step of the walks
@@ -171,7 +172,7 @@ def _sizes(qkv: Tensor, heads: int, eps: float) -> tuple[int, dict[str, Any]]:
         "PRECISION": precision(),
         "INTERPRETED": interpreted(),
         "num_warps": 4 if qkv.dtype == torch.bfloat16 else 8,
-        "num_stages": 2,
+        "num_stages": 1,
     }
     return qkv.shape[0] * heads, constants
 
@@ -202,7 +203,7 @@ class _XCA(torch.autograd.Function):
             qkv, temperature, cosines, norms, d_out, d_qkv, d_temperature, qkv.shape[1],
             **constants,
         )  # fmt: skip
-        d_temperature = d_temperature.view(-1, ctx.heads).sum(0).view_as(temperature)
+        d_temperature = column_sums(d_temperature.view(-1, ctx.heads)).view_as(temperature)
         return d_qkv, d_temperature.to(temperature.dtype), None, None
 
 
