@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xdino.errors import UsageError
 from xdino_eval.features import Features
-from xdino_eval.knn import SearchOptions, classify, evaluate, normalise, vote
+from xdino_eval.knn import SearchOptions, classify, evaluate, normalise, search, vote
 
 
 def test_published_vectors_to_the_digit(golden):
@@ -123,3 +123,14 @@ def test_rows_carry_their_protocol():
     assert rows[0].notes == ["1 images of d could not be read"]
     with pytest.raises(UsageError, match="no labels"):
         evaluate(train, Features(val.features, None, val.indices, data="d"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_are_searched_on_their_own_gpu(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (normalise(torch.randn(n, 16, generator=generator)) for n in (300, 40))
+    labels, wanted = torch.arange(300) % 7, torch.arange(40) % 7
+    expected = classify(bank, labels, queries, wanted, (1, 20))
+    monkeypatch.delitem(search.ENGINES, "faiss")
+    assert classify(*(x.cuda() for x in (bank, labels, queries, wanted)), (1, 20)) == expected

@@ -123,7 +123,7 @@ def classify(
     test_labels: Tensor | np.ndarray,
     ks: Sequence[int] = KS,
     temperature: float = 0.07,
-    options: SearchOptions = EXACT,
+    options: SearchOptions | None = None,
 ) -> dict[int, tuple[float, float]]:
     """Top-1 and top-5 of the weighted vote, in per cent, for each k.
 
@@ -134,11 +134,15 @@ def classify(
         test_features: float [M, D], the queries. test_labels: int [M].
         ks: how many neighbours vote. More than the bank holds means the whole bank, with a warning.
         temperature: T, in units of similarity.
+        options: None = exactly, on the device that the training features are on.
 
     Raises:
         ValueError: an empty split, k < 1, T <= 0, shapes that do not match, or a feature that is
             not finite.
     """
+    if options is None:
+        device = train_features.device if isinstance(train_features, Tensor) else EXACT.device
+        options = SearchOptions.from_name("auto", device)
     bank = _split("training", train_features, train_labels)
     queries = _split("test", test_features, test_labels)
     check(bank, queries, ks, [temperature])

@@ -21,9 +21,9 @@ from xdino.plan.feasibility import free_memory
 from xdino.runtime.device import cuda_devices, multiplies_bf16, resolve_precision
 
 # As fitted to an H100.
-PRODUCTS_SHARE = 0.5  # of the peak that products and convolutions reach
-BANDWIDTH_SHARE = 0.75  # of the memory's that all else reaches
-LAUNCH_SECONDS = 3e-6  # of one operation, besides its bytes, in a CUDA graph
+PRODUCTS_SHARE = 0.6  # of the peak that products and convolutions reach
+BANDWIDTH_SHARE = 0.9  # of the memory's that all else reaches
+LAUNCH_SECONDS = 2.5e-6  # of one operation, besides its bytes, in a CUDA graph
 WRITING_SECONDS = 2.2e-5  # of one that Python launches, on the one host that was seen
 # Assumed, of a GPU.
 HALF_BYTES = 0.6  # what autocast's half precision moves and keeps, of float32's bytes
