@@ -164,15 +164,17 @@ class _Loop:
                     warning = job.warning(done, result)
                     if warning:
                         self.listener.notice(warning)
+                # Where a number was asked for, or on a CPU, the step is done; a GPU may be behind.
+                finished = done if logs or job.device.type == "cpu" else None
                 epoch, left = divmod(done, job.steps_per_epoch)
                 if left == 0 or done % runtime.checkpoint_every == 0 or done == total:
                     self.save()
-                    clock.restart()
+                    clock.restart(finished)
                 if done < total:
                     self._stop_if_asked()
                 if left == 0 and self._evaluates_after(epoch):
                     self._evaluate(log)
-                    clock.restart()
+                    clock.restart(finished)
         finally:
             job.close()
 

@@ -42,6 +42,10 @@ def test_watching_changes_no_bit_and_tells_speed(both):
     batch = checkpoint.load_state(watched / "checkpoints" / "last.pt")["sampler"]["total_batch"]
     assert last["mfu"] == pytest.approx(1e9 * speed / batch / 4e12, rel=1e-4)
     assert "mfu" not in rows(plain)[-1]
+    steps = [row for row in rows(plain) if "loss" in row]
+    assert {row["epoch"] for row in steps} >= {1, 2}
+    # After states and scores as well, which are no part of it; of the first step nothing is known.
+    assert ["images_per_second" in row for row in steps] == [False] + [True] * (len(steps) - 1)
 
 
 def _local_views(run) -> int:

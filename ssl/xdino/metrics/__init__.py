@@ -279,10 +279,14 @@ class Clock:
         self.wait_seconds = wait_seconds
         self.restart()
 
-    def restart(self) -> None:
-        """Leave out what went by since the last lap (evaluation, checkpoints)."""
+    def restart(self, iteration: int | None = None) -> None:
+        """Leave out what went by since the last lap (evaluation, checkpoints).
+
+        iteration: all steps up to it are done, and nothing of them is left for the next lap; None where
+        a device may still be at work on one: then the next lap tells nothing.
+        """
         self.time, self.waited = time.perf_counter(), self.wait_seconds()
-        self.iteration: int | None = None
+        self.iteration = iteration
 
     def lap(self, iteration: int) -> tuple[int, float, float]:
         """Steps, seconds and seconds waited for data since the last lap; 0 steps at the first."""
