@@ -1,17 +1,18 @@
-"""Backbones by name: XCiT by default, DINO's ViTs, anything that timm can build besides."""
+"""Backbones by name: XCiT by default, DINO's ViTs, anything that timm can build besides.
+
+timm is imported where it is needed: it takes seconds, and an XCiT needs none of it.
+"""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 from torch import nn
 
-from xdino import dino_vit, xcit
+from xdino import dino_names, xcit
 from xdino.backbone import Backbone, Spec
 from xdino.backbone import statistics as statistics
 from xdino.errors import UsageError, nearest, reason
-from xdino.timm_backbone import TimmBackbone
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,33 @@ class BackboneSpec(Spec):
             backbone = xcit.build(
                 self.arch, in_chans=self.in_chans, drop_path_rate=drop_path, **self.shape
             )
-        elif not (dino_vit.is_name(self.arch) or timm.is_model(self.arch)):
-            choices = [*xcit.NAMES, *timm.list_models()]
-            raise UsageError(f'no backbone is called "{self.arch}": {nearest(self.arch, choices)}')
+        elif not is_known(self.arch):
+            hint = nearest(self.arch, known_names())
+            raise UsageError(f'no backbone is called "{self.arch}": {hint}')
         elif self.shape:
             raise UsageError(
                 f"model.{next(iter(self.shape))} reshapes an XCiT only, and {self.arch} is none"
             )
-        elif dino_vit.is_name(self.arch):
-            backbone = TimmBackbone(dino_vit.build(self.arch, self.in_chans, drop_path))
         else:
-            backbone = TimmBackbone(
-                _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
-            )
+            backbone = _build_timm(self.arch, self.in_chans, self.input_size, drop_path)
         backbone.spec = self
         return backbone
+
+
+def is_known(arch: str) -> bool:
+    """Whether timm has a network of this name, or it is one of DINO's ViTs."""
+    if dino_names.is_name(arch):
+        return True
+    import timm
+
+    return bool(timm.is_model(arch))
+
+
+def known_names() -> list[str]:
+    """Of XCiTs and of timm's networks."""
+    import timm
+
+    return [*xcit.NAMES, *timm.list_models()]
 
 
 def compile_backbone(backbone: Backbone) -> None:
@@ -54,9 +67,13 @@ def of_timm(arch: str) -> BackboneSpec:
     A name with one of timm's tags ("vit_base_patch16_224.augreg_in21k") brings the tag's image size,
     crop and statistics; one without keeps ImageNet's, and the size that the network is made for.
     """
-    if dino_vit.is_name(arch):
-        side = dino_vit.side(arch)
+    if dino_names.is_name(arch):
+        side = dino_names.side(arch)
         return BackboneSpec(arch, input_size=side, resize=round(side * 256 / 224))
+    if arch in xcit.NAMES:  # none of which is timm's
+        return BackboneSpec(arch)
+    import timm
+
     if not timm.is_model(arch):
         return BackboneSpec(arch)  # `build` names the nearest
     try:
@@ -75,7 +92,18 @@ def of_timm(arch: str) -> BackboneSpec:
     return dataclasses.replace(spec, resize=resize, mean=config.mean, std=config.std)
 
 
-def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:
+def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> Backbone:
+    from xdino import dino_vit
+    from xdino.timm_backbone import TimmBackbone
+
+    if dino_names.is_name(arch):
+        return TimmBackbone(dino_vit.build(arch, in_chans, drop_path))
+    return TimmBackbone(_timm_network(arch, in_chans, input_size, drop_path))
+
+
+def _timm_network(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:
+    import timm
+
     common = {"pretrained": False, "num_classes": 0, "in_chans": in_chans}
     # Vision transformers take crops of several sizes only when told so, and other networks refuse
     # to be told; timm raises TypeError for an argument that a network does not have.

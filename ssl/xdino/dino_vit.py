@@ -12,10 +12,8 @@ Here it is done as published. One corner is not followed: an oblong image whose 
 to make the table's own square grid (224 x 230 at patch 16) takes the table as it is, where the
 published code shifts it by under one per cent.
 
-Names are timm's with its tag for these weights: "vit_small_patch16_224.dino".
+Their names: `dino_names`.
 """
-
-import re
 
 import torch
 from timm.layers import PatchEmbed
@@ -23,9 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-# embed_dim and num_heads of the published vision_transformer.py; depth is 12 throughout.
-SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-_NAME = re.compile(r"vit_(tiny|small|base)_patch([1-9]\d*)_([1-9]\d*)\.dino")
+from xdino import dino_names
 
 
 class WholePatches(PatchEmbed):
@@ -59,31 +55,13 @@ class DINOViT(VisionTransformer):
         return torch.cat((self.pos_embed[:, :1], patches), dim=1)
 
 
-def is_name(arch: str) -> bool:
-    """Whether `arch` names one of these networks: "vit_small_patch16_224.dino"."""
-    return _NAME.fullmatch(arch) is not None
-
-
-def name(size: str, patch_size: int, side: int = 224) -> str:
-    """The name of a published size ("tiny", "small", "base") whose table is for `side` pixels."""
-    return f"vit_{size}_patch{patch_size}_{side}.dino"
-
-
-def side(arch: str) -> int:
-    """Pixels that the position table of a name is for: 224."""
-    match = _NAME.fullmatch(arch)
-    assert match, arch
-    return int(match[3])
-
-
 def build(arch: str, in_chans: int = 3, drop_path_rate: float = 0.0) -> DINOViT:
     """The network by its name: images `[B, in_chans, H, W]` -> normalised class token `[B, D]`."""
-    match = _NAME.fullmatch(arch)
-    assert match, arch
-    embed_dim, num_heads = SIZES[match[1]]
+    size, patch_size, side = dino_names.parts(arch)
+    embed_dim, num_heads = dino_names.SIZES[size]
     return DINOViT(
-        img_size=int(match[3]),
-        patch_size=int(match[2]),
+        img_size=side,
+        patch_size=patch_size,
         in_chans=in_chans,
         num_classes=0,
         embed_dim=embed_dim,

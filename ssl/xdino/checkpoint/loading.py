@@ -4,13 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from xdino import dino_vit, weight_names, xcit
+from xdino import dino_names, weight_names
 from xdino.backbone import Backbone, Origin
-from xdino.backbones import BackboneSpec, of_timm, statistics
+from xdino.backbones import BackboneSpec, is_known, known_names, of_timm, statistics
 from xdino.checkpoint.weights import WeightsFile, read_weights, sha256
 from xdino.errors import RunFailed, UsageError, nearest, reason
 
@@ -58,8 +57,8 @@ def _named(name: str) -> BackboneSpec:
     """
     match = re.match(r"(xcit_\w+?_p\d+)(_(\d+))?(_dist)?(\..*)?$", name)
     if match is None:
-        if not (dino_vit.is_name(name) or timm.is_model(name)):
-            hint = nearest(name[:100], [*xcit.NAMES, *timm.list_models()])
+        if not is_known(name):
+            hint = nearest(name[:100], known_names())
             hint = (
                 hint if hint.startswith("did you") else "XCiT's, DINO's and timm's names are known"
             )
@@ -74,9 +73,7 @@ def _renamed(spec: BackboneSpec, name: str) -> BackboneSpec:
     """A file's spec under another name; its shape stays only where it is the same network's."""
     named = _named(name)
     arch = named.arch
-    if dino_vit.is_name(arch) != dino_vit.is_name(
-        spec.arch
-    ):  # other position tables, of other sizes
+    if dino_names.is_name(arch) != dino_names.is_name(spec.arch):  # other position tables and sizes
         return dataclasses.replace(named, in_chans=spec.in_chans, mean=spec.mean, std=spec.std)
     same = arch.split(".")[0] == spec.arch.split(".")[0]  # but for timm's tags, and DINO's
     return dataclasses.replace(spec, arch=arch, shape=spec.shape if same else {})

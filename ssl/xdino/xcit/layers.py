@@ -200,9 +200,9 @@ class XCABlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.local_mp = LPI(dim)
-        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
-        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
-        self.gamma3 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma3 = nn.Parameter(torch.full((dim,), eta))
         self.drop_path_rate = drop_path_rate
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -259,8 +259,8 @@ class ClassAttentionBlock(nn.Module):
         self.attn = ClassAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
-        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
         self.tokens_norm = tokens_norm
 
     def forward(self, x: Tensor, keep_patches: bool) -> tuple[Tensor, Tensor]:
