@@ -1,10 +1,14 @@
-"""Pretraining in this process, alone or as one of those that a launcher started."""
+"""Training in this process, alone or as one of those that a launcher started.
+
+What trains with labels is imported where it is asked for: pretraining starts a second sooner without.
+"""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdino import checkpoint, data, train
 from xdino import config as configuration
@@ -28,6 +32,15 @@ from xdino_eval.extraction import Options
 from xdino_launch.console import ConsoleListener
 from xdino_launch.report.live import Watcher
 from xdino_transfer.segmentation.while_pretraining import OfMasks, probes
+
+if TYPE_CHECKING:
+    from xdino_transfer.dense_training.detecting.recipe import Detection
+    from xdino_transfer.dense_training.job import DenseJob
+    from xdino_transfer.dense_training.judging import DenseJudge
+    from xdino_transfer.dense_training.segmenting.recipe import Segmentation
+    from xdino_transfer.finetuning.job import ClassificationJob
+    from xdino_transfer.finetuning.judging import Judge
+    from xdino_transfer.finetuning.recipe import FineTuning
 
 AT_END = "at the end of pretraining, images of a split at most"  # of a row's settings
 
@@ -70,6 +83,86 @@ def run_pretraining(
             if first:
                 watcher.conclude()
         return Path(run_dir) / checkpoint.BACKBONE_FILE
+
+
+def run_finetuning(config: "FineTuning", *told: Any) -> Path:
+    """Train a classifier, see `run_labelled`."""
+    from xdino_transfer.finetuning.job import ClassificationJob
+    from xdino_transfer.finetuning.judging import Judge
+
+    return run_labelled(ClassificationJob(config), Judge, *told)
+
+
+def run_segmentation(config: "Segmentation", *told: Any) -> Path:
+    """Train a segmenter, see `run_labelled`."""
+    from xdino_transfer.dense_training.segmenting.job import SegmentationJob
+    from xdino_transfer.dense_training.segmenting.judging import SegmentationJudge
+
+    return run_labelled(SegmentationJob(config), SegmentationJudge, *told)
+
+
+def run_detection(config: "Detection", *told: Any) -> Path:
+    """Train a detector, see `run_labelled`."""
+    from xdino_transfer.dense_training.detecting.job import DetectionJob
+    from xdino_transfer.dense_training.detecting.judging import DetectionJudge
+
+    return run_labelled(DetectionJob(config), DetectionJudge, *told)
+
+
+def run_labelled(
+    job: "ClassificationJob | DenseJob[Any]",
+    judging: "Callable[[Any, Path, Callable[[str], None]], Judge | DenseJudge]",
+    run_dir: str | Path,
+    command: list[str] | None = None,
+    stop: StopSignal | None = None,
+    from_iteration: int | None = None,
+) -> Path:
+    """Train what learns with labels in `run_dir` or continue it there, scored as its configuration asks.
+
+    Args:
+        judging: a job, its folder and who is told of what is odd -> what scores it.
+        from_iteration: as `train.run`.
+
+    Returns:
+        The path of the whole network.
+    """
+    from xdino_transfer.classification.files import MODEL_FILE
+
+    run, config = Path(run_dir), job.config
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        with stop.abandoning("while its processes met"):
+            if distributed.start(resolve_device(config.runtime.device)):
+                stack.callback(distributed.stop)
+        listener = stack.enter_context(ConsoleListener())
+        judge = judging(job, run, listener.notice)
+        with Watcher(config, run, listener, None) as watcher:
+            evaluator: Evaluator | None = None
+            if config.evaluate.every:
+                evaluator = of_all(judge)
+            train.run(job, run, evaluator, watcher, command, stop, None, from_iteration)
+            if distributed.rank() == 0:
+                with stop.abandoning("while the last network was scored"):
+                    _score_at_end(job, judge, run, watcher)
+                watcher.conclude()
+        return run / MODEL_FILE
+
+
+def _score_at_end(
+    job: "ClassificationJob | DenseJob[Any]",
+    judge: "Judge | DenseJudge",
+    run: Path,
+    listener: Listener,
+) -> None:
+    """The row of the last network in results.json; a run that was killed before comes back to it."""
+    try:
+        scores = judge.conclude()
+        if scores is not None and not RunDirectory(run).evaluated(job.iterations):
+            epoch = math.ceil(job.iterations / job.steps_per_epoch)
+            told = {"iteration": job.iterations, "epoch": epoch, **scores}
+            _write_row(job.config, run, told, listener)
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        listener.notice(f"the score at the end failed: {error}. The run is whole without it")
 
 
 def evaluated_splits(config: Config) -> tuple[Source, Source] | None:
@@ -207,10 +300,10 @@ def _log(config: Config, run: Path, iteration: int, row: results.Row, listener: 
             return
         epoch = logged.get("epoch", epoch)
     told = {"iteration": iteration, "epoch": epoch, **numbers("linear", [row])}
-    write_row(config, run, told, listener)
+    _write_row(config, run, told, listener)
 
 
-def write_row(config: RunConfig, run: Path, told: dict[str, Any], listener: Listener) -> None:
+def _write_row(config: RunConfig, run: Path, told: dict[str, Any], listener: Listener) -> None:
     """Numbers of an iteration in metrics.jsonl, and to who listens."""
     runtime = config.runtime
     tree = configuration.to_tree(config)

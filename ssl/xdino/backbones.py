@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from xdino import dino_names, xcit
+from xdino import dino_vit, xcit
 from xdino.backbone import Backbone, Spec
 from xdino.backbone import statistics as statistics
 from xdino.errors import UsageError, nearest, reason
@@ -41,7 +41,7 @@ class BackboneSpec(Spec):
 
 def is_known(arch: str) -> bool:
     """Whether timm has a network of this name, or it is one of DINO's ViTs."""
-    if dino_names.is_name(arch):
+    if dino_vit.is_name(arch):
         return True
     import timm
 
@@ -67,8 +67,8 @@ def of_timm(arch: str) -> BackboneSpec:
     A name with one of timm's tags ("vit_base_patch16_224.augreg_in21k") brings the tag's image size,
     crop and statistics; one without keeps ImageNet's, and the size that the network is made for.
     """
-    if dino_names.is_name(arch):
-        side = dino_names.side(arch)
+    if dino_vit.is_name(arch):
+        side = dino_vit.side(arch)
         return BackboneSpec(arch, input_size=side, resize=round(side * 256 / 224))
     if arch in xcit.NAMES:  # none of which is timm's
         return BackboneSpec(arch)
@@ -93,11 +93,11 @@ def of_timm(arch: str) -> BackboneSpec:
 
 
 def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> Backbone:
-    from xdino import dino_vit
+    from xdino.dino_vit import network
     from xdino.timm_backbone import TimmBackbone
 
-    if dino_names.is_name(arch):
-        return TimmBackbone(dino_vit.build(arch, in_chans, drop_path))
+    if dino_vit.is_name(arch):
+        return TimmBackbone(network.build(arch, in_chans, drop_path))
     return TimmBackbone(_timm_network(arch, in_chans, input_size, drop_path))
 
 

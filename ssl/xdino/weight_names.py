@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdino import dino_names, xcit
+from xdino import dino_vit, xcit
 from xdino.errors import RunFailed, UsageError
 
 ROLES = ("teacher", "student")  # of the two networks of self-distillation
@@ -242,7 +242,7 @@ def nearest_xcit(shape: Mapping[str, Any]) -> str:
 def vit_shape(tensors: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
     """Size, patch and side of the position table in pixels of the DINO ViT that has these shapes.
 
-    The arguments of `dino_names.name`: ("small", 16, 224). None where they are another network's.
+    The arguments of `dino_vit.name`: ("small", 16, 224). None where they are another network's.
     """
     try:
         width, _, _, patch = tensors["patch_embed.proj.weight"].shape
@@ -253,7 +253,7 @@ def vit_shape(tensors: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
     side = math.isqrt(max(patches, 0))
     if not (side and patch):
         return None
-    for size, (embed_dim, _) in dino_names.SIZES.items():
+    for size, (embed_dim, _) in dino_vit.SIZES.items():
         if (embed_dim, 12, patches) == (width, depth, side * side):
             return size, patch, side * patch
     return None
@@ -272,7 +272,7 @@ def published_name(arch: str, tensors: Mapping[str, Tensor], patch_size: Any = N
     size = {"t": "tiny", "s": "small", "b": "base"}.get(match[1], match[1])
     told = patch_size if isinstance(patch_size, int) and 0 < patch_size < 1000 else 16
     _, patch, side = vit_shape(tensors) or (size, told, 224)
-    return dino_names.name(size, int(match[2] or patch), side)
+    return dino_vit.name(size, int(match[2] or patch), side)
 
 
 # Blocks of each stage of the published ResNets; timm's names, plain blocks and bottlenecks.
@@ -309,7 +309,7 @@ def advice(tensors: Mapping[str, Tensor]) -> str:
         )
     vit_like = vit_shape(tensors)
     if vit_like is not None:
-        name = dino_names.name(*vit_like)
+        name = dino_vit.name(*vit_like)
         timms = name.removesuffix(".dino")
         return (
             f"its shapes are those of {timms}: --arch {name} for a published DINO file, "
@@ -366,10 +366,10 @@ def fitting(tensors: Mapping[str, Tensor]) -> str | None:
             if name is not None:
                 models[name] = xcit.build(name, in_chans=shape["in_chans"])
         elif vit_like is not None:
-            name = dino_names.name(*vit_like)
-            from xdino import dino_vit  # of timm, which takes seconds to import
+            name = dino_vit.name(*vit_like)
+            from xdino.dino_vit import network  # of timm, which takes seconds to import
 
-            models[name] = dino_vit.build(name, max(1, tensors["patch_embed.proj.weight"].shape[1]))
+            models[name] = network.build(name, max(1, tensors["patch_embed.proj.weight"].shape[1]))
         for name in resnets(tensors) or ():
             stem = tensors["conv1.weight"]
             channels = stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3

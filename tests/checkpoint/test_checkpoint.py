@@ -17,9 +17,10 @@ import timm
 import torch
 import weights as torture_weights
 
-from xdino import checkpoint, dino_vit, weight_names, xcit
+from xdino import checkpoint, weight_names, xcit
 from xdino.backbones import BackboneSpec
 from xdino.checkpoint import load_backbone, read_weights, save_backbone
+from xdino.dino_vit import network
 from xdino.errors import RunFailed, UsageError
 from xdino.head import DINOHead
 from xdino.student_teacher import MultiCropNetwork
@@ -128,7 +129,7 @@ def test_the_student_of_a_full_checkpoint(nano, images, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_vit():
     torch.manual_seed(4)
-    model = dino_vit.build("vit_tiny_patch16_224.dino").eval()
+    model = network.build("vit_tiny_patch16_224.dino").eval()
     with torch.no_grad():
         model.pos_embed.normal_()
     return model

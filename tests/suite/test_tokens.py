@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from xdino.backbone import Backbone
-from xdino.dino_vit import DINOViT, WholePatches
+from xdino.dino_vit.network import DINOViT, WholePatches
 from xdino.errors import UsageError
 from xdino.timm_backbone import TimmBackbone
 from xdino.xcit import XCiT

@@ -18,7 +18,7 @@ from typing import Any
 from xdino import config
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["xdino_launch.cli", "xdino_launch.labelled"])
+_SERVER.set_forkserver_preload(["xdino_launch.cli", "xdino_launch.local"])
 
 
 def child(*arguments: object, **environment: str) -> BaseProcess:

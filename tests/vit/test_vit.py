@@ -5,8 +5,9 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from xdino import dino_names, dino_vit
+from xdino import dino_vit
 from xdino.backbones import BackboneSpec, of_timm
+from xdino.dino_vit.network import DINOViT, WholePatches
 from xdino.errors import UsageError
 
 
@@ -14,7 +15,7 @@ from xdino.errors import UsageError
 def published(golden):
     tensors, facts = golden("dino_vit")
     options = {**facts["config"], "num_classes": 0, "dynamic_img_size": True}
-    model = dino_vit.DINOViT(**options, embed_layer=dino_vit.WholePatches).eval()
+    model = DINOViT(**options, embed_layer=WholePatches).eval()
     prefix = "state/"
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     model.load_state_dict(state, strict=True)
@@ -40,7 +41,7 @@ def test_timm_resamples_otherwise(published):
 @pytest.mark.parametrize(("arch", "heads"), [("small", 6), ("tiny", 3), ("base", 12)])
 def test_names_build_the_published_shapes(arch, heads):
     with torch.device("meta"):
-        ours = BackboneSpec(dino_names.name(arch, 16)).build()
+        ours = BackboneSpec(dino_vit.name(arch, 16)).build()
         theirs = timm.create_model(f"vit_{arch}_patch16_224", num_classes=0)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in theirs.state_dict().items()

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from xdino import dino_names
+from xdino import dino_vit
 from xdino.backbone import Origin
 from xdino.backbones import BackboneSpec
 from xdino.errors import UsageError
@@ -79,7 +79,7 @@ def head_name(arch: str) -> str:
     Raises:
         UsageError: timm's network ends in more than one linear layer.
     """
-    if arch.startswith("xcit_") or dino_names.is_name(arch):
+    if arch.startswith("xcit_") or dino_vit.is_name(arch):
         return "head"
     config = timm.models.get_pretrained_cfg(arch)
     name = "head" if config is None else config.classifier

@@ -140,7 +140,7 @@ def finetune(ctx: click.Context, **asked: Any) -> None:
     """
 
     def runner() -> Runner:
-        from xdino_launch.labelled import run_finetuning
+        from xdino_launch.local import run_finetuning
 
         return run_finetuning
 
@@ -159,7 +159,7 @@ def segment(ctx: click.Context, **asked: Any) -> None:
     """
 
     def runner() -> Runner:
-        from xdino_launch.labelled import run_segmentation
+        from xdino_launch.local import run_segmentation
 
         return run_segmentation
 
@@ -178,7 +178,7 @@ def detect(ctx: click.Context, **asked: Any) -> None:
     """
 
     def runner() -> Runner:
-        from xdino_launch.labelled import run_detection
+        from xdino_launch.local import run_detection
 
         return run_detection
 

@@ -19,7 +19,7 @@ from xdino.errors import RunFailed, UsageError
 from xdino_eval import results
 from xdino_eval.extraction import Options
 from xdino_eval.results import Row
-from xdino_launch.labelled import run_finetuning
+from xdino_launch.local import run_finetuning
 from xdino_launch.report.paying import minutes
 from xdino_launch.report.run import Run
 from xdino_launch.report.transfer import write_transfer

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
-from xdino import dino_names, weight_names, xcit
+from xdino import dino_vit, weight_names, xcit
 from xdino.backbone import Backbone, Spec
 from xdino.errors import RunFailed, UsageError
 
@@ -87,7 +87,7 @@ def timm_recipe(spec: Spec) -> tuple[str, dict[str, Any]]:
         name = spec.arch.removesuffix(".dino")
         if not timm.is_model(name):
             raise UsageError(f"timm has no {name}: export it as published or onnx")
-        if dino_names.is_name(spec.arch) and dino_names.side(spec.arch) != spec.input_size:
+        if dino_vit.is_name(spec.arch) and dino_vit.side(spec.arch) != spec.input_size:
             raise UsageError(
                 f"{spec.arch} is shown {spec.input_size} pixels here, and timm stretches positions "
                 "otherwise than DINO does: export it as published or onnx"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from xdino import dino_names, weight_names
+from xdino import dino_vit, weight_names
 from xdino.backbone import Backbone, Origin
 from xdino.backbones import BackboneSpec, is_known, known_names, of_timm, statistics
 from xdino.checkpoint.weights import WeightsFile, read_weights, sha256
@@ -73,7 +73,7 @@ def _renamed(spec: BackboneSpec, name: str) -> BackboneSpec:
     """A file's spec under another name; its shape stays only where it is the same network's."""
     named = _named(name)
     arch = named.arch
-    if dino_names.is_name(arch) != dino_names.is_name(spec.arch):  # other position tables and sizes
+    if dino_vit.is_name(arch) != dino_vit.is_name(spec.arch):  # other position tables and sizes
         return dataclasses.replace(named, in_chans=spec.in_chans, mean=spec.mean, std=spec.std)
     same = arch.split(".")[0] == spec.arch.split(".")[0]  # but for timm's tags, and DINO's
     return dataclasses.replace(spec, arch=arch, shape=spec.shape if same else {})

@@ -12,7 +12,7 @@ Here it is done as published. One corner is not followed: an oblong image whose 
 to make the table's own square grid (224 x 230 at patch 16) takes the table as it is, where the
 published code shifts it by under one per cent.
 
-Their names: `dino_names`.
+Their names: `xdino.dino_vit`.
 """
 
 import torch
@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from xdino import dino_names
+from xdino import dino_vit
 
 
 class WholePatches(PatchEmbed):
@@ -57,8 +57,8 @@ class DINOViT(VisionTransformer):
 
 def build(arch: str, in_chans: int = 3, drop_path_rate: float = 0.0) -> DINOViT:
     """The network by its name: images `[B, in_chans, H, W]` -> normalised class token `[B, D]`."""
-    size, patch_size, side = dino_names.parts(arch)
-    embed_dim, num_heads = dino_names.SIZES[size]
+    size, patch_size, side = dino_vit.parts(arch)
+    embed_dim, num_heads = dino_vit.SIZES[size]
     return DINOViT(
         img_size=side,
         patch_size=patch_size,

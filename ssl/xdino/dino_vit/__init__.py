@@ -1,7 +1,7 @@
-"""Names of DINO's own vision transformers, which `dino_vit` builds.
+"""DINO's own vision transformers (Caron et al., 2021, arXiv 2104.14294): their names.
 
-They are timm's with its tag for these weights: "vit_small_patch16_224.dino". They lie apart from the
-networks because timm, which those are made of, takes seconds to import.
+They are timm's with its tag for these weights: "vit_small_patch16_224.dino". The networks lie apart
+(`network`), because timm, which those are made of, takes seconds to import.
 """
 
 import re
