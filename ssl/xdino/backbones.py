@@ -1,12 +1,13 @@
 """Backbones by name: XCiT by default, DINO's ViTs, anything that timm can build besides.
 
-timm is imported where it is needed: it takes seconds, and an XCiT needs none of it.
+timm is imported where it is needed (`_timm`): it takes seconds, and an XCiT needs none of it.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from xdino import dino_vit, xcit
@@ -41,18 +42,22 @@ class BackboneSpec(Spec):
 
 def is_known(arch: str) -> bool:
     """Whether timm has a network of this name, or it is one of DINO's ViTs."""
-    if dino_vit.is_name(arch):
-        return True
-    import timm
-
-    return bool(timm.is_model(arch))
+    return dino_vit.is_name(arch) or bool(_timm().is_model(arch))
 
 
 def known_names() -> list[str]:
     """Of XCiTs and of timm's networks."""
-    import timm
+    return [*xcit.NAMES, *_timm().list_models()]
 
-    return [*xcit.NAMES, *timm.list_models()]
+
+def _timm() -> Any:
+    """timm, imported as on the CPU even where a network is being built without memory."""
+    with torch.device("cpu"):
+        import timm
+
+        from xdino import timm_backbone  # noqa: F401
+        from xdino.dino_vit import network  # noqa: F401
+    return timm
 
 
 def compile_backbone(backbone: Backbone) -> None:
@@ -72,8 +77,7 @@ def of_timm(arch: str) -> BackboneSpec:
         return BackboneSpec(arch, input_size=side, resize=round(side * 256 / 224))
     if arch in xcit.NAMES:  # none of which is timm's
         return BackboneSpec(arch)
-    import timm
-
+    timm = _timm()
     if not timm.is_model(arch):
         return BackboneSpec(arch)  # `build` names the nearest
     try:
@@ -93,6 +97,7 @@ def of_timm(arch: str) -> BackboneSpec:
 
 
 def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> Backbone:
+    _timm()
     from xdino.dino_vit import network
     from xdino.timm_backbone import TimmBackbone
 
@@ -102,8 +107,7 @@ def _build_timm(arch: str, in_chans: int, input_size: int, drop_path: float) -> 
 
 
 def _timm_network(arch: str, in_chans: int, input_size: int, drop_path: float) -> nn.Module:
-    import timm
-
+    timm = _timm()
     common = {"pretrained": False, "num_classes": 0, "in_chans": in_chans}
     # Vision transformers take crops of several sizes only when told so, and other networks refuse
     # to be told; timm raises TypeError for an argument that a network does not have.
@@ -115,7 +119,8 @@ def _timm_network(arch: str, in_chans: int, input_size: int, drop_path: float) -
     )
     for extra in attempts:
         try:
-            return timm.create_model(arch, **common, **extra)
+            built: nn.Module = timm.create_model(arch, **common, **extra)
+            return built
         except TypeError:
             continue
         except (RuntimeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:

@@ -360,6 +360,11 @@ def fitting(tensors: Mapping[str, Tensor]) -> str | None:
     """The named network that has exactly these tensors, None where none has."""
     shape, vit_like = xcit_shape(tensors), vit_shape(tensors)
     models: dict[str, nn.Module] = {}
+    of_resnets = resnets(tensors) or ()
+    if vit_like is not None or of_resnets:  # they take seconds, and are imported with real tensors
+        import timm
+
+        from xdino.dino_vit import network
     with torch.device("meta"):
         if shape is not None:
             name = xcit_name(shape)
@@ -367,14 +372,10 @@ def fitting(tensors: Mapping[str, Tensor]) -> str | None:
                 models[name] = xcit.build(name, in_chans=shape["in_chans"])
         elif vit_like is not None:
             name = dino_vit.name(*vit_like)
-            from xdino.dino_vit import network  # of timm, which takes seconds to import
-
             models[name] = network.build(name, max(1, tensors["patch_embed.proj.weight"].shape[1]))
-        for name in resnets(tensors) or ():
+        for name in of_resnets:
             stem = tensors["conv1.weight"]
             channels = stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3
-            import timm
-
             models[name] = timm.create_model(name, num_classes=0, in_chans=channels)
     fits = (n for n, m in models.items() if not differences(without_heads(tensors, m), m))
     return next(fits, None)
